@@ -1,0 +1,1 @@
+"""What the serving process and the updater share, and how they are run."""

@@ -1,0 +1,375 @@
+"""The wire contract: every event that crosses a process boundary, versioned and typed.
+
+The models here parse what arrives, write what leaves, and generate the JSON Schema that other
+teams code against (``json_schemas``). Unknown fields are ignored, so that a newer minor version
+of a producer can be read; an unknown major version is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import uuid
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+
+SCHEMA_VERSION = "1.0"
+
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._:@+-]+$")]
+
+
+class Fate(StrEnum):
+    """Where an acknowledged event ends. Every event has exactly one at any time."""
+
+    PENDING = "pending"
+    """Waiting: for its partner, for a batch, or for the candidate it is in."""
+    TRAINED = "trained"
+    """Influenced the weights of one release (and no other)."""
+    REJECTED = "rejected"
+    """Was in a candidate that the bound or the gate refused."""
+    EXPIRED = "expired"
+    """Its partner never came inside the horizon."""
+    LATE = "late"
+    """Arrived after its interaction was forgotten."""
+    DUPLICATE = "duplicate"
+    """Said nothing new: the same event again, or a rating that a later one replaced."""
+    DEAD_LETTERED = "dead_lettered"
+    """Could not be read; the original bytes are on the dead-letter topic."""
+    ERASED = "erased"
+    """Withdrawn by its subject."""
+    NOT_TRAINABLE = "not_trainable"
+    """Read and understood, but no honest gradient follows from it (see ``Reason``)."""
+
+
+class Reason(StrEnum):
+    """Why an event has its fate. The value is the log key, the metric label and the DLQ header."""
+
+    NONE = "none"
+    MALFORMED_JSON = "malformed_json"
+    SCHEMA_MISMATCH = "schema_mismatch"
+    UNSUPPORTED_SCHEMA_VERSION = "unsupported_schema_version"
+    EMPTY_VALUE = "empty_value"
+    TOO_LARGE = "too_large"
+    REPEATED_EVENT = "repeated_event"
+    """The same feedback id or interaction was read before."""
+    SUPERSEDED_RATING = "superseded_rating"
+    """The same rater rated the same reply again later; the last rating counts."""
+    ALREADY_TRAINED = "already_trained"
+    """The same rater's earlier rating of this reply is already in the weights."""
+    NO_FEEDBACK = "no_feedback"
+    """Nobody rated this interaction inside the horizon."""
+    NO_INTERACTION = "no_interaction"
+    """No interaction with this id was seen inside the horizon."""
+    GREEDY_SAMPLING = "greedy_sampling"
+    """Temperature 0: the behaviour policy is a point mass, so no ratio exists."""
+    ALTERED_SAMPLING = "altered_sampling"
+    """Penalties, logit bias, structured output or bad words changed the distribution."""
+    RAW_LOGPROBS = "raw_logprobs"
+    """The client asked for plain logprobs, taken before temperature and truncation."""
+    NO_LOGPROBS = "no_logprobs"
+    INVALID_LOGPROBS = "invalid_logprobs"
+    """A logprob is not finite or above zero."""
+    TOKEN_OUT_OF_VOCABULARY = "token_out_of_vocabulary"
+    EMPTY_COMPLETION = "empty_completion"
+    LENGTH_MISMATCH = "length_mismatch"
+    TOO_LONG = "too_long"
+    """Prompt and completion exceed what the updater trains on."""
+    ABORTED = "aborted"
+    """The reply was cut by the client or by a fault; what a rating means is unknown."""
+    MIXED_POLICY = "mixed_policy"
+    """A weight swap fell inside the reply; its tokens come from more than one policy."""
+    UNSUPPORTED_KIND = "unsupported_kind"
+    UNKNOWN_POLICY = "unknown_policy"
+    """The alias or the policy version is not one of ours."""
+    MISMATCH = "mismatch"
+    """Recorded logprobs disagree with the policy that is said to have made them."""
+    NO_ADVANTAGE = "no_advantage"
+    """Every advantage in the batch was zero: nothing to learn, so nothing was changed."""
+    DIVERGENCE_BOUND = "divergence_bound"
+    GATE_BLOCKED = "gate_blocked"
+    NON_FINITE_UPDATE = "non_finite_update"
+
+
+class Event(BaseModel):
+    """What all events share."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+
+    schema_version: str = Field(default=SCHEMA_VERSION, pattern=r"^\d+\.\d+$")
+
+    @field_validator("schema_version")
+    @classmethod
+    def _major_is_ours(cls, value: str) -> str:
+        if value.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+            raise ValueError(
+                f"unsupported schema version {value}: this Moorline reads {SCHEMA_VERSION}"
+            )
+        return value
+
+    def to_bytes(self) -> bytes:
+        """JSON, UTF-8, as it travels on a topic."""
+        return self.model_dump_json().encode()
+
+
+class LogprobConvention(StrEnum):
+    """Which distribution a recorded logprob is from."""
+
+    PROCESSED = "processed"
+    """After temperature and truncation, renormalised: what the token was sampled from."""
+    RAW = "raw"
+    """Before them; equals ``PROCESSED`` only at temperature 1 without truncation."""
+
+
+class SamplingSettings(BaseModel):
+    """How a reply was sampled, as far as it shaped the behaviour policy."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=-1, description="0 or -1: no limit")
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    altered_by: tuple[str, ...] = Field(
+        default=(),
+        description="Names of everything else that changed the distribution: penalties, "
+        "logit_bias, bad_words, structured_outputs, min_tokens, ...",
+    )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens had probability zero by truncation."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+class PolicySpan(BaseModel):
+    """Completion tokens ``[start, end)`` came from policy ``version``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = Field(ge=0)
+    start: int = Field(ge=0)
+    end: int = Field(ge=0)
+
+
+class Interaction(Event):
+    """One served reply (one choice of one request), as the policy acted."""
+
+    interaction_id: Identifier = Field(description="The `id` of the reply, as the client saw it")
+    choice: int = Field(default=0, ge=0)
+    alias: Identifier
+    tenant: str = Field(default="default", max_length=200)
+    user: str | None = Field(default=None, max_length=200, description="A pseudonym")
+    created_at: FiniteFloat = Field(ge=0, description="Unix seconds at which the reply ended")
+    latency_seconds: FiniteFloat = Field(ge=0)
+    prompt_token_ids: tuple[int, ...]
+    completion_token_ids: tuple[int, ...]
+    completion_logprobs: tuple[float | None, ...] = Field(
+        description="One per completion token, nats; None where vLLM gave none"
+    )
+    logprob_convention: LogprobConvention
+    sampling: SamplingSettings
+    policy_spans: tuple[PolicySpan, ...] = Field(min_length=1)
+    finish_reason: str = Field(description="stop, length, abort, ...")
+    streamed: bool = False
+
+    @property
+    def policy_version(self) -> int:
+        """The version that produced the first token."""
+        return self.policy_spans[0].version
+
+    @property
+    def key(self) -> str:
+        """What feedback joins on: id and choice."""
+        return interaction_key(self.interaction_id, self.choice)
+
+
+def interaction_key(interaction_id: str, choice: int) -> str:
+    """The join key of one choice of one reply."""
+    return f"{interaction_id}/{choice}"
+
+
+class FeedbackKind(StrEnum):
+    THUMBS = "thumbs"
+    """+1 or -1."""
+    SCORE = "score"
+    """A number in a stated range."""
+    CORRECTION = "correction"
+    """The text they wanted."""
+    PREFERENCE = "preference"
+    """This reply over another id."""
+    SIGNAL = "signal"
+    """A named implicit signal: copied, regenerated, abandoned, ..."""
+
+
+class Feedback(Event):
+    """What somebody said of one reply, now or days later."""
+
+    feedback_id: Identifier = Field(default_factory=lambda: f"fb-{uuid.uuid4().hex}")
+    interaction_id: Identifier
+    choice: int = Field(default=0, ge=0)
+    kind: FeedbackKind = FeedbackKind.THUMBS
+    value: FiniteFloat | None = Field(
+        default=None, description="thumbs: 1 or -1; score: inside [score_min, score_max]"
+    )
+    score_min: FiniteFloat = 0.0
+    score_max: FiniteFloat = 1.0
+    text: str | None = Field(default=None, max_length=100_000, description="correction: the text")
+    over: Identifier | None = Field(default=None, description="preference: the id that lost")
+    signal: str | None = Field(default=None, max_length=100, description="signal: its name")
+    rater: str = Field(default="anonymous", min_length=1, max_length=200)
+    created_at: FiniteFloat = Field(default_factory=time.time, ge=0, description="Unix seconds")
+
+    @property
+    def key(self) -> str:
+        return interaction_key(self.interaction_id, self.choice)
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> Self:
+        match self.kind:
+            case FeedbackKind.THUMBS:
+                if self.value not in (1, -1):
+                    raise ValueError("thumbs needs value 1 or -1")
+            case FeedbackKind.SCORE:
+                if not self.score_min < self.score_max:
+                    raise ValueError("score needs score_min < score_max")
+                if self.value is None or not self.score_min <= self.value <= self.score_max:
+                    raise ValueError("score needs a value inside [score_min, score_max]")
+            case FeedbackKind.CORRECTION:
+                if not self.text:
+                    raise ValueError("correction needs text")
+            case FeedbackKind.PREFERENCE:
+                if not self.over:
+                    raise ValueError("preference needs the id it was preferred over")
+            case FeedbackKind.SIGNAL:
+                if not self.signal:
+                    raise ValueError("signal needs its name")
+        return self
+
+
+class ReleaseKind(StrEnum):
+    ADAPTER = "adapter"
+    """A LoRA adapter over the base model; servers flip to it or merge it."""
+    BASE = "base"
+    """The base model itself, version 0: no files."""
+
+
+class ArtifactFile(BaseModel):
+    """One file of an artifact."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="No directories")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+class Divergence(BaseModel):
+    """How far a candidate is from one reference policy, measured over the full vocabulary."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reference: Literal["live", "anchor"]
+    tokens_from: Literal["traffic", "canaries"]
+    mean_kl_nats: float = Field(description="Mean over tokens of KL(reference || candidate)")
+    max_prompt_kl_nats: float = Field(description="Largest per-sequence mean")
+    tokens: int
+
+
+class Check(BaseModel):
+    """One line of the gate's evidence."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    measured: float | None
+    limit: float | None
+    passed: bool
+    detail: str = ""
+
+
+class Decision(StrEnum):
+    PASS = "pass"
+    BLOCK = "block"
+    HOLD = "hold"
+    """Not enough evidence; treated as a block (the gate fails closed)."""
+
+
+class Verdict(BaseModel):
+    """What the gate said of exactly these bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    decision: Decision
+    artifact_digest: str
+    checks: tuple[Check, ...]
+    seconds: float
+
+
+class Release(Event):
+    """The manifest of one policy version: what is served, and everything that justifies it."""
+
+    alias: Identifier
+    version: int = Field(ge=0)
+    parent: int | None
+    kind: ReleaseKind
+    artifact_digest: str | None = Field(description="None only for the base model")
+    files: tuple[ArtifactFile, ...]
+    base_model_digest: str
+    created_at: FiniteFloat
+    offsets: dict[str, dict[int, int]] = Field(
+        default_factory=dict, description="topic -> partition -> next offset, at this release"
+    )
+    examples: int = 0
+    examples_digest: str = ""
+    step_scale: float = Field(default=1.0, description="Share of the update inside the bound")
+    divergences: tuple[Divergence, ...] = ()
+    verdict: Verdict | None = None
+    diagnostics: dict[str, float] = Field(default_factory=dict)
+    lease_epoch: int = 0
+    settings_digest: str = ""
+    software: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return policy_name(self.alias, self.version)
+
+    @model_validator(mode="after")
+    def _verdict_is_on_these_bytes(self) -> Self:
+        if self.kind is ReleaseKind.BASE:
+            return self
+        if self.artifact_digest != artifact_digest(self.files):
+            raise ValueError("the artifact digest is not that of the listed files")
+        if self.verdict is None or self.verdict.artifact_digest != self.artifact_digest:
+            raise ValueError("no gate verdict on exactly these bytes")
+        if self.verdict.decision is not Decision.PASS:
+            raise ValueError(f"the gate's verdict is {self.verdict.decision}, not pass")
+        return self
+
+
+def policy_name(alias: str, version: int) -> str:
+    """``assistant@v000042``, as the reply's `model` field says it."""
+    return f"{alias}@v{version:06d}"
+
+
+def artifact_digest(files: tuple[ArtifactFile, ...]) -> str:
+    """sha256 over the sorted names, sizes and hashes of an artifact's files."""
+    lines = sorted(f"{file.sha256} {file.size_bytes} {file.name}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def unusable_numbers(values: tuple[float | None, ...]) -> bool:
+    """Whether a recorded logprob is missing, not finite, or above zero (beyond rounding)."""
+    return any(value is None or not math.isfinite(value) or value > 1e-4 for value in values)
+
+
+def json_schemas() -> dict[str, dict[str, Any]]:
+    """JSON Schema of every event, by the topic that carries it."""
+    return {
+        "interactions.v1": TypeAdapter(Interaction).json_schema(),
+        "feedback.v1": TypeAdapter(Feedback).json_schema(),
+        "releases.v1": TypeAdapter(Release).json_schema(),
+    }

@@ -1,0 +1,253 @@
+"""Every setting, in one typed tree.
+
+Sources, first wins: the command line, environment variables (``MOORLINE_SERVING__PORT=8080``),
+the TOML file named by ``--config`` or ``MOORLINE_CONFIG``, the defaults below. An unknown name or a
+bad value is one clear line (``SettingsError``). ``moorline config`` prints the result and where each
+value came from; secrets are never printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+ENVIRONMENT_PREFIX = "MOORLINE_"
+CONFIG_VARIABLE = "MOORLINE_CONFIG"
+NESTING = "__"
+_NOT_SETTINGS = {CONFIG_VARIABLE, "MOORLINE_FAILPOINTS", "MOORLINE_TEST_KAFKA"}
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or has a bad value; the message says which and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSettings(_Section):
+    """The base model: the policy at version 0, and the anchor."""
+
+    path: Path | None = None
+    """Directory with config.json, tokenizer and *.safetensors. Pickled weights are refused."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the server computes in. The updater always computes in float32."""
+    max_length_tokens: int = Field(default=2048, ge=16)
+    """Longest prompt plus reply that is served."""
+
+
+class ServingSettings(_Section):
+    """The process that answers."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0: any free port, printed at start."""
+    api_key: SecretStr | None = None
+    """Clients must send it as a bearer token; also guards feedback."""
+    swap_mode: Literal["auto", "adapter", "reload"] = "auto"
+    """adapter: flip a LoRA adapter, running replies finish on the old one. reload: merge and
+    reload weights, running replies go on with the new ones. auto: adapter on GPU, reload on CPU."""
+    max_loras: int = Field(default=3, ge=2)
+    """Adapters resident at once (adapter mode): old, new, canary."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """KV cache on CPU, GiB."""
+    max_concurrent_sequences: int = Field(default=32, ge=1)
+    swap_timeout_seconds: float = Field(default=120.0, gt=0)
+    parity_tolerance_nats: float = Field(default=0.1, gt=0)
+    """After a swap, the server scores a fixed batch; its mean |logprob - trainer's| must be below
+    this (and nearer to the new policy than to the old), or the release is not served."""
+    record_user_field: bool = True
+    """Record a keyed hash of the request's `user` field."""
+    feedback_max_bytes: int = Field(default=65_536, ge=1024)
+    vllm_args: tuple[str, ...] = ()
+    """Further arguments for vLLM, verbatim (tensor parallelism, quantisation, ...)."""
+
+
+class StreamSettings(_Section):
+    """Kafka."""
+
+    bootstrap: str | None = None
+    """host:port,... of the brokers; None lets `moorline up` start an embedded one (development)."""
+    topic_prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    partitions: int = Field(default=4, ge=1)
+    """For topics that Moorline creates; interactions and feedback must have the same count."""
+    replication_factor: int = Field(default=1, ge=1)
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_cafile: Path | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    ssl_check_hostname: bool = True
+    queue_max_events: int = Field(default=10_000, ge=1)
+    """Events the server holds in memory when the broker is away; then they spill to disk."""
+    spool_max_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Disk that the server may use for events when the broker is away; beyond it they are
+    dropped and counted."""
+    connect_timeout_seconds: float = Field(default=5.0, gt=0)
+    accept_new_topics: bool = False
+    """Read on from the start when a topic was deleted and made again; refused otherwise."""
+    max_event_bytes: int = Field(default=900_000, ge=1024)
+    """Larger events are refused at the door and dead-lettered from the topic."""
+
+
+class LearningSettings(_Section):
+    """How an update is made. Symbols: ../docs/concepts.md, `updater/objectives.py`."""
+
+    batch_examples: int = Field(default=24, ge=1)
+    """Rated replies per update."""
+    max_wait_seconds: float = Field(default=3600.0, gt=0)
+    """Make an update from fewer, at least `min_batch_examples`, after so long."""
+    min_batch_examples: int = Field(default=8, ge=1)
+    horizon_seconds: float = Field(default=7 * 86400.0, gt=0)
+    """How long an interaction waits for feedback, and feedback for its interaction (event time)."""
+    objective: str = "dppo_kl"
+    divergence_limit: float = Field(default=0.05, gt=0)
+    """delta: per-token bound on the binary KL from the behaviour policy (dppo_kl)."""
+    ratio_cap: float = Field(default=20.0, ge=1)
+    """C: the importance ratio is cut here."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    anchor_weight: float = Field(default=0.05, ge=0)
+    """beta: weight of KL(policy || anchor) in the loss."""
+    passes: int = Field(default=1, ge=1)
+    """Optimiser passes over one batch."""
+    minibatch_examples: int = Field(default=24, ge=1)
+    micro_batch_tokens: int = Field(default=2048, ge=64)
+    """Padded tokens per forward pass; bounds memory."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    max_example_tokens: int = Field(default=1024, ge=8)
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads for training; None: all."""
+    seed: int = 0
+
+
+class BoundSettings(_Section):
+    """How far a release may be from the live policy, and the lineage from the anchor."""
+
+    live_kl_nats: float = Field(default=0.05, gt=0)
+    """Mean full-vocabulary KL(live || candidate) per token."""
+    anchor_kl_nats: float = Field(default=0.5, gt=0)
+    """Mean full-vocabulary KL(anchor || candidate) per token: the lineage's whole budget."""
+    min_step_scale: float = Field(default=0.05, gt=0, le=1)
+    """A candidate that must be shrunk below this share of its step is rejected."""
+    traffic_examples: int = Field(default=24, ge=1)
+    """Held-out recent replies that the divergence is measured on."""
+    search_steps: int = Field(default=5, ge=1)
+    """Bisections in the search for the largest step inside the bound."""
+
+
+class GateSettings(_Section):
+    """What a candidate must show before it is released. Fails closed."""
+
+    canaries: Path | None = None
+    """JSON lines: {"prompt": ..., "reply": ...} (chat) or {"text": ...} (held-out text for
+    perplexity); None: the set that comes with Moorline."""
+    live_kl_mean_nats: float = Field(default=0.05, gt=0)
+    live_kl_max_prompt_nats: float = Field(default=0.5, gt=0)
+    anchor_kl_mean_nats: float = Field(default=0.5, gt=0)
+    anchor_kl_max_prompt_nats: float = Field(default=2.0, gt=0)
+    perplexity_rise_share: float = Field(default=0.02, gt=0)
+    """Held-out text: perplexity(candidate) / perplexity(live) - 1."""
+    perplexity_rise_share_from_anchor: float = Field(default=0.10, gt=0)
+
+
+class UpdaterSettings(_Section):
+    """The process that learns."""
+
+    port: int = Field(default=8001, ge=0, le=65535)
+    """/metrics, /healthz, /readyz, /status."""
+    host: str = "127.0.0.1"
+    poll_seconds: float = Field(default=0.5, gt=0)
+
+
+class Settings(BaseSettings):
+    """Moorline's settings."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter=NESTING,
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+    toml_file: ClassVar[Path | None] = None
+
+    alias: str = Field(default="assistant", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """The model's public name; clients ask for it, replies carry `alias@v000042`."""
+    state_dir: Path = Path("moorline-state")
+    """Ledger, artifact store, spool and locks live here."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    model: ModelSettings = ModelSettings()
+    serving: ServingSettings = ServingSettings()
+    stream: StreamSettings = StreamSettings()
+    learning: LearningSettings = LearningSettings()
+    bound: BoundSettings = BoundSettings()
+    gate: GateSettings = GateSettings()
+    updater: UpdaterSettings = UpdaterSettings()
+
+    @property
+    def store_dir(self) -> Path:
+        return self.state_dir / "store"
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.state_dir / "ledger.sqlite"
+
+    @property
+    def spool_dir(self) -> Path:
+        return self.state_dir / "spool"
+
+    def digest(self) -> str:
+        """sha256 of what shapes an update; goes into every release manifest."""
+        shaping = self.model_dump_json(include={"alias", "model", "learning", "bound", "gate"})
+        return hashlib.sha256(shaping.encode()).hexdigest()
+
+    def as_environment(self) -> dict[str, str]:
+        """These settings as environment variables, for a child process (secrets included)."""
+        variables: dict[str, str] = {}
+
+        def walk(prefix: str, section: BaseModel) -> None:
+            for name in type(section).model_fields:
+                value = getattr(section, name)
+                variable = f"{prefix}{name.upper()}"
+                if isinstance(value, BaseModel):
+                    walk(variable + NESTING, value)
+                elif value is None:
+                    continue
+                elif isinstance(value, SecretStr):
+                    variables[variable] = value.get_secret_value()
+                elif isinstance(value, tuple):
+                    variables[variable] = "[" + ",".join(f'"{item}"' for item in value) + "]"
+                else:
+                    variables[variable] = str(value)
+
+        walk(ENVIRONMENT_PREFIX, self)
+        return variables
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        del dotenv_settings, file_secret_settings
+        toml = TomlConfigSettingsSource(settings_cls, cls.toml_file) if cls.toml_file else None
+        return tuple(source for source in (init_settings, env_settings, toml) if source)

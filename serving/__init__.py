@@ -1,0 +1,1 @@
+"""The process that answers: vLLM's own OpenAI server, with recording and hot swap."""

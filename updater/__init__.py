@@ -1,0 +1,1 @@
+"""The process that learns: feedback in, gated and divergence-bounded releases out."""
