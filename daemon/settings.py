@@ -1,36 +1,32 @@
 """Every setting, in one typed tree.
 
 Sources, first wins: the command line, environment variables (``MOORLINE_SERVING__PORT=8080``),
-the TOML file named by ``--config`` or ``MOORLINE_CONFIG``, the defaults below. An unknown name or a
-bad value is one clear line (``SettingsError``). ``moorline config`` prints the result and where each
-value came from; secrets are never printed.
+the TOML file named by ``--config`` or ``MOORLINE_CONFIG``, the defaults below. An unknown name or
+a bad value is one clear line (``SettingsError``). ``moorline config`` prints the result and where
+each value came from; secrets are never printed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError
+
+from daemon.settings_sources import (
+    CONFIG_VARIABLE,
+    ENVIRONMENT_PREFIX,
+    NOT_SETTINGS,
+    SettingsError,
+    collect,
+    explain,
+    to_environment,
 )
 
-ENVIRONMENT_PREFIX = "MOORLINE_"
-CONFIG_VARIABLE = "MOORLINE_CONFIG"
-NESTING = "__"
-_NOT_SETTINGS = {CONFIG_VARIABLE, "MOORLINE_FAILPOINTS", "MOORLINE_TEST_KAFKA"}
-
-
-class SettingsError(ValueError):
-    """A setting is unknown or has a bad value; the message says which and what is allowed."""
+__all__ = ["Settings", "SettingsError", "child_environment", "load_settings"]
 
 
 class _Section(BaseModel):
@@ -175,23 +171,16 @@ class UpdaterSettings(_Section):
     poll_seconds: float = Field(default=0.5, gt=0)
 
 
-class Settings(BaseSettings):
+class Settings(_Section):
     """Moorline's settings."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX,
-        env_nested_delimiter=NESTING,
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-    )
-    toml_file: ClassVar[Path | None] = None
 
     alias: str = Field(default="assistant", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """The model's public name; clients ask for it, replies carry `alias@v000042`."""
     state_dir: Path = Path("moorline-state")
     """Ledger, artifact store, spool and locks live here."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
+    """One line an entry, either way."""
     model: ModelSettings = ModelSettings()
     serving: ServingSettings = ServingSettings()
     stream: StreamSettings = StreamSettings()
@@ -199,6 +188,8 @@ class Settings(BaseSettings):
     bound: BoundSettings = BoundSettings()
     gate: GateSettings = GateSettings()
     updater: UpdaterSettings = UpdaterSettings()
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
     def store_dir(self) -> Path:
@@ -217,37 +208,51 @@ class Settings(BaseSettings):
         shaping = self.model_dump_json(include={"alias", "model", "learning", "bound", "gate"})
         return hashlib.sha256(shaping.encode()).hexdigest()
 
+    def origin_of(self, name: str) -> str:
+        """Who set ``serving.port``: a variable's name, a file, the command line, or `default`."""
+        return self._origins.get(name, "default")
+
     def as_environment(self) -> dict[str, str]:
         """These settings as environment variables, for a child process (secrets included)."""
-        variables: dict[str, str] = {}
+        return to_environment(self)
 
-        def walk(prefix: str, section: BaseModel) -> None:
-            for name in type(section).model_fields:
-                value = getattr(section, name)
-                variable = f"{prefix}{name.upper()}"
-                if isinstance(value, BaseModel):
-                    walk(variable + NESTING, value)
-                elif value is None:
-                    continue
-                elif isinstance(value, SecretStr):
-                    variables[variable] = value.get_secret_value()
-                elif isinstance(value, tuple):
-                    variables[variable] = "[" + ",".join(f'"{item}"' for item in value) + "]"
-                else:
-                    variables[variable] = str(value)
 
-        walk(ENVIRONMENT_PREFIX, self)
-        return variables
+def load_settings(
+    config: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings of this process.
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        del dotenv_settings, file_secret_settings
-        toml = TomlConfigSettingsSource(settings_cls, cls.toml_file) if cls.toml_file else None
-        return tuple(source for source in (init_settings, env_settings, toml) if source)
+    Args:
+        config: TOML file; None: the one that ``MOORLINE_CONFIG`` names, if any.
+        overrides: the command line's values by dotted name (``serving.port``); None: not given.
+        environment: instead of this process's own.
+
+    Raises:
+        SettingsError: one line that names the setting, what is wrong and what is allowed.
+    """
+    environment = os.environ if environment is None else environment
+    if config is None and environment.get(CONFIG_VARIABLE):
+        config = Path(environment[CONFIG_VARIABLE])
+    sources = collect(Settings, config, environment, overrides or {})
+    try:
+        settings = Settings.model_validate(sources.nested())
+    except ValidationError as error:
+        raise SettingsError(explain(error, Settings, sources)) from None
+    settings._origins.update(sources.origins)
+    return settings
+
+
+def child_environment(settings: Settings, **extra: str) -> dict[str, str]:
+    """This process's environment with exactly ``settings`` in it, for a child process.
+
+    The child sees what its parent resolved: no settings file is read a second time.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ENVIRONMENT_PREFIX)
+        or (name in NOT_SETTINGS and name != CONFIG_VARIABLE)
+    }
+    return kept | settings.as_environment() | extra
