@@ -189,12 +189,13 @@ def _m2po(
 ) -> tuple[Tensor, Tensor]:
     """-A r; harmful tokens are dropped, largest (log r)^2 first, until its mean is in the limit.
 
-    Harmful: moving away from the behaviour policy. The mean is over the harmful tokens that stay.
+    Harmful: moving away from the behaviour policy. The mean is over the harmful tokens that stay
+    (the paper's Algorithm 1; its released code clips there instead, never tighter than 0.7..1.5).
     """
     log_r = divergence.log_ratio(log_q, log_p)
     harmful = _moving_away(log_r.detach(), advantage) & mask
     squares = log_r.detach().square().masked_fill(~harmful, 0.0).flatten(-2)
-    ascending, order = squares.sort(dim=-1)
+    ascending, order = squares.sort(dim=-1, stable=True)
     # Tokens that are not harmful are zeros at the front: they take no share in the mean.
     zeros = (~harmful).flatten(-2).sum(dim=-1, keepdim=True)
     position = torch.arange(1, squares.shape[-1] + 1, device=squares.device)
@@ -228,10 +229,15 @@ def _gspo(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate of the sequence's ratio s = exp(mean log r), on each of its tokens."""
+    """The clipped surrogate of s_t = sg(s) p / sg(p), with the sequence's s = exp(mean log r).
+
+    The paper's token form (section 4.3): where all tokens share one advantage, as ours do, its
+    gradient is the sequence form's, and it stays right where they do not.
+    """
     length = mask.sum(dim=-1, keepdim=True).clamp_min(1)
-    log_s = divergence.log_ratio(log_q, log_p).sum(dim=-1, keepdim=True) / length
-    return _clipped_surrogate(log_s.exp().expand_as(log_p), advantage, clip_low, clip_high)
+    log_s = divergence.log_ratio(log_q, log_p.detach()).sum(dim=-1, keepdim=True) / length
+    s = (log_s + log_p - log_p.detach()).exp()
+    return _clipped_surrogate(s, advantage, clip_low, clip_high)
 
 
 def _clipped_surrogate(
