@@ -1,0 +1,192 @@
+"""A tiny status server for a process whose work is not HTTP, and the client that reads one.
+
+``/metrics`` Prometheus, ``/healthz`` alive, ``/readyz`` 200 or 503, ``/status`` JSON. It answers on
+its own threads, so a long training step does not make the process look dead.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from daemon import metrics
+
+logger = logging.getLogger("moorline.http")
+
+
+class PortUnavailable(RuntimeError):
+    """The address cannot be listened on; the line says which and what to do."""
+
+
+class Unreachable(RuntimeError):
+    """Nothing useful answers at an address; the line says where and why."""
+
+
+class StatusServer:
+    """Serve one process's state until ``close``.
+
+    Args:
+        status: what ``/status`` says; called on the server's threads, must not block.
+        ready: None when ready, else why not, in a few words.
+        port: 0 for any free one; see ``port`` after construction.
+
+    Raises:
+        PortUnavailable: the port is taken or the address is not ours.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        status: Callable[[], Mapping[str, Any]],
+        ready: Callable[[], str | None] = lambda: None,
+        setting: str = "updater.port",
+    ) -> None:
+        self._status = status
+        self._ready = ready
+        try:
+            self._server = ThreadingHTTPServer((host, port), self._handler())
+        except OSError as error:
+            raise PortUnavailable(port_problem(host, port, error, setting)) from None
+        self._server.daemon_threads = True
+        self.host = host
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="status-server", daemon=True
+        )
+
+    @property
+    def url(self) -> str:
+        return base_url(self.host, self.port)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering and free the port."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+    def page(self, path: str) -> tuple[int, str, bytes]:
+        """HTTP status, content type and body of one path."""
+        match path:
+            case "/healthz":
+                return 200, "application/json", b'{"alive":true}\n'
+            case "/readyz":
+                why_not = self._ready()
+                body = json.dumps({"ready": why_not is None, "why_not": why_not})
+                return (200 if why_not is None else 503), "application/json", f"{body}\n".encode()
+            case "/status":
+                body = json.dumps(_finite(self._status()), default=str)
+                return 200, "application/json", f"{body}\n".encode()
+            case "/metrics":
+                return 200, metrics.CONTENT_TYPE, metrics.render()
+        return 404, "text/plain", b"try /status, /metrics, /healthz or /readyz\n"
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = 30
+
+            def do_GET(self) -> None:
+                try:
+                    code, content_type, body = server.page(urlsplit(self.path).path)
+                except Exception:  # the page is for looking: it must not look like a dead process
+                    logger.exception("status page failed")
+                    code, content_type, body = 500, "text/plain", b"internal error, see the log\n"
+                self.send_response(code)
+                self.send_header("Content-Type", content_type)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                del format, args  # one line per probe would bury the log
+
+        return Handler
+
+
+def base_url(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server that listens on ``host``."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
+    if ":" in reachable and not reachable.startswith("["):
+        reachable = f"[{reachable}]"
+    return f"http://{reachable}:{port}"
+
+
+def port_problem(host: str, port: int, error: OSError, setting: str) -> str:
+    """One line: why an address cannot be listened on, and which setting to change."""
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is busy: stop what uses it, or set {setting} to another"
+    if error.errno == errno.EACCES:
+        return f"port {port} needs privileges: set {setting} to one above 1023"
+    return f"cannot listen on {host}:{port} ({error.strerror}): check the address, set {setting}"
+
+
+def request_json(
+    method: str,
+    url: str,
+    *,
+    body: Any = None,
+    api_key: str | None = None,
+    timeout_seconds: float = 5.0,
+) -> Any:
+    """The JSON that an HTTP server of ours answers with.
+
+    Raises:
+        Unreachable: no answer in time, an error status, or no JSON.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        reply = httpx.request(
+            method, url, json=body, headers=headers, timeout=timeout_seconds, trust_env=False
+        )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        why = "no answer in time" if isinstance(error, httpx.TimeoutException) else str(error)
+        raise Unreachable(f"nothing answers at {url} ({why})") from None
+    if reply.status_code == 401:
+        raise Unreachable(f"{url} wants an API key: set MOORLINE_SERVING__API_KEY")
+    try:
+        answer = reply.json()
+    except ValueError:
+        answer = None
+    if reply.status_code >= 400 or answer is None:
+        raise Unreachable(f"{url} answered {reply.status_code}{_reason(answer)}")
+    return answer
+
+
+def _reason(answer: Any) -> str:
+    """What an error body says, whichever of the usual shapes it has."""
+    for key in ("error", "detail", "message"):
+        if isinstance(answer, Mapping) and key in answer:
+            return _reason(answer[key])
+    if isinstance(answer, str):
+        return f": {answer}"
+    if isinstance(answer, list) and answer and isinstance(answer[0], Mapping):
+        return f": {answer[0].get('msg', 'invalid')}"
+    return ""
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not finite becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
