@@ -61,6 +61,8 @@ class ServingSettings(_Section):
     """KV cache on CPU, GiB."""
     max_concurrent_sequences: int = Field(default=32, ge=1)
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
+    drain_seconds: float = Field(default=30.0, ge=1)
+    """At a stop, running replies get this long to end."""
     parity_tolerance_nats: float = Field(default=0.1, gt=0)
     """After a swap, the server scores a fixed batch; its mean |logprob - trainer's| must be below
     this (and nearer to the new policy than to the old), or the release is not served."""
