@@ -10,6 +10,8 @@ import errno
 import json
 import logging
 import math
+import socket
+import socketserver
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,10 +57,9 @@ class StatusServer:
         self._status = status
         self._ready = ready
         try:
-            self._server = ThreadingHTTPServer((host, port), self._handler())
+            self._server = _Server((host, port), self._handler())
         except OSError as error:
             raise PortUnavailable(port_problem(host, port, error, setting)) from None
-        self._server.daemon_threads = True
         self.host = host
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
@@ -118,6 +119,19 @@ class StatusServer:
                 del format, args  # one line per probe would bury the log
 
         return Handler
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        """As the base class does, without asking DNS for our own name (it may take seconds)."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
 
 def base_url(host: str, port: int) -> str:

@@ -1,0 +1,201 @@
+"""One supervised process: started in its own group, watched, its output kept, stopped for good."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from daemon.launch import group_exists, stop_groups
+from daemon.systemd import without_notification
+
+logger = logging.getLogger("moorline.supervise")
+
+_PROBE_TIMEOUT_SECONDS = 5.0
+_PROBE_INTERVAL_SECONDS = 0.2
+_ALIVE_INTERVAL_SECONDS = 5.0
+_LEFTOVERS_GRACE_SECONDS = 2.0
+_LONGEST_LINE_BYTES = 65_536
+
+
+@dataclass(frozen=True)
+class Child:
+    """What to run, and how to know that it works."""
+
+    name: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    ready_url: str | None = None
+    """``http://...`` (200 is ready) or ``tcp://host:port`` (accepts is ready); None: at once."""
+    alive_url: str | None = None
+    """Once ready, polled; silence for ``hang_seconds`` is a crash."""
+    grace_seconds: float = 10.0
+    """From SIGTERM to SIGKILL."""
+    ready_timeout_seconds: float = 900.0
+    hang_seconds: float = 120.0
+    essential: bool = True
+    """Whether the others must stop when this one cannot run. Learning is not: replies go on."""
+
+
+class ChildProcess:
+    """A running ``Child``. Only the main thread may start one (see ``die_with_parent``)."""
+
+    def __init__(
+        self, child: Child, log_path: Path, echo: Callable[[str, str], None] | None = None
+    ) -> None:
+        self.child = child
+        self.log_path = log_path
+        self.started_at = time.monotonic()
+        self.ready = child.ready_url is None
+        self.heard_at = self.started_at
+        self._ended = threading.Event()
+        self._last_lines: deque[str] = deque(maxlen=20)
+        launcher = [sys.executable, "-m", "daemon.launch", "child", str(os.getpid()), "--"]
+        self._process = subprocess.Popen(
+            [*launcher, *child.argv],
+            env={"PYTHONUNBUFFERED": "1"} | without_notification(dict(child.environment)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+        assert self._process.stdout is not None
+        self._pump = threading.Thread(
+            target=self._keep_output,
+            args=(self._process.stdout, echo or (lambda _name, _line: None)),
+            name=f"{child.name}-output",
+            daemon=True,
+        )
+        self._pump.start()
+        threading.Thread(target=self._probe, name=f"{child.name}-probe", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """Also the process group."""
+        return self._process.pid
+
+    @property
+    def age_seconds(self) -> float:
+        return time.monotonic() - self.started_at
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal), or None while it runs."""
+        return self._process.poll()
+
+    @property
+    def hung(self) -> bool:
+        """Whether it was ready and has not answered for too long."""
+        silent_seconds = time.monotonic() - self.heard_at
+        watched = self.ready and self.child.alive_url is not None
+        return watched and silent_seconds > self.child.hang_seconds
+
+    def last_words(self) -> str:
+        """The last line that it wrote, for a person to read."""
+        self._pump.join(timeout=1.0)
+        return next((line for line in reversed(self._last_lines) if line.strip()), "").strip()
+
+    def terminate(self) -> None:
+        """Ask it to end. Only its main process: that one stops its own workers in its own order."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def finish(self) -> int:
+        """End whatever is left of the process (at once) and of its group; the exit code."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self._ended.set()
+        if group_exists(self.pid):
+            stop_groups({self.pid}, _LEFTOVERS_GRACE_SECONDS)
+        self._pump.join(timeout=1.0)
+        return code
+
+    def _keep_output(self, output: BinaryIO, echo: Callable[[str, str], None]) -> None:
+        log = RotatedFile(self.log_path)
+        with output:
+            for raw in iter(lambda: output.readline(_LONGEST_LINE_BYTES), b""):
+                log.write(raw)
+                line = raw.decode(errors="replace").rstrip("\n")
+                self._last_lines.append(line)
+                with contextlib.suppress(OSError, ValueError):  # nobody listens: keep reading,
+                    echo(self.child.name, line)  # or the child would block on a full pipe
+        log.close()
+
+    def _probe(self) -> None:
+        while not self.ready and not self._ended.wait(_PROBE_INTERVAL_SECONDS):
+            if answers(self.child.ready_url or ""):
+                self.heard_at = time.monotonic()
+                self.ready = True
+        if self.child.alive_url is None:
+            return
+        while not self._ended.wait(_ALIVE_INTERVAL_SECONDS):
+            if answers(self.child.alive_url):
+                self.heard_at = time.monotonic()
+
+
+def answers(url: str) -> bool:
+    """Whether ``http://...`` says 200, or ``tcp://host:port`` accepts a connection."""
+    parts = urlsplit(url)
+    host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    try:
+        if parts.scheme == "tcp":
+            with socket.create_connection((host, port), _PROBE_TIMEOUT_SECONDS):
+                return True
+        connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("GET", parts.path or "/")
+            return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+class RotatedFile:
+    """An append-only log of bounded size; a full disk costs log lines, never the process."""
+
+    def __init__(self, path: Path, max_bytes: int = 20 * 2**20, backups: int = 3) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._backups = backups
+        self._file: BinaryIO | None = None
+
+    def write(self, line: bytes) -> None:
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)
+            elif self._file.tell() > self._max_bytes:
+                self._rotate()
+            if self._file is not None:
+                self._file.write(line)
+        except OSError as error:
+            logger.warning("log line lost", extra={"path": str(self._path), "error": str(error)})
+
+    def _rotate(self) -> None:
+        self.close()
+        for number in range(self._backups, 0, -1):
+            source = self._numbered(number - 1)
+            if source.exists():
+                source.replace(self._numbered(number))
+        self._file = self._path.open("ab", buffering=0)
+
+    def _numbered(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{number}") if number else self._path
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

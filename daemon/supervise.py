@@ -1,0 +1,295 @@
+"""Run the processes of one machine as one tree: start in order, restart, stop in reverse order.
+
+Each child is its own process group, so a Ctrl-C in the terminal reaches the supervisor only, which
+then stops the tree from the last started to the first. A crashed child comes back after a growing
+pause. When one that is essential crashes too often everything stops with one clear line; one that
+is not is tried again, rarely, while the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+
+from daemon.children import Child, ChildProcess
+from daemon.launch import adopt_orphans
+from daemon.systemd import Notifier
+
+__all__ = ["Child", "Notice", "NoticeKind", "RestartPolicy", "Supervisor"]
+
+logger = logging.getLogger("moorline.supervise")
+
+EXIT_CONFIG = 78  # sysexits.h: the settings are wrong; trying again cannot help
+_TICK_SECONDS = 0.05
+
+
+class NoticeKind(StrEnum):
+    """What a supervisor has to say of a child."""
+
+    STARTING = "starting"
+    READY = "ready"
+    CRASHED = "crashed"
+    """Ended or hung by itself; it will be started again."""
+    GAVE_UP = "gave_up"
+    STOPPING = "stopping"
+    KILLED = "killed"
+    """Did not stop within its grace."""
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One line for a person."""
+
+    kind: NoticeKind
+    name: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """When to start a crashed child again, and when to stop trying."""
+
+    first_delay_seconds: float = 0.5
+    max_delay_seconds: float = 30.0
+    stable_seconds: float = 60.0
+    """A child that ran for so long crashed by chance, not by construction: the count restarts."""
+    give_up_after: int = 5
+    """Crashes in a row, each before ``stable_seconds``."""
+    rest_seconds: float = 300.0
+    """Then a child that is not essential is tried again after so long."""
+
+
+class _Slot:
+    """One child's place in the tree, over all its incarnations."""
+
+    def __init__(self, child: Child) -> None:
+        self.child = child
+        self.process: ChildProcess | None = None
+        self.announced_ready = False
+        self.ever_ready = False
+        self.crashes = 0
+        self.start_at = 0.0
+        self.gave_up = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether the next in order may start."""
+        return self.ever_ready or (self.gave_up and not self.child.essential)
+
+
+class Supervisor:
+    """Runs the tree in the main thread until a signal or a hopeless child ends it.
+
+    Args:
+        children: in starting order; each waits until those before it were ready once.
+        log_dir: ``<name>.log`` of each child, rotated.
+        notify: told of everything that happens to a child.
+        echo: also given every output line (name, line), on other threads.
+        on_ready: called once, when every child was ready (or a needless one was given up).
+    """
+
+    def __init__(
+        self,
+        children: Sequence[Child],
+        log_dir: Path,
+        *,
+        notify: Callable[[Notice], None] | None = None,
+        echo: Callable[[str, str], None] | None = None,
+        restart: RestartPolicy | None = None,
+        on_ready: Callable[[], None] | None = None,
+    ) -> None:
+        self._slots = [_Slot(child) for child in children]
+        self._log_dir = log_dir
+        self._notify = notify
+        self._echo = echo
+        self._restart = restart or RestartPolicy()
+        self._on_ready = on_ready
+        self._all_ready = False
+        self._signals = 0
+        self._service = Notifier()
+        self._reaper: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Start, watch and stop the tree; returns 0 after a signal, 1 after giving up."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        adopt_orphans()
+        self._start_reaper()
+        hopeless = False
+        try:
+            while not self._signals and not hopeless:
+                hopeless = not self._tick()
+                self._service.ping()
+                time.sleep(_TICK_SECONDS)
+        finally:
+            self._service.stopping()
+            self._stop_all()
+            self._end_reaper()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return 1 if hopeless else 0
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._signals += 1
+
+    # --- running -------------------------------------------------------------------------------
+
+    def _tick(self) -> bool:
+        """Look at every child once; False when an essential one is hopeless."""
+        for slot in self._slots:
+            if slot.process is None:
+                if (
+                    not (slot.gave_up and slot.start_at == 0.0)
+                    and time.monotonic() >= slot.start_at
+                ):
+                    self._start(slot)
+            elif not self._watch(slot, slot.process):
+                return False
+            if not slot.settled:
+                break  # the next ones wait
+        else:
+            self._announce_all_ready()
+        return True
+
+    def _start(self, slot: _Slot) -> None:
+        self._say(NoticeKind.STARTING, slot)
+        path = self._log_dir / f"{slot.child.name}.log"
+        slot.announced_ready = False
+        try:
+            slot.process = ChildProcess(slot.child, path, self._echo)
+        except OSError as error:  # no memory or no process left: the others must go on
+            slot.start_at = time.monotonic() + self._restart.max_delay_seconds
+            self._say(NoticeKind.CRASHED, slot, f"cannot be started: {error.strerror}")
+            return
+        self._order_reaper(f"+{slot.process.pid}\n")
+
+    def _watch(self, slot: _Slot, process: ChildProcess) -> bool:
+        code = process.poll()
+        if code is not None:
+            return self._crashed(slot, process, describe_exit(code), refused=code > 0)
+        if process.ready and not slot.announced_ready:
+            slot.announced_ready = slot.ever_ready = True
+            slot.gave_up = False
+            self._say(NoticeKind.READY, slot, f"after {process.age_seconds:.1f} s")
+        if not process.ready and process.age_seconds > slot.child.ready_timeout_seconds:
+            why = f"not ready after {slot.child.ready_timeout_seconds:.0f} s"
+            return self._crashed(slot, process, why)
+        if process.hung:
+            return self._crashed(slot, process, f"silent for {slot.child.hang_seconds:.0f} s")
+        return True
+
+    def _crashed(
+        self, slot: _Slot, process: ChildProcess, why: str, *, refused: bool = False
+    ) -> bool:
+        """Clear up after a child and plan its restart; False when there is no hope."""
+        was_stable = process.ready and process.age_seconds >= self._restart.stable_seconds
+        code = process.finish()
+        self._order_reaper(f"-{process.pid}\n")
+        slot.process = None
+        slot.crashes = 1 if was_stable else slot.crashes + 1
+        words = process.last_words()
+        text = f"{why}: {words}" if words else why
+        # It said no by itself before it ever worked: the same start would get the same answer.
+        hopeless = code == EXIT_CONFIG or (refused and not slot.ever_ready)
+        if not hopeless and slot.crashes < self._restart.give_up_after:
+            doublings = slot.crashes - 1
+            delay = self._restart.first_delay_seconds * 2.0**doublings
+            delay = min(delay, self._restart.max_delay_seconds)
+            slot.start_at = time.monotonic() + delay
+            self._say(NoticeKind.CRASHED, slot, f"{text} (again in {delay:.1f} s)")
+            return True
+        return self._give_up(slot, process, text, retry=code != EXIT_CONFIG)
+
+    def _give_up(self, slot: _Slot, process: ChildProcess, text: str, *, retry: bool) -> bool:
+        if slot.crashes > 1:
+            text = f"{slot.crashes} crashes in a row, the last: {text}"
+        rest = self._restart.rest_seconds if retry and not slot.child.essential else 0.0
+        after = f"; the others go on, next try in {rest:.0f} s" if rest else ""
+        slot.gave_up = True
+        slot.start_at = time.monotonic() + rest if rest else 0.0
+        self._say(NoticeKind.GAVE_UP, slot, f"{text} [log: {process.log_path}]{after}")
+        return not slot.child.essential
+
+    def _announce_all_ready(self) -> None:
+        if not self._all_ready:
+            self._all_ready = True
+            self._service.ready("ready")
+            if self._on_ready is not None:
+                self._on_ready()
+
+    # --- stopping ------------------------------------------------------------------------------
+
+    def _stop_all(self) -> None:
+        """Last started first; each has its grace, unless a second signal says now."""
+        for slot in reversed(self._slots):
+            process = slot.process
+            if process is None:
+                continue
+            self._say(NoticeKind.STOPPING, slot)
+            process.terminate()
+            deadline = time.monotonic() + slot.child.grace_seconds
+            while process.poll() is None and time.monotonic() < deadline and self._signals < 2:
+                self._service.ping()
+                time.sleep(_TICK_SECONDS)
+            too_slow = process.poll() is None
+            process.finish()
+            self._order_reaper(f"-{process.pid}\n")
+            slot.process = None
+            self._say(NoticeKind.KILLED if too_slow else NoticeKind.STOPPED, slot)
+
+    # --- helpers -------------------------------------------------------------------------------
+
+    def _say(self, kind: NoticeKind, slot: _Slot, text: str = "") -> None:
+        serious = {NoticeKind.CRASHED, NoticeKind.GAVE_UP, NoticeKind.KILLED}
+        level = logging.WARNING if kind in serious else logging.INFO
+        logger.log(level, f"child {kind}", extra={"child": slot.child.name, "detail": text})  # noqa: G004 - kind is a closed vocabulary
+        self._service.status(f"{slot.child.name} {kind}")
+        if self._notify is not None:
+            with contextlib.suppress(OSError):  # the terminal may be gone; the tree is not
+                self._notify(Notice(kind, slot.child.name, text))
+
+    def _start_reaper(self) -> None:
+        grace = max((slot.child.grace_seconds for slot in self._slots), default=0.0)
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-m", "daemon.launch", "reaper", str(grace)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def _order_reaper(self, order: str) -> None:
+        assert self._reaper is not None
+        assert self._reaper.stdin is not None
+        try:
+            self._reaper.stdin.write(order.encode())
+            self._reaper.stdin.flush()
+        except BrokenPipeError:  # somebody killed it; children still die with us by the kernel
+            logger.warning("reaper is gone")
+
+    def _end_reaper(self) -> None:
+        assert self._reaper is not None
+        assert self._reaper.stdin is not None
+        try:
+            self._reaper.stdin.close()
+        except BrokenPipeError:
+            logger.warning("reaper is gone")
+        self._reaper.wait()
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    hint = ", out of memory?" if -code == signal.SIGKILL else ""
+    return f"killed by {name}{hint}"
