@@ -1,0 +1,117 @@
+"""Events, records and releases for tests of the ledger and of what uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from daemon.events import (
+    ArtifactFile,
+    Decision,
+    Feedback,
+    Interaction,
+    LogprobConvention,
+    PolicySpan,
+    Reason,
+    Release,
+    ReleaseKind,
+    SamplingSettings,
+    Verdict,
+    artifact_digest,
+)
+from daemon.stream import Record, Topic
+from updater.ingest import parse, why_untrainable
+from updater.ledger import Ledger, Parsed
+
+NOW = 1_750_000_000.0
+HOUR = 3600.0
+HORIZON = 24 * HOUR
+VOCABULARY = 100
+
+
+def interaction(identity: str, at: float = NOW, **changes: Any) -> Interaction:
+    """A trainable reply of three tokens."""
+    values: dict[str, Any] = {
+        "interaction_id": identity,
+        "alias": "assistant",
+        "created_at": at,
+        "latency_seconds": 0.5,
+        "prompt_token_ids": (1, 2, 3),
+        "completion_token_ids": (4, 5, 6),
+        "completion_logprobs": (-0.5, -1.0, -0.1),
+        "logprob_convention": LogprobConvention.PROCESSED,
+        "sampling": SamplingSettings(),
+        "policy_spans": (PolicySpan(version=0, start=0, end=3),),
+        "finish_reason": "stop",
+    }
+    return Interaction(**(values | changes))
+
+
+def rating(
+    identity: str, value: float = 1, rater: str = "ann", at: float = NOW, **changes: Any
+) -> Feedback:
+    """A thumb."""
+    values: dict[str, Any] = {
+        "feedback_id": f"fb-{identity}-{rater}-{at}-{value}",
+        "interaction_id": identity,
+        "value": value,
+        "rater": rater,
+        "created_at": at,
+    }
+    return Feedback(**(values | changes))
+
+
+class Log:
+    """A stream in memory: gives each event its topic, partition and offset."""
+
+    def __init__(self, partitions: int = 2, topic_id: str = "t0") -> None:
+        self._partitions = partitions
+        self._topic_id = topic_id
+        self._ends: dict[tuple[Topic, int], int] = {}
+
+    def record(
+        self, event: Interaction | Feedback | bytes, at: float = NOW, topic: Topic | None = None
+    ) -> Record:
+        """The next record of its partition."""
+        if isinstance(event, bytes):
+            topic, key, value = topic or Topic.FEEDBACK, "", event
+        else:
+            topic = Topic.INTERACTIONS if isinstance(event, Interaction) else Topic.FEEDBACK
+            key, value = event.interaction_id, event.to_bytes()
+        partition = sum(key.encode()) % self._partitions
+        offset = self._ends.get((topic, partition), 0)
+        self._ends[topic, partition] = offset + 1
+        return Record(topic, self._topic_id, partition, offset, int(at * 1000), key.encode(), value)
+
+    def parsed(self, event: Interaction | Feedback | bytes, at: float = NOW) -> Parsed:
+        """The next record of its partition, as ingest would hand it to the ledger."""
+        return parsed(self.record(event, at))
+
+
+def parsed(record: Record) -> Parsed:
+    """A record, as ingest would hand it to the ledger."""
+    found = parse(record, max_event_bytes=100_000)
+    if not isinstance(found.event, Interaction):
+        return found
+    reason = why_untrainable(found.event, VOCABULARY, "assistant", 1000)
+    return Parsed(record, found.event, reason or Reason.NONE)
+
+
+def release(ledger: Ledger, examples: Iterable[object] = (), version: int | None = None) -> Release:
+    """The release that the ledger expects next."""
+    files = (ArtifactFile(name="adapter_model.safetensors", sha256="0" * 64, size_bytes=1),)
+    digest = artifact_digest(files)
+    return Release(
+        alias="assistant",
+        version=ledger.next_version() if version is None else version,
+        parent=ledger.live_version(),
+        kind=ReleaseKind.ADAPTER,
+        artifact_digest=digest,
+        files=files,
+        base_model_digest="1" * 64,
+        created_at=NOW,
+        offsets=ledger.release_offsets(),
+        examples=len(list(examples)),
+        verdict=Verdict(decision=Decision.PASS, artifact_digest=digest, checks=(), seconds=0.0),
+        lease_epoch=ledger.epoch,
+    )

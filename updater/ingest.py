@@ -1,0 +1,299 @@
+"""Stream to ledger: read, parse, dead-letter what cannot be read, commit.
+
+Nothing is skipped: a record that cannot be dead-lettered or committed now is held and tried again
+at the next step, and nothing after it is read. A record is dead-lettered before its offset moves;
+a kill in between sends it there twice, with the same origin in its headers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pydantic import ValidationError
+
+from daemon.events import (
+    Fate,
+    Feedback,
+    Interaction,
+    LogprobConvention,
+    Reason,
+    unusable_numbers,
+)
+from daemon.failpoints import failpoint
+from daemon.stream import Gap, Record, StreamUnavailable, Topic
+from updater.credit import why_no_credit
+from updater.ledger import Ledger, LedgerUnavailable, Parsed
+
+logger = logging.getLogger("moorline.ingest")
+
+_ABORTED = frozenset({"abort", "error", "aborted"})
+_STAGE = "ingest"
+_PROGRESS_SECONDS = 1.0
+"""Between looks at how much is unread: each asks the broker."""
+
+
+class Source(Protocol):
+    """What ingest needs of ``daemon.stream.Reader``."""
+
+    def poll(self, max_records: int, timeout_seconds: float) -> list[Record]: ...
+    def gaps(self) -> list[Gap]: ...
+    def lag(self) -> Mapping[tuple[Topic, int], int]: ...
+
+
+class DeadLetterSink(Protocol):
+    """What ingest needs of ``daemon.stream.DeadLetters``."""
+
+    def send(self, record: Record, reason: Reason, stage: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What one step did."""
+
+    records: int = 0
+    dead_lettered: int = 0
+    replayed: int = 0
+    gaps: int = 0
+    stalled: bool = False
+    """Something is held that could not be written; the log says what."""
+    changes: Mapping[tuple[str, Fate, Reason], int] = field(default_factory=dict)
+
+
+class Ingest:
+    """Moves records from the stream into the ledger, a batch a step."""
+
+    def __init__(
+        self,
+        reader: Source,
+        dead_letters: DeadLetterSink,
+        ledger: Ledger,
+        *,
+        alias: str,
+        vocab_size: int,
+        max_tokens: int,
+        max_event_bytes: int = 900_000,
+        max_records: int = 500,
+    ) -> None:
+        """Start where the ledger stands; the caller has sought ``reader`` to it.
+
+        Args:
+            max_tokens: prompt and completion that an update can learn from.
+            max_event_bytes: larger events are dead-lettered unread.
+            max_records: of one step, and of one transaction.
+        """
+        self._reader = reader
+        self._dead_letters = dead_letters
+        self._ledger = ledger
+        self._alias = alias
+        self._vocab_size = vocab_size
+        self._max_tokens = max_tokens
+        self._max_event_bytes = max_event_bytes
+        self._max_records = max_records
+        self._held: list[Parsed] = []
+        self._held_gaps: list[Gap] = []
+        self._acknowledged = 0  # so many of the held ones need no dead-lettering any more
+        self._looked_at = 0.0
+        ledger.set_behind(ledger.offsets(), as_of=0.0)  # nothing expires before the first look
+
+    def step(self, timeout_seconds: float) -> StepCounts:
+        """Read one batch and commit it, waiting at most so long for records.
+
+        Raises:
+            StreamUnavailable: the broker cannot be read.
+            LeaseLost: another updater took over.
+        """
+        if not self._held:
+            self._read(timeout_seconds)
+        dead_letters_ok = self._dead_letter_held()
+        ready = self._held[: self._acknowledged]
+        if not ready and not self._held_gaps:
+            self._note_progress()
+            return StepCounts(stalled=not dead_letters_ok)
+        failpoint("ingest.before_ledger")
+        try:
+            done = self._ledger.ingest(ready, self._held_gaps)
+        except LedgerUnavailable as error:
+            logger.error("ledger unavailable, intake waits", extra={"cause": str(error)})
+            return StepCounts(stalled=True)
+        failpoint("ingest.after_ledger")
+        gaps, self._held_gaps = len(self._held_gaps), []
+        self._held = self._held[self._acknowledged :]
+        self._acknowledged = 0
+        self._note_progress()
+        return StepCounts(
+            records=done.records,
+            dead_lettered=sum(parsed.event is None for parsed in ready),
+            replayed=done.replayed,
+            gaps=gaps,
+            stalled=not dead_letters_ok,
+            changes=done.changes,
+        )
+
+    def _read(self, timeout_seconds: float) -> None:
+        records = self._reader.poll(self._max_records, timeout_seconds)
+        failpoint("ingest.polled")
+        self._held_gaps += self._reader.gaps()
+        newest = self._ledger.newest_version()
+        self._held = [self._parse(record, newest) for record in records]
+        self._acknowledged = 0
+
+    def _parse(self, record: Record, newest_version: int) -> Parsed:
+        parsed = parse(record, self._max_event_bytes)
+        match parsed.event:
+            case Interaction():
+                reason = why_untrainable(
+                    parsed.event,
+                    self._vocab_size,
+                    self._alias,
+                    self._max_tokens,
+                    newest_version=newest_version,
+                )
+            case Feedback():
+                reason = why_no_credit(parsed.event)
+            case None:
+                return parsed
+        return Parsed(record, parsed.event, reason or Reason.NONE)
+
+    def _dead_letter_held(self) -> bool:
+        """Send what is unreadable away, in order, until one is not accepted."""
+        for parsed in self._held[self._acknowledged :]:
+            if parsed.event is None:
+                try:
+                    self._dead_letters.send(parsed.record, parsed.reason, _STAGE)
+                except StreamUnavailable as error:
+                    logger.error(
+                        "dead letters not accepted, intake waits", extra={"cause": str(error)}
+                    )
+                    return False
+                failpoint("ingest.dead_lettered")
+            self._acknowledged += 1
+        return True
+
+    def _note_progress(self) -> None:
+        """Tell the ledger what is still unread, so that nothing expires that may have a partner."""
+        if time.monotonic() - self._looked_at < _PROGRESS_SECONDS:
+            return
+        as_of = time.time()
+        lag = self._reader.lag()
+        behind = {place for place, events in lag.items() if events > 0}
+        behind |= {(held.record.topic, held.record.partition) for held in self._held}
+        behind |= self._ledger.offsets().keys() - lag.keys()
+        self._ledger.set_behind(behind, as_of)
+        self._looked_at = time.monotonic()
+
+
+def parse(record: Record, max_event_bytes: int) -> Parsed:
+    """Read one record; what cannot be read has no event and a reason. Pure.
+
+    An event that names no feedback id or time gets those of its record, so that reading it again
+    gives the same.
+    """
+    value = record.value
+    if not value:
+        return Parsed(record, None, Reason.EMPTY_VALUE)
+    if len(value) > max_event_bytes:
+        return Parsed(record, None, Reason.TOO_LARGE)
+    event: Interaction | Feedback
+    try:
+        if record.topic is Topic.INTERACTIONS:
+            event = Interaction.model_validate_json(value)
+        else:
+            event = Feedback.model_validate_json(value)
+            if "feedback_id" not in event.model_fields_set:
+                name = f"fb-{_plain(record.topic_id)}.{record.partition}.{record.offset:020d}"
+                event = event.model_copy(update={"feedback_id": name})
+    except ValidationError as error:
+        return Parsed(record, None, _unreadable(error))
+    return Parsed(record, event)
+
+
+def _plain(topic_id: str) -> str:
+    return topic_id.replace("/", "_").replace("=", "")
+
+
+def _unreadable(error: ValidationError) -> Reason:
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    if any(detail["type"] == "json_invalid" for detail in details):
+        return Reason.MALFORMED_JSON
+    if any(detail["loc"] == ("schema_version",) for detail in details):
+        return Reason.UNSUPPORTED_SCHEMA_VERSION
+    return Reason.SCHEMA_MISMATCH
+
+
+def why_untrainable(
+    interaction: Interaction,
+    vocab_size: int,
+    alias: str,
+    max_tokens: int,
+    *,
+    newest_version: int | None = None,
+) -> Reason | None:
+    """Why no honest gradient follows from this reply, or None. Pure.
+
+    Args:
+        max_tokens: prompt and completion together.
+        newest_version: policies after it are unknown; None: any version is believed.
+    """
+    length = len(interaction.completion_token_ids)
+    questions: Iterable[tuple[Callable[[], bool], Reason]] = (
+        (lambda: interaction.alias != alias, Reason.UNKNOWN_POLICY),
+        (
+            lambda: (
+                newest_version is not None
+                and any(span.version > newest_version for span in interaction.policy_spans)
+            ),
+            Reason.UNKNOWN_POLICY,
+        ),
+        (lambda: length == 0, Reason.EMPTY_COMPLETION),
+        (
+            lambda: (
+                _out_of_vocabulary(interaction.prompt_token_ids, vocab_size)
+                or _out_of_vocabulary(interaction.completion_token_ids, vocab_size)
+            ),
+            Reason.TOKEN_OUT_OF_VOCABULARY,
+        ),
+        (lambda: len(interaction.prompt_token_ids) + length > max_tokens, Reason.TOO_LONG),
+        (lambda: interaction.finish_reason in _ABORTED, Reason.ABORTED),
+        (lambda: not _spans_cover(interaction, length), Reason.LENGTH_MISMATCH),
+        (
+            lambda: len({span.version for span in interaction.policy_spans}) > 1,
+            Reason.MIXED_POLICY,
+        ),
+        (lambda: interaction.sampling.temperature == 0.0, Reason.GREEDY_SAMPLING),
+        (lambda: bool(interaction.sampling.altered_by), Reason.ALTERED_SAMPLING),
+        (lambda: _logprobs_missing(interaction), Reason.NO_LOGPROBS),
+        (lambda: len(interaction.completion_logprobs) != length, Reason.LENGTH_MISMATCH),
+        (lambda: unusable_numbers(interaction.completion_logprobs), Reason.INVALID_LOGPROBS),
+        (lambda: not _from_sampling_distribution(interaction), Reason.RAW_LOGPROBS),
+    )
+    return next((reason for is_so, reason in questions if is_so()), None)
+
+
+def _out_of_vocabulary(token_ids: Sequence[int], vocab_size: int) -> bool:
+    return bool(token_ids) and not (min(token_ids) >= 0 and max(token_ids) < vocab_size)
+
+
+def _spans_cover(interaction: Interaction, length: int) -> bool:
+    """Whether the policy spans are the completion, in order, without gap or overlap."""
+    end = 0
+    for span in interaction.policy_spans:
+        if span.start != end or span.end < span.start:
+            return False
+        end = span.end
+    return end == length
+
+
+def _logprobs_missing(interaction: Interaction) -> bool:
+    given = interaction.completion_logprobs
+    return not given or any(logprob is None for logprob in given)
+
+
+def _from_sampling_distribution(interaction: Interaction) -> bool:
+    """Whether the recorded logprobs are those of the distribution that was sampled from."""
+    if interaction.logprob_convention is LogprobConvention.PROCESSED:
+        return True
+    return interaction.sampling.temperature == 1.0 and not interaction.sampling.truncated

@@ -1,0 +1,25 @@
+"""The ledger: pending joins, examples, offsets, lineage and releases, in one SQLite file.
+
+Nothing outside this package imports sqlite3.
+"""
+
+from updater.ledger.accounting import Accounting
+from updater.ledger.core import Ingested, Ledger, LedgerReader
+from updater.ledger.database import LeaseLost, LedgerError, LedgerLocked, LedgerUnavailable
+from updater.ledger.examples import examples_digest
+from updater.ledger.expiry import Expired
+from updater.ledger.joins import Parsed
+
+__all__ = [
+    "Accounting",
+    "Expired",
+    "Ingested",
+    "LeaseLost",
+    "Ledger",
+    "LedgerError",
+    "LedgerLocked",
+    "LedgerReader",
+    "LedgerUnavailable",
+    "Parsed",
+    "examples_digest",
+]

@@ -1,0 +1,160 @@
+"""Do the counts add up: every consumed record has one fate, and nothing else has."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from daemon.events import Fate, Reason
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Where every consumed record is now."""
+
+    events: dict[str, dict[Fate, dict[Reason, int]]]
+    """topic -> fate -> reason -> events."""
+    consumed: dict[str, int]
+    """topic -> records consumed, counted apart from the fates."""
+    missed: dict[str, int]
+    """topic -> offsets that could not be read (gaps)."""
+
+    @property
+    def fates(self) -> dict[str, dict[Fate, int]]:
+        """topic -> fate -> events."""
+        return {
+            topic: {fate: sum(reasons.values()) for fate, reasons in fates.items()}
+            for topic, fates in self.events.items()
+        }
+
+    @property
+    def total(self) -> int:
+        """Events with a fate."""
+        return sum(sum(fates.values()) for fates in self.fates.values())
+
+    @property
+    def balanced(self) -> bool:
+        """Whether, topic by topic, every consumed record has exactly one fate."""
+        return all(
+            sum(self.fates.get(topic, {}).values()) == consumed
+            for topic, consumed in self.consumed.items()
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: ``{topic: {fate: n}, "reasons": ..., "consumed": ..., "total": n, ...}``."""
+        return {
+            **{topic: {str(fate): n for fate, n in f.items()} for topic, f in self.fates.items()},
+            "reasons": {
+                topic: {
+                    str(fate): {str(reason): n for reason, n in reasons.items()}
+                    for fate, reasons in fates.items()
+                }
+                for topic, fates in self.events.items()
+            },
+            "consumed": dict(self.consumed),
+            "missed": dict(self.missed),
+            "total": self.total,
+            "balanced": self.balanced,
+        }
+
+
+def read_accounting(connection: sqlite3.Connection) -> Accounting:
+    """From the kept totals: costs the same however many events there are."""
+    events: dict[str, dict[Fate, dict[Reason, int]]] = {}
+    for topic, fate, reason, n in connection.execute(
+        "SELECT p.topic, t.fate, t.reason, sum(t.events) FROM totals t"
+        " JOIN positions p ON p.id = t.position WHERE t.events > 0"
+        " GROUP BY p.topic, t.fate, t.reason ORDER BY p.topic, t.fate, t.reason"
+    ):
+        events.setdefault(topic, {}).setdefault(Fate(fate), {})[Reason(reason)] = n
+    consumed = dict(
+        connection.execute("SELECT topic, sum(consumed) FROM positions GROUP BY topic").fetchall()
+    )
+    missed = dict(
+        connection.execute(
+            "SELECT topic, sum(max(0, resumed_offset - expected_offset)) FROM gaps GROUP BY topic"
+        ).fetchall()
+    )
+    return Accounting(events, consumed, missed)
+
+
+def audit(connection: sqlite3.Connection) -> list[str]:
+    """Recount from the rows themselves. Reads the whole ledger: for an operator, not for a cycle.
+
+    Returns:
+        One line for each difference; empty when the books are right.
+    """
+    differences = []
+    counted = Counter(
+        {
+            (position, fate, reason): n
+            for position, fate, reason, n in connection.execute(
+                "SELECT position, fate, reason, count(*) FROM events GROUP BY 1, 2, 3"
+            )
+        }
+    )
+    kept = Counter(
+        {
+            (position, fate, reason): n
+            for position, fate, reason, n in connection.execute(
+                "SELECT position, fate, reason, events FROM totals"
+            )
+        }
+    )
+    for name in sorted(counted.keys() | kept.keys()):
+        if counted[name] != kept[name]:
+            position, fate, reason = name
+            differences.append(
+                f"position {position} {fate}/{reason}: {counted[name]} rows, total {kept[name]}"
+            )
+    for question, what in _NEVER:
+        (n,) = connection.execute(question).fetchone()
+        if n:
+            differences.append(f"{n} {what}")
+    return differences
+
+
+_NEVER = (
+    (
+        "SELECT count(*) FROM positions p WHERE consumed <>"
+        " (SELECT count(*) FROM events WHERE position = p.id)",
+        "partitions whose consumed records differ from their events",
+    ),
+    (
+        "SELECT count(*) FROM interactions i WHERE open_ratings <> (SELECT count(*) FROM feedback"
+        " WHERE interaction = i.id AND head = 1 AND state = 'ready')",
+        "interactions with a wrong number of open ratings",
+    ),
+    (
+        "SELECT abs((SELECT count(*) FROM interactions WHERE open_ratings > 0)"
+        " - (SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'ready_examples'))",
+        "difference in the number of ready examples",
+    ),
+    (
+        "SELECT count(*) FROM interactions i JOIN events e ON e.position = i.position"
+        " AND e.offset = i.offset WHERE (e.fate = 'pending') <> (i.state = 'pending')",
+        "interactions whose state and fate disagree",
+    ),
+    (
+        "SELECT count(*) FROM feedback f JOIN events e ON e.position = f.position"
+        " AND e.offset = f.offset WHERE (e.fate = 'pending') <> (f.state IN ('waiting', 'ready'))",
+        "ratings whose state and fate disagree",
+    ),
+    (
+        "SELECT count(*) FROM interactions i WHERE (state <> 'awaited' AND retained = 1) <>"
+        " EXISTS (SELECT 1 FROM interaction_bodies WHERE id = i.id)",
+        "interactions whose body is missing or was kept too long",
+    ),
+    (
+        "SELECT count(*) FROM feedback f WHERE (state IN ('waiting', 'ready')) <>"
+        " EXISTS (SELECT 1 FROM feedback_bodies WHERE id = f.id)",
+        "ratings whose body is missing or was kept too long",
+    ),
+    (
+        "SELECT count(*) FROM (SELECT 1 FROM events WHERE fate = 'trained'"
+        " AND (decided_by IS NULL OR decided_by NOT IN (SELECT version FROM releases)))",
+        "trained events without their release",
+    ),
+)

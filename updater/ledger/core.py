@@ -1,0 +1,511 @@
+"""The updater's one commit point (``Ledger``), and a look into it from outside (``LedgerReader``).
+
+One transaction moves offsets and the rows that they produced; one transaction decides examples and
+adds the release that learned from them. After a kill anywhere, the file holds the state before or
+after a transaction, never between. Publishing comes after, from the outbox.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from daemon.events import Fate, Reason, Release
+from daemon.stream import Gap, GapCause, Topic
+from updater.credit import Baselines
+from updater.ledger.accounting import Accounting, audit, read_accounting
+from updater.ledger.database import (
+    Database,
+    LedgerError,
+    WriterLock,
+    make_home,
+    set_meta,
+)
+from updater.ledger.examples import Claim, read_ready, read_traffic
+from updater.ledger.expiry import Expired, Expiry
+from updater.ledger.fates import Fates, count
+from updater.ledger.joins import Arrival, Joins, Parsed
+from updater.ledger.schema import FeedbackState
+from updater.ledger.settlement import Outcome, Settlement, check_release
+from updater.values import Example, TokenSequence
+
+logger = logging.getLogger("moorline.ledger")
+
+DEFAULT_HORIZON_SECONDS = 7 * 86400.0
+_CLAIMS_KEPT = 65_536
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What one call of ``Ledger.ingest`` did."""
+
+    records: int = 0
+    """Newly consumed."""
+    replayed: int = 0
+    """Records that an earlier call had consumed already: skipped."""
+    changes: Mapping[tuple[str, Fate, Reason], int] = field(default_factory=dict)
+    """(topic, fate, reason) -> events that came to it, earlier events included."""
+
+
+@dataclass
+class _Cursor:
+    """A partition's place, as it moves through one batch."""
+
+    id: int
+    next_offset: int
+    arrived_at: float
+    consumed: int = 0
+    seen: set[int] = field(default_factory=set)
+
+    def is_new(self, offset: int, start: int) -> bool:
+        return offset >= start and offset not in self.seen
+
+
+class LedgerReader:
+    """What may be asked of a ledger while another process writes it."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def __enter__(self) -> LedgerReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def lease_epoch(self) -> int:
+        """How many times an updater has opened this ledger."""
+        return int(self._database.meta("lease_epoch") or 0)
+
+    def offsets(self) -> dict[tuple[Topic, int], tuple[str, int]]:
+        """(topic, partition) -> (topic id, next offset), for ``Reader.seek``."""
+        return {
+            (Topic(topic), partition): (topic_id, next_offset)
+            for topic, partition, topic_id, next_offset in self._positions()
+        }
+
+    def release_offsets(self) -> dict[str, dict[int, int]]:
+        """topic -> partition -> next offset, for a release's manifest."""
+        found: dict[str, dict[int, int]] = {}
+        for topic, partition, _, next_offset in self._positions():
+            found.setdefault(topic, {})[partition] = next_offset
+        return found
+
+    def _positions(self) -> list[tuple[str, int, str, int]]:
+        # Of a topic that was made again, the last incarnation (max(id) picks its row).
+        return [
+            (topic, partition, topic_id, next_offset)
+            for topic, partition, topic_id, next_offset, _ in self._database.rows(
+                "SELECT topic, partition, topic_id, next_offset, max(id) FROM positions"
+                " GROUP BY topic, partition"
+            )
+        ]
+
+    def count_ready(self) -> int:
+        """Examples that wait for a batch."""
+        return int(self._database.meta("ready_examples") or 0)
+
+    def oldest_ready_at(self) -> float | None:
+        """When the rating that has waited longest for a batch arrived, Unix seconds."""
+        ((oldest,),) = self._database.rows(
+            "SELECT min(arrived_at) FROM feedback WHERE state = 'ready'"
+        )
+        return None if oldest is None else float(oldest)
+
+    def accounting(self) -> Accounting:
+        """Where every consumed record is now. Cheap."""
+        with self._database.snapshot() as connection:
+            return read_accounting(connection)
+
+    def audit(self) -> list[str]:
+        """Recount everything from the rows; one line a difference. Reads the whole ledger."""
+        with self._database.snapshot() as connection:
+            return audit(connection)
+
+    def newest_version(self) -> int:
+        """The newest release, 0 before the first."""
+        ((newest,),) = self._database.rows("SELECT max(version) FROM releases")
+        return int(newest or 0)
+
+    def next_version(self) -> int:
+        """The number of the next release. A rejected candidate takes none."""
+        return self.newest_version() + 1
+
+    def live_version(self) -> int:
+        """The policy that the next update starts from: the operator's choice, else the newest."""
+        chosen = self._database.meta("live_version")
+        return self.newest_version() if chosen is None else int(chosen)
+
+    def release(self, version: int) -> Release | None:
+        """One release's manifest."""
+        rows = self._database.rows("SELECT manifest FROM releases WHERE version = ?", version)
+        return Release.model_validate_json(rows[0][0]) if rows else None
+
+    def releases(self, newest: int = 100) -> list[Release]:
+        """The newest releases, ascending."""
+        rows = self._database.rows(
+            "SELECT manifest FROM releases ORDER BY version DESC LIMIT ?", newest
+        )
+        return [Release.model_validate_json(row[0]) for row in reversed(rows)]
+
+    def rejections(self, newest: int = 100) -> list[dict[str, Any]]:
+        """The newest rejected candidates, ascending; ``record`` is the JSON that was given."""
+        rows = self._database.rows(
+            "SELECT id, reason, parent, examples, at, record FROM rejections"
+            " ORDER BY id DESC LIMIT ?",
+            newest,
+        )
+        names = ("id", "reason", "parent", "examples", "at", "record")
+        return [dict(zip(names, row, strict=True)) for row in reversed(rows)]
+
+    def count_rejections(self) -> int:
+        """Candidates that the bound or the gate refused."""
+        return int(self._database.rows("SELECT count(*) FROM rejections")[0][0])
+
+    def unpublished(self) -> list[Release]:
+        """Releases that nobody has heard of yet, ascending."""
+        rows = self._database.rows(
+            "SELECT manifest FROM releases WHERE published = 0 ORDER BY version"
+        )
+        return [Release.model_validate_json(row[0]) for row in rows]
+
+    def lineage(self, version: int) -> list[tuple[str, str]]:
+        """(example id, interaction key) of everything that a release learned from."""
+        return [
+            (example_id, key)
+            for example_id, key in self._database.rows(
+                "SELECT example_id, key FROM decisions WHERE fate = 'trained' AND decided_by = ?"
+                " ORDER BY example_id",
+                version,
+            )
+        ]
+
+    def baselines(self) -> Baselines:
+        """The credit state of the newest committed decision."""
+        stored = self._database.meta("baselines")
+        return Baselines() if stored is None else Baselines.from_json(stored)
+
+
+class Ledger(LedgerReader):
+    """The one writer."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        horizon_seconds: float = DEFAULT_HORIZON_SECONDS,
+    ) -> None:
+        """Take the lock, open or create the file, begin a new lease.
+
+        Args:
+            horizon_seconds: how long an interaction and its feedback wait for each other.
+
+        Raises:
+            LedgerLocked: another updater holds it.
+            LedgerError: not a ledger, damaged, or of another version.
+            LedgerUnavailable: the disk refused.
+        """
+        make_home(path)
+        self._lock = WriterLock(path.with_name(f"{path.name}.lock"))
+        try:
+            super().__init__(Database(path))
+            try:
+                self.epoch = self._database.begin_lease()
+            except BaseException:
+                self._database.close()
+                raise
+        except BaseException:
+            self._lock.close()
+            raise
+        self._horizon_seconds = horizon_seconds
+        self._claims: dict[str, Claim] = {}
+        self._behind: frozenset[tuple[str, int]] = frozenset()
+        self._behind_as_of = math.inf
+        logger.info("ledger opened", extra={"path": str(path), "lease_epoch": self.epoch})
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    @staticmethod
+    def open_readonly(path: Path) -> LedgerReader:
+        """A look at a ledger, whether or not an updater is running on it.
+
+        Raises:
+            LedgerError: there is none, or it cannot be read.
+        """
+        return LedgerReader(Database(path, readonly=True))
+
+    def close(self) -> None:
+        """Close the file and give the lock back."""
+        super().close()
+        self._lock.close()
+
+    # --- what comes in ------------------------------------------------------------------------
+
+    def ingest(
+        self, records: Sequence[Parsed], gaps: Iterable[Gap] = (), *, now: float | None = None
+    ) -> Ingested:
+        """Consume records: their fates, their joins and their offsets, in one transaction.
+
+        Args:
+            now: Unix seconds; the clock if None.
+
+        Raises:
+            LedgerUnavailable: the disk refused; nothing was consumed, call again.
+            LeaseLost: another updater took over.
+        """
+        now = time.time() if now is None else now
+        replayed = 0
+        with self._database.transaction("ingest") as connection:
+            fates = Fates(connection)
+            joins = Joins(connection, fates, self._horizon_seconds)
+            cursors: dict[tuple[str, str, int], _Cursor] = {}
+            starts: dict[int, int] = {}
+            for gap in gaps:
+                _record_gap(connection, gap, now)
+            for parsed in records:
+                record = parsed.record
+                place = (str(record.topic), record.topic_id, record.partition)
+                cursor = cursors.get(place)
+                if cursor is None:
+                    cursor = cursors[place] = _cursor(connection, *place)
+                    starts[cursor.id] = cursor.next_offset
+                if not cursor.is_new(record.offset, starts[cursor.id]):
+                    replayed += 1
+                    continue
+                arrival = Arrival.of(record, cursor.id, now)
+                joins.take(parsed, arrival)
+                cursor.seen.add(record.offset)
+                cursor.consumed += 1
+                cursor.next_offset = max(cursor.next_offset, record.offset + 1)
+                cursor.arrived_at = max(cursor.arrived_at, arrival.at)
+            for cursor in cursors.values():
+                connection.execute(
+                    "UPDATE positions SET next_offset = ?, consumed = consumed + ?, arrived_at = ?"
+                    " WHERE id = ?",
+                    (cursor.next_offset, cursor.consumed, cursor.arrived_at, cursor.id),
+                )
+            changes = fates.by_topic()
+        count(changes)
+        return Ingested(sum(c.consumed for c in cursors.values()), replayed, changes)
+
+    def set_behind(self, partitions: Collection[tuple[str, int]], as_of: float) -> None:
+        """Say which (topic, partition)s held unread records at the moment ``as_of``, Unix seconds.
+
+        They hold the horizon back at what was read of them; all others were read up to ``as_of``,
+        so that a partition in which nothing happens keeps nothing from expiring.
+        """
+        self._behind = frozenset((str(topic), partition) for topic, partition in partitions)
+        self._behind_as_of = as_of
+
+    def watermark(self, now: float) -> float:
+        """Everything that arrived before this moment was read, Unix seconds; never after ``now``.
+
+        Arrival is monotonous in a partition, so that no event is forgotten while the one that it
+        waits for lies unread.
+        """
+        read_until: dict[tuple[str, int], float] = {
+            (topic, partition): float(arrived_at)
+            for topic, partition, arrived_at, _ in self._database.rows(
+                "SELECT topic, partition, arrived_at, max(id) FROM positions"
+                " GROUP BY topic, partition"
+            )
+        }
+        return min(
+            [now, self._behind_as_of, *(read_until.get(place, 0.0) for place in self._behind)]
+        )
+
+    def expire(self, now: float | None = None, *, limit: int = 10_000) -> Expired:
+        """Apply the horizon to at most ``limit`` rows of each kind; the rest at the next call."""
+        watermark = self.watermark(time.time() if now is None else now)
+        with self._database.transaction("expire") as connection:
+            fates = Fates(connection)
+            expired = Expiry(connection, fates).run(watermark, self._horizon_seconds, limit)
+            changes = fates.by_topic()
+        count(changes)
+        return expired
+
+    # --- what is learned from -----------------------------------------------------------------
+
+    def ready_examples(self, limit: int) -> list[Example]:
+        """The oldest examples that wait for a batch; they stay ready until they are decided.
+
+        The ledger remembers which ratings it handed out under each id. A rating that arrives in
+        the meantime is not part of the decision.
+        """
+        with self._database.snapshot() as connection:
+            found = read_ready(connection, limit)
+        for example, claim in found:
+            self._claims.pop(example.example_id, None)
+            self._claims[example.example_id] = claim
+        while len(self._claims) > max(_CLAIMS_KEPT, len(found)):
+            self._claims.pop(next(iter(self._claims)))
+        return [example for example, _ in found]
+
+    def held_out_traffic(
+        self, limit: int, *, exclude: Collection[str] = (), max_tokens: int = 1024
+    ) -> list[TokenSequence]:
+        """Recent replies that no release has learned from, unrated ones first, newest first.
+
+        Args:
+            exclude: example ids of the batch at hand.
+            max_tokens: prompt and completion; longer ones are passed over.
+        """
+        excluded = {self._claims[name].interaction for name in exclude if name in self._claims}
+        with self._database.snapshot() as connection:
+            return read_traffic(connection, limit, max_tokens, excluded)
+
+    # --- how it ends --------------------------------------------------------------------------
+
+    def commit_release(
+        self, release: Release, example_ids: Sequence[str], baselines: Baselines | None = None
+    ) -> None:
+        """Examples are trained in ``release``, which enters the outbox and becomes live.
+
+        Raises:
+            LedgerError: the release does not follow from the live policy and this lease, or an
+                example is unknown or was decided before. Nothing changed.
+        """
+        claims = self._claimed(example_ids)
+        with self._database.transaction("release") as connection:
+            check_release(
+                release,
+                example_ids,
+                next_version=self.next_version(),
+                live=self.live_version(),
+                epoch=self.epoch,
+            )
+            fates = Fates(connection)
+            Settlement(connection, fates).release(release, claims)
+            self._settled(connection, baselines)
+            changes = fates.by_topic()
+        self._forget(example_ids, changes)
+
+    def commit_rejection(
+        self,
+        record: Mapping[str, Any],
+        example_ids: Sequence[str],
+        reason: Reason,
+        baselines: Baselines | None = None,
+        *,
+        now: float | None = None,
+    ) -> int:
+        """Examples end with their candidate.
+
+        Args:
+            record: what is known of the candidate (divergences, verdict, diagnostics), JSON-able;
+                pydantic models are welcome. No prompts, no replies.
+
+        Returns:
+            The rejection's number.
+
+        Raises:
+            LedgerError: an example is unknown or was decided before. Nothing changed.
+        """
+        claims = self._claimed(example_ids)
+        now = time.time() if now is None else now
+        with self._database.transaction("rejection") as connection:
+            fates = Fates(connection)
+            number = Settlement(connection, fates).rejection(
+                record, self.live_version(), claims, reason, now
+            )
+            self._settled(connection, baselines)
+            changes = fates.by_topic()
+        self._forget(example_ids, changes)
+        return number
+
+    def set_not_trainable(self, example_ids: Sequence[str], reason: Reason) -> None:
+        """Examples turned out to teach nothing.
+
+        A reason that lies in the reply (``mismatch``) also holds for later ratings of it; one that
+        lies in the batch (``no_advantage``, ``non_finite_update``) does not.
+
+        Raises:
+            LedgerError: an example is unknown or was decided before. Nothing changed.
+        """
+        claims = self._claimed(example_ids)
+        with self._database.transaction("not_trainable") as connection:
+            fates = Fates(connection)
+            outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reason)
+            Settlement(connection, fates).settle(claims, outcome)
+            changes = fates.by_topic()
+        self._forget(example_ids, changes)
+
+    def mark_published(self, version: int) -> None:
+        """The releases topic has acknowledged this release."""
+        with self._database.transaction("published") as connection:
+            connection.execute("UPDATE releases SET published = 1 WHERE version = ?", (version,))
+
+    def set_live(self, version: int | None) -> None:
+        """Train from ``version`` until the next release; None: from the newest.
+
+        Raises:
+            LedgerError: there is no such release.
+        """
+        with self._database.transaction("live") as connection:
+            if version and self.release(version) is None:
+                raise LedgerError(f"there is no release {version}: see `moorline releases`")
+            set_meta(connection, "live_version", None if version is None else str(version))
+
+    def _claimed(self, example_ids: Sequence[str]) -> dict[str, Claim]:
+        if len(set(example_ids)) != len(example_ids):
+            raise LedgerError("an example is named twice in one decision")
+        unknown = [name for name in example_ids if name not in self._claims]
+        if unknown:
+            raise LedgerError(
+                f"{len(unknown)} examples (first: {unknown[0]}) were not handed out by this "
+                "ledger since it was opened, or were decided before: take a new batch"
+            )
+        return {name: self._claims[name] for name in example_ids}
+
+    def _settled(self, connection: sqlite3.Connection, baselines: Baselines | None) -> None:
+        if baselines is not None:
+            set_meta(connection, "baselines", baselines.to_json())
+
+    def _forget(
+        self, example_ids: Sequence[str], changes: Counter[tuple[str, Fate, Reason]]
+    ) -> None:
+        count(changes)
+        for name in example_ids:
+            self._claims.pop(name, None)
+
+
+def _cursor(connection: sqlite3.Connection, topic: str, topic_id: str, partition: int) -> _Cursor:
+    row = connection.execute(
+        "SELECT id, next_offset, arrived_at FROM positions"
+        " WHERE topic = ? AND topic_id = ? AND partition = ?",
+        (topic, topic_id, partition),
+    ).fetchone()
+    if row is None:
+        row = connection.execute(
+            "INSERT INTO positions (topic, topic_id, partition) VALUES (?, ?, ?)"
+            " RETURNING id, next_offset, arrived_at",
+            (topic, topic_id, partition),
+        ).fetchone()
+    return _Cursor(*row)
+
+
+def _record_gap(connection: sqlite3.Connection, gap: Gap, now: float) -> None:
+    if gap.cause is GapCause.RETENTION:
+        # Else the next start would meet the same gap again, wider by then, and count it twice.
+        connection.execute(
+            "UPDATE positions SET next_offset = max(next_offset, ?) WHERE id ="
+            " (SELECT max(id) FROM positions WHERE topic = ? AND partition = ?)",
+            (gap.resumed_offset, gap.topic, gap.partition),
+        )
+    connection.execute(
+        "INSERT INTO gaps (topic, partition, expected_offset, resumed_offset, cause, at)"
+        " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (gap.topic, gap.partition, gap.expected_offset, gap.resumed_offset, gap.cause, now),
+    )

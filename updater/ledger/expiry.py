@@ -1,0 +1,97 @@
+"""The horizon: what has waited long enough, forgotten a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+
+from daemon.events import Fate, Reason
+from updater.ledger.fates import Fates
+from updater.ledger.schema import FeedbackState, InteractionState
+
+
+@dataclass(frozen=True)
+class Expired:
+    """What one call of ``Ledger.expire`` did."""
+
+    interactions: int = 0
+    """Interactions that nobody rated."""
+    feedback: int = 0
+    """Feedback whose interaction never came."""
+    forgotten: int = 0
+    """Bodies of already decided interactions that were deleted."""
+    pruned: int = 0
+    """Rows of long forgotten interactions that were deleted (their events keep their fates)."""
+
+
+class Expiry:
+    """Applies the horizon, inside one transaction."""
+
+    def __init__(self, connection: sqlite3.Connection, fates: Fates) -> None:
+        self._execute = connection.execute
+        self._fates = fates
+
+    def run(self, watermark: float, horizon_seconds: float, limit: int) -> Expired:
+        """Forget at most ``limit`` rows of each kind.
+
+        Args:
+            watermark: everything that arrived before it has been read, Unix seconds.
+        """
+        before = watermark - horizon_seconds
+        interactions, forgotten = self._idle_interactions(before, limit)
+        feedback = self._waiting_feedback(before, limit)
+        # One more horizon as a tombstone, so that late feedback is known to be late.
+        pruned = self._tombstones(before - horizon_seconds, limit)
+        return Expired(interactions, feedback, forgotten, pruned)
+
+    def _idle_interactions(self, before: float, limit: int) -> tuple[int, int]:
+        rows = self._execute(
+            "SELECT id, state, position, offset FROM interactions INDEXED BY interactions_idle"
+            " WHERE retained = 1 AND open_ratings = 0 AND event_time < ?"
+            " ORDER BY event_time LIMIT ?",
+            (before, limit),
+        ).fetchall()
+        expired = 0
+        for identity, state, position, offset in rows:
+            if state == InteractionState.PENDING:
+                self._fates.move(position, offset, Fate.EXPIRED, Reason.NO_FEEDBACK)
+                expired += 1
+            self._execute(
+                "UPDATE interactions SET retained = 0, state = ? WHERE id = ?",
+                (InteractionState.DECIDED, identity),
+            )
+            self._execute("DELETE FROM interaction_bodies WHERE id = ?", (identity,))
+        return expired, len(rows) - expired
+
+    def _waiting_feedback(self, before: float, limit: int) -> int:
+        rows = self._execute(
+            "SELECT id, position, offset FROM feedback INDEXED BY feedback_waiting"
+            " WHERE state = 'waiting' AND arrived_at < ? ORDER BY arrived_at LIMIT ?",
+            (before, limit),
+        ).fetchall()
+        for identity, position, offset in rows:
+            self._fates.move(position, offset, Fate.EXPIRED, Reason.NO_INTERACTION)
+            self._execute(
+                "UPDATE feedback SET state = ? WHERE id = ?", (FeedbackState.CLOSED, identity)
+            )
+            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
+        return len(rows)
+
+    def _tombstones(self, before: float, limit: int) -> int:
+        rows = self._execute(
+            "SELECT id FROM interactions INDEXED BY interactions_forgotten"
+            " WHERE retained = 0 AND event_time < ? ORDER BY event_time LIMIT ?",
+            (before, limit),
+        ).fetchall()
+        pruned = 0
+        for (identity,) in rows:
+            waiting = self._execute(
+                "SELECT 1 FROM feedback WHERE interaction = ? AND state = 'waiting' LIMIT 1",
+                (identity,),
+            ).fetchone()
+            if waiting:  # more of them than `limit` expired at once; next time
+                continue
+            self._execute("DELETE FROM feedback WHERE interaction = ?", (identity,))
+            self._execute("DELETE FROM interactions WHERE id = ?", (identity,))
+            pruned += 1
+        return pruned

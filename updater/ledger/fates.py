@@ -1,0 +1,58 @@
+"""The one place where an event gets its fate, and where changes of fate are counted."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+
+from daemon.events import Fate, Reason
+from daemon.metrics import EVENTS
+
+
+class Fates:
+    """Writes fates inside one transaction; ``count`` after it has committed."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self.changes: Counter[tuple[int, Fate, Reason]] = Counter()
+        """(position id, fate, reason) -> events that came to it."""
+
+    def record(
+        self, position: int, offset: int, fate: Fate, reason: Reason, subject: int | None
+    ) -> None:
+        """A consumed record's first fate."""
+        self._connection.execute(
+            "INSERT INTO events (position, offset, fate, reason, subject) VALUES (?, ?, ?, ?, ?)",
+            (position, offset, fate, reason, subject),
+        )
+        self.changes[position, fate, reason] += 1
+
+    def move(
+        self,
+        position: int,
+        offset: int,
+        fate: Fate,
+        reason: Reason = Reason.NONE,
+        decided_by: int | None = None,
+    ) -> None:
+        """A later fate of a recorded event."""
+        self._connection.execute(
+            "UPDATE events SET fate = ?, reason = ?, decided_by = ?"
+            " WHERE position = ? AND offset = ?",
+            (fate, reason, decided_by, position, offset),
+        )
+        self.changes[position, fate, reason] += 1
+
+    def by_topic(self) -> Counter[tuple[str, Fate, Reason]]:
+        """The same counts by topic; call it inside the transaction."""
+        topics = dict(self._connection.execute("SELECT id, topic FROM positions").fetchall())
+        summed: Counter[tuple[str, Fate, Reason]] = Counter()
+        for (position, fate, reason), events in self.changes.items():
+            summed[topics[position], fate, reason] += events
+        return summed
+
+
+def count(changes: Counter[tuple[str, Fate, Reason]]) -> None:
+    """Add committed changes of fate to the metric."""
+    for (topic, fate, reason), events in changes.items():
+        EVENTS.labels(topic=topic, fate=fate, reason=reason).inc(events)

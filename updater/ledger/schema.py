@@ -1,0 +1,184 @@
+"""The ledger's tables, and what each column may say.
+
+One row of ``events`` for every record that was consumed, with exactly one fate. Rows that scans
+and look-ups touch are small; bodies lie compressed in tables of their own. Everything that a cycle
+asks has an index, so that a cycle costs as much as its batch, however much is pending.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+SCHEMA_NUMBER = 1
+
+
+class InteractionState(StrEnum):
+    """What a row of ``interactions`` waits for; its event's fate says how it ended."""
+
+    AWAITED = "awaited"
+    """Feedback came first: nothing but the key is known."""
+    PENDING = "pending"
+    """No release, candidate or horizon has decided it."""
+    DECIDED = "decided"
+    """Its event has its final fate. Ratings by others may still make new examples of it."""
+
+
+class FeedbackState(StrEnum):
+    """Where a row of ``feedback`` is. Those with ``head = 1`` are their rater's word so far."""
+
+    WAITING = "waiting"
+    """Its interaction was not read yet."""
+    READY = "ready"
+    """A member of an example that waits for a batch (always head)."""
+    TRAINED = "trained"
+    REJECTED = "rejected"
+    UNUSABLE = "unusable"
+    """Its interaction is not trainable."""
+    SETTLED = "settled"
+    """Declared not trainable after it was ready."""
+    CLOSED = "closed"
+    """Late, expired, superseded, or of a kind that is not learned from: kept to know repeats."""
+
+
+TABLES = """
+CREATE TABLE meta (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- One row per partition of one incarnation of a topic.
+CREATE TABLE positions (
+    id INTEGER PRIMARY KEY,
+    topic TEXT NOT NULL,
+    topic_id TEXT NOT NULL,
+    partition INTEGER NOT NULL,
+    next_offset INTEGER NOT NULL DEFAULT 0,
+    consumed INTEGER NOT NULL DEFAULT 0,     -- records, counted apart from `events`
+    arrived_at REAL NOT NULL DEFAULT 0,      -- latest arrival read, Unix seconds
+    UNIQUE (topic, topic_id, partition)
+) STRICT;
+
+CREATE TABLE gaps (
+    id INTEGER PRIMARY KEY,
+    topic TEXT NOT NULL,
+    partition INTEGER NOT NULL,
+    expected_offset INTEGER NOT NULL,
+    resumed_offset INTEGER NOT NULL,
+    cause TEXT NOT NULL,
+    at REAL NOT NULL,
+    UNIQUE (topic, partition, expected_offset, resumed_offset, cause)
+) STRICT;
+
+CREATE TABLE events (
+    position INTEGER NOT NULL REFERENCES positions (id),
+    offset INTEGER NOT NULL,
+    fate TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    decided_by INTEGER,                      -- trained: version; rejected: rejections.id
+    subject INTEGER,                         -- interactions.id or feedback.id (of the first one)
+    PRIMARY KEY (position, offset)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX events_by_decision ON events (decided_by) WHERE decided_by IS NOT NULL;
+
+-- Kept by triggers: no path through the code can change a fate without its count.
+CREATE TABLE totals (
+    position INTEGER NOT NULL,
+    fate TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    events INTEGER NOT NULL,
+    PRIMARY KEY (position, fate, reason)
+) STRICT, WITHOUT ROWID;
+CREATE TRIGGER events_counted AFTER INSERT ON events BEGIN
+    INSERT INTO totals VALUES (NEW.position, NEW.fate, NEW.reason, 1)
+        ON CONFLICT DO UPDATE SET events = events + 1;
+END;
+CREATE TRIGGER events_recounted AFTER UPDATE OF fate, reason ON events BEGIN
+    UPDATE totals SET events = events - 1
+        WHERE position = OLD.position AND fate = OLD.fate AND reason = OLD.reason;
+    INSERT INTO totals VALUES (NEW.position, NEW.fate, NEW.reason, 1)
+        ON CONFLICT DO UPDATE SET events = events + 1;
+END;
+
+CREATE TABLE interactions (
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    position INTEGER,                        -- NULL while awaited
+    offset INTEGER,
+    state TEXT NOT NULL,
+    untrainable TEXT,                        -- a Reason, or NULL
+    event_time REAL NOT NULL,                -- cut at arrival; awaited: of the last feedback
+    arrived_at REAL NOT NULL,
+    policy_version INTEGER NOT NULL,
+    tokens INTEGER NOT NULL,                 -- prompt and completion
+    measurable INTEGER NOT NULL,             -- its tokens may measure a divergence
+    open_ratings INTEGER NOT NULL DEFAULT 0, -- feedback in state ready
+    retained INTEGER NOT NULL                -- the body is here and ratings are accepted
+) STRICT;
+CREATE INDEX interactions_ready ON interactions (event_time, key) WHERE open_ratings > 0;
+CREATE INDEX interactions_idle ON interactions (event_time) WHERE retained = 1 AND open_ratings = 0;
+CREATE INDEX interactions_forgotten ON interactions (event_time) WHERE retained = 0;
+CREATE TRIGGER ready_more AFTER UPDATE OF open_ratings ON interactions
+WHEN OLD.open_ratings = 0 AND NEW.open_ratings > 0 BEGIN
+    UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE name = 'ready_examples';
+END;
+CREATE TRIGGER ready_fewer AFTER UPDATE OF open_ratings ON interactions
+WHEN OLD.open_ratings > 0 AND NEW.open_ratings = 0 BEGIN
+    UPDATE meta SET value = CAST(value AS INTEGER) - 1 WHERE name = 'ready_examples';
+END;
+
+CREATE TABLE interaction_bodies (
+    id INTEGER PRIMARY KEY,
+    body BLOB NOT NULL                       -- zlib of the record's value
+) STRICT;
+
+CREATE TABLE feedback (
+    id INTEGER PRIMARY KEY,
+    interaction INTEGER NOT NULL REFERENCES interactions (id),
+    feedback_id TEXT NOT NULL,
+    rater TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    offset INTEGER NOT NULL,
+    event_time REAL NOT NULL,                -- never after arrival
+    arrived_at REAL NOT NULL,
+    state TEXT NOT NULL,
+    head INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (interaction, feedback_id)
+) STRICT;
+CREATE UNIQUE INDEX feedback_heads ON feedback (interaction, rater) WHERE head = 1;
+CREATE INDEX feedback_waiting ON feedback (arrived_at) WHERE state = 'waiting';
+CREATE INDEX feedback_ready ON feedback (arrived_at) WHERE state = 'ready';
+
+CREATE TABLE feedback_bodies (
+    id INTEGER PRIMARY KEY,
+    body BLOB NOT NULL
+) STRICT;
+
+-- The outbox: a release is here, with the fates of its examples, before anybody hears of it.
+CREATE TABLE releases (
+    version INTEGER PRIMARY KEY,
+    manifest TEXT NOT NULL,
+    published INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX releases_unpublished ON releases (version) WHERE published = 0;
+
+CREATE TABLE rejections (
+    id INTEGER PRIMARY KEY,
+    reason TEXT NOT NULL,
+    parent INTEGER NOT NULL,
+    examples INTEGER NOT NULL,
+    at REAL NOT NULL,
+    record TEXT NOT NULL                     -- JSON: verdict, divergences, diagnostics
+) STRICT;
+
+-- What was decided of each example; the primary key makes "at most once" a law of the file.
+CREATE TABLE decisions (
+    example_id TEXT PRIMARY KEY,
+    key TEXT NOT NULL,
+    fate TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    decided_by INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE INDEX decisions_by_decision ON decisions (decided_by, fate) WHERE decided_by IS NOT NULL;
+
+INSERT INTO meta VALUES ('ready_examples', '0'), ('lease_epoch', '0');
+"""
