@@ -1,4 +1,4 @@
-"""The updater's one commit point (``Ledger``), and a look into it from outside (``LedgerReader``).
+"""The updater's one commit point.
 
 One transaction moves offsets and the rows that they produced; one transaction decides examples and
 adds the release that learned from them. After a kill anywhere, the file holds the state before or
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from daemon.events import Fate, Reason, Release
-from daemon.stream import Gap, GapCause, Topic
+from daemon.stream import Gap
 from updater.credit import Baselines
-from updater.ledger.accounting import Accounting, audit, read_accounting
 from updater.ledger.database import (
     Database,
     LedgerError,
@@ -31,7 +30,9 @@ from updater.ledger.database import (
 from updater.ledger.examples import Claim, read_ready, read_traffic
 from updater.ledger.expiry import Expired, Expiry
 from updater.ledger.fates import Fates, count
-from updater.ledger.joins import Arrival, Joins, Parsed
+from updater.ledger.intake import Intake
+from updater.ledger.joins import Parsed
+from updater.ledger.reader import LedgerReader
 from updater.ledger.schema import FeedbackState
 from updater.ledger.settlement import Outcome, Settlement, check_release
 from updater.values import Example, TokenSequence
@@ -52,149 +53,6 @@ class Ingested:
     """Records that an earlier call had consumed already: skipped."""
     changes: Mapping[tuple[str, Fate, Reason], int] = field(default_factory=dict)
     """(topic, fate, reason) -> events that came to it, earlier events included."""
-
-
-@dataclass
-class _Cursor:
-    """A partition's place, as it moves through one batch."""
-
-    id: int
-    next_offset: int
-    arrived_at: float
-    consumed: int = 0
-    seen: set[int] = field(default_factory=set)
-
-    def is_new(self, offset: int, start: int) -> bool:
-        return offset >= start and offset not in self.seen
-
-
-class LedgerReader:
-    """What may be asked of a ledger while another process writes it."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def __enter__(self) -> LedgerReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
-
-    def lease_epoch(self) -> int:
-        """How many times an updater has opened this ledger."""
-        return int(self._database.meta("lease_epoch") or 0)
-
-    def offsets(self) -> dict[tuple[Topic, int], tuple[str, int]]:
-        """(topic, partition) -> (topic id, next offset), for ``Reader.seek``."""
-        return {
-            (Topic(topic), partition): (topic_id, next_offset)
-            for topic, partition, topic_id, next_offset in self._positions()
-        }
-
-    def release_offsets(self) -> dict[str, dict[int, int]]:
-        """topic -> partition -> next offset, for a release's manifest."""
-        found: dict[str, dict[int, int]] = {}
-        for topic, partition, _, next_offset in self._positions():
-            found.setdefault(topic, {})[partition] = next_offset
-        return found
-
-    def _positions(self) -> list[tuple[str, int, str, int]]:
-        # Of a topic that was made again, the last incarnation (max(id) picks its row).
-        return [
-            (topic, partition, topic_id, next_offset)
-            for topic, partition, topic_id, next_offset, _ in self._database.rows(
-                "SELECT topic, partition, topic_id, next_offset, max(id) FROM positions"
-                " GROUP BY topic, partition"
-            )
-        ]
-
-    def count_ready(self) -> int:
-        """Examples that wait for a batch."""
-        return int(self._database.meta("ready_examples") or 0)
-
-    def oldest_ready_at(self) -> float | None:
-        """When the rating that has waited longest for a batch arrived, Unix seconds."""
-        ((oldest,),) = self._database.rows(
-            "SELECT min(arrived_at) FROM feedback WHERE state = 'ready'"
-        )
-        return None if oldest is None else float(oldest)
-
-    def accounting(self) -> Accounting:
-        """Where every consumed record is now. Cheap."""
-        with self._database.snapshot() as connection:
-            return read_accounting(connection)
-
-    def audit(self) -> list[str]:
-        """Recount everything from the rows; one line a difference. Reads the whole ledger."""
-        with self._database.snapshot() as connection:
-            return audit(connection)
-
-    def newest_version(self) -> int:
-        """The newest release, 0 before the first."""
-        ((newest,),) = self._database.rows("SELECT max(version) FROM releases")
-        return int(newest or 0)
-
-    def next_version(self) -> int:
-        """The number of the next release. A rejected candidate takes none."""
-        return self.newest_version() + 1
-
-    def live_version(self) -> int:
-        """The policy that the next update starts from: the operator's choice, else the newest."""
-        chosen = self._database.meta("live_version")
-        return self.newest_version() if chosen is None else int(chosen)
-
-    def release(self, version: int) -> Release | None:
-        """One release's manifest."""
-        rows = self._database.rows("SELECT manifest FROM releases WHERE version = ?", version)
-        return Release.model_validate_json(rows[0][0]) if rows else None
-
-    def releases(self, newest: int = 100) -> list[Release]:
-        """The newest releases, ascending."""
-        rows = self._database.rows(
-            "SELECT manifest FROM releases ORDER BY version DESC LIMIT ?", newest
-        )
-        return [Release.model_validate_json(row[0]) for row in reversed(rows)]
-
-    def rejections(self, newest: int = 100) -> list[dict[str, Any]]:
-        """The newest rejected candidates, ascending; ``record`` is the JSON that was given."""
-        rows = self._database.rows(
-            "SELECT id, reason, parent, examples, at, record FROM rejections"
-            " ORDER BY id DESC LIMIT ?",
-            newest,
-        )
-        names = ("id", "reason", "parent", "examples", "at", "record")
-        return [dict(zip(names, row, strict=True)) for row in reversed(rows)]
-
-    def count_rejections(self) -> int:
-        """Candidates that the bound or the gate refused."""
-        return int(self._database.rows("SELECT count(*) FROM rejections")[0][0])
-
-    def unpublished(self) -> list[Release]:
-        """Releases that nobody has heard of yet, ascending."""
-        rows = self._database.rows(
-            "SELECT manifest FROM releases WHERE published = 0 ORDER BY version"
-        )
-        return [Release.model_validate_json(row[0]) for row in rows]
-
-    def lineage(self, version: int) -> list[tuple[str, str]]:
-        """(example id, interaction key) of everything that a release learned from."""
-        return [
-            (example_id, key)
-            for example_id, key in self._database.rows(
-                "SELECT example_id, key FROM decisions WHERE fate = 'trained' AND decided_by = ?"
-                " ORDER BY example_id",
-                version,
-            )
-        ]
-
-    def baselines(self) -> Baselines:
-        """The credit state of the newest committed decision."""
-        stored = self._database.meta("baselines")
-        return Baselines() if stored is None else Baselines.from_json(stored)
 
 
 class Ledger(LedgerReader):
@@ -266,39 +124,14 @@ class Ledger(LedgerReader):
             LeaseLost: another updater took over.
         """
         now = time.time() if now is None else now
-        replayed = 0
         with self._database.transaction("ingest") as connection:
             fates = Fates(connection)
-            joins = Joins(connection, fates, self._horizon_seconds)
-            cursors: dict[tuple[str, str, int], _Cursor] = {}
-            starts: dict[int, int] = {}
-            for gap in gaps:
-                _record_gap(connection, gap, now)
-            for parsed in records:
-                record = parsed.record
-                place = (str(record.topic), record.topic_id, record.partition)
-                cursor = cursors.get(place)
-                if cursor is None:
-                    cursor = cursors[place] = _cursor(connection, *place)
-                    starts[cursor.id] = cursor.next_offset
-                if not cursor.is_new(record.offset, starts[cursor.id]):
-                    replayed += 1
-                    continue
-                arrival = Arrival.of(record, cursor.id, now)
-                joins.take(parsed, arrival)
-                cursor.seen.add(record.offset)
-                cursor.consumed += 1
-                cursor.next_offset = max(cursor.next_offset, record.offset + 1)
-                cursor.arrived_at = max(cursor.arrived_at, arrival.at)
-            for cursor in cursors.values():
-                connection.execute(
-                    "UPDATE positions SET next_offset = ?, consumed = consumed + ?, arrived_at = ?"
-                    " WHERE id = ?",
-                    (cursor.next_offset, cursor.consumed, cursor.arrived_at, cursor.id),
-                )
+            intake = Intake(connection, fates, self._horizon_seconds)
+            intake.record_gaps(gaps, now)
+            new, replayed = intake.consume(records, now)
             changes = fates.by_topic()
         count(changes)
-        return Ingested(sum(c.consumed for c in cursors.values()), replayed, changes)
+        return Ingested(new, replayed, changes)
 
     def set_behind(self, partitions: Collection[tuple[str, int]], as_of: float) -> None:
         """Say which (topic, partition)s held unread records at the moment ``as_of``, Unix seconds.
@@ -479,33 +312,3 @@ class Ledger(LedgerReader):
         count(changes)
         for name in example_ids:
             self._claims.pop(name, None)
-
-
-def _cursor(connection: sqlite3.Connection, topic: str, topic_id: str, partition: int) -> _Cursor:
-    row = connection.execute(
-        "SELECT id, next_offset, arrived_at FROM positions"
-        " WHERE topic = ? AND topic_id = ? AND partition = ?",
-        (topic, topic_id, partition),
-    ).fetchone()
-    if row is None:
-        row = connection.execute(
-            "INSERT INTO positions (topic, topic_id, partition) VALUES (?, ?, ?)"
-            " RETURNING id, next_offset, arrived_at",
-            (topic, topic_id, partition),
-        ).fetchone()
-    return _Cursor(*row)
-
-
-def _record_gap(connection: sqlite3.Connection, gap: Gap, now: float) -> None:
-    if gap.cause is GapCause.RETENTION:
-        # Else the next start would meet the same gap again, wider by then, and count it twice.
-        connection.execute(
-            "UPDATE positions SET next_offset = max(next_offset, ?) WHERE id ="
-            " (SELECT max(id) FROM positions WHERE topic = ? AND partition = ?)",
-            (gap.resumed_offset, gap.topic, gap.partition),
-        )
-    connection.execute(
-        "INSERT INTO gaps (topic, partition, expected_offset, resumed_offset, cause, at)"
-        " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-        (gap.topic, gap.partition, gap.expected_offset, gap.resumed_offset, gap.cause, now),
-    )

@@ -1,0 +1,99 @@
+"""Consumed records: each once, by position, with its join and its partition's next offset."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from daemon.stream import Gap, GapCause, Record
+from updater.ledger.fates import Fates
+from updater.ledger.joins import Arrival, Joins, Parsed
+
+
+@dataclass
+class _Cursor:
+    """A partition's place, as it moves through one batch."""
+
+    id: int
+    start: int
+    """Records before it were consumed by an earlier batch."""
+    arrived_at: float
+    seen: set[int] = field(default_factory=set)
+
+    def is_new(self, offset: int) -> bool:
+        return offset >= self.start and offset not in self.seen
+
+
+class Intake:
+    """Takes one batch, inside one transaction."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, fates: Fates, horizon_seconds: float
+    ) -> None:
+        self._execute = connection.execute
+        self._joins = Joins(connection, fates, horizon_seconds)
+        self._cursors: dict[tuple[str, str, int], _Cursor] = {}
+
+    def consume(self, records: Sequence[Parsed], now: float) -> tuple[int, int]:
+        """Give each record its row and move the offsets.
+
+        Returns:
+            How many were new, and how many had been consumed before.
+        """
+        new = 0
+        for parsed in records:
+            cursor = self._cursor(parsed.record)
+            if not cursor.is_new(parsed.record.offset):
+                continue
+            arrival = Arrival.of(parsed.record, cursor.id, now)
+            self._joins.take(parsed, arrival)
+            cursor.seen.add(parsed.record.offset)
+            cursor.arrived_at = max(cursor.arrived_at, arrival.at)
+            new += 1
+        for cursor in self._cursors.values():
+            self._execute(
+                "UPDATE positions SET next_offset = ?, consumed = consumed + ?, arrived_at = ?"
+                " WHERE id = ?",
+                (
+                    max([cursor.start, *(offset + 1 for offset in cursor.seen)]),
+                    len(cursor.seen),
+                    cursor.arrived_at,
+                    cursor.id,
+                ),
+            )
+        return new, len(records) - new
+
+    def record_gaps(self, gaps: Iterable[Gap], now: float) -> None:
+        """Note offsets that nobody can read any more; call it before ``consume``."""
+        for gap in gaps:
+            if gap.cause is GapCause.RETENTION:
+                # Else the next start would meet the same gap, wider by then, and count it twice.
+                self._execute(
+                    "UPDATE positions SET next_offset = max(next_offset, ?) WHERE id ="
+                    " (SELECT max(id) FROM positions WHERE topic = ? AND partition = ?)",
+                    (gap.resumed_offset, gap.topic, gap.partition),
+                )
+            self._execute(
+                "INSERT INTO gaps (topic, partition, expected_offset, resumed_offset, cause, at)"
+                " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (gap.topic, gap.partition, gap.expected_offset, gap.resumed_offset, gap.cause, now),
+            )
+
+    def _cursor(self, record: Record) -> _Cursor:
+        place = (str(record.topic), record.topic_id, record.partition)
+        known = self._cursors.get(place)
+        if known is not None:
+            return known
+        self._execute(
+            "INSERT INTO positions (topic, topic_id, partition) VALUES (?, ?, ?)"
+            " ON CONFLICT DO NOTHING",
+            place,
+        )
+        row = self._execute(
+            "SELECT id, next_offset, arrived_at FROM positions"
+            " WHERE topic = ? AND topic_id = ? AND partition = ?",
+            place,
+        ).fetchone()
+        cursor = self._cursors[place] = _Cursor(*row)
+        return cursor

@@ -1,0 +1,140 @@
+"""What may be asked of a ledger, also while an updater is writing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from daemon.events import Release
+from daemon.stream import Topic
+from updater.credit import Baselines
+from updater.ledger.accounting import Accounting, audit, read_accounting
+from updater.ledger.database import Database
+
+
+class LedgerReader:
+    """What may be asked of a ledger while another process writes it."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def __enter__(self) -> LedgerReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def lease_epoch(self) -> int:
+        """How many times an updater has opened this ledger."""
+        return int(self._database.meta("lease_epoch") or 0)
+
+    def offsets(self) -> dict[tuple[Topic, int], tuple[str, int]]:
+        """(topic, partition) -> (topic id, next offset), for ``Reader.seek``."""
+        return {
+            (Topic(topic), partition): (topic_id, next_offset)
+            for topic, partition, topic_id, next_offset in self._positions()
+        }
+
+    def release_offsets(self) -> dict[str, dict[int, int]]:
+        """topic -> partition -> next offset, for a release's manifest."""
+        found: dict[str, dict[int, int]] = {}
+        for topic, partition, _, next_offset in self._positions():
+            found.setdefault(topic, {})[partition] = next_offset
+        return found
+
+    def _positions(self) -> list[tuple[str, int, str, int]]:
+        # Of a topic that was made again, the last incarnation (max(id) picks its row).
+        return [
+            (topic, partition, topic_id, next_offset)
+            for topic, partition, topic_id, next_offset, _ in self._database.rows(
+                "SELECT topic, partition, topic_id, next_offset, max(id) FROM positions"
+                " GROUP BY topic, partition"
+            )
+        ]
+
+    def count_ready(self) -> int:
+        """Examples that wait for a batch."""
+        return int(self._database.meta("ready_examples") or 0)
+
+    def oldest_ready_at(self) -> float | None:
+        """When the rating that has waited longest for a batch arrived, Unix seconds."""
+        ((oldest,),) = self._database.rows(
+            "SELECT min(arrived_at) FROM feedback WHERE state = 'ready'"
+        )
+        return None if oldest is None else float(oldest)
+
+    def accounting(self) -> Accounting:
+        """Where every consumed record is now. Cheap."""
+        with self._database.snapshot() as connection:
+            return read_accounting(connection)
+
+    def audit(self) -> list[str]:
+        """Recount everything from the rows; one line a difference. Reads the whole ledger."""
+        with self._database.snapshot() as connection:
+            return audit(connection)
+
+    def newest_version(self) -> int:
+        """The newest release, 0 before the first."""
+        ((newest,),) = self._database.rows("SELECT max(version) FROM releases")
+        return int(newest or 0)
+
+    def next_version(self) -> int:
+        """The number of the next release. A rejected candidate takes none."""
+        return self.newest_version() + 1
+
+    def live_version(self) -> int:
+        """The policy that the next update starts from: the operator's choice, else the newest."""
+        chosen = self._database.meta("live_version")
+        return self.newest_version() if chosen is None else int(chosen)
+
+    def release(self, version: int) -> Release | None:
+        """One release's manifest."""
+        rows = self._database.rows("SELECT manifest FROM releases WHERE version = ?", version)
+        return Release.model_validate_json(rows[0][0]) if rows else None
+
+    def releases(self, newest: int = 100) -> list[Release]:
+        """The newest releases, ascending."""
+        rows = self._database.rows(
+            "SELECT manifest FROM releases ORDER BY version DESC LIMIT ?", newest
+        )
+        return [Release.model_validate_json(row[0]) for row in reversed(rows)]
+
+    def rejections(self, newest: int = 100) -> list[dict[str, Any]]:
+        """The newest rejected candidates, ascending; ``record`` is the JSON that was given."""
+        rows = self._database.rows(
+            "SELECT id, reason, parent, examples, at, record FROM rejections"
+            " ORDER BY id DESC LIMIT ?",
+            newest,
+        )
+        names = ("id", "reason", "parent", "examples", "at", "record")
+        return [dict(zip(names, row, strict=True)) for row in reversed(rows)]
+
+    def count_rejections(self) -> int:
+        """Candidates that the bound or the gate refused."""
+        return int(self._database.rows("SELECT count(*) FROM rejections")[0][0])
+
+    def unpublished(self) -> list[Release]:
+        """Releases that nobody has heard of yet, ascending."""
+        rows = self._database.rows(
+            "SELECT manifest FROM releases WHERE published = 0 ORDER BY version"
+        )
+        return [Release.model_validate_json(row[0]) for row in rows]
+
+    def lineage(self, version: int) -> list[tuple[str, str]]:
+        """(example id, interaction key) of everything that a release learned from."""
+        return [
+            (example_id, key)
+            for example_id, key in self._database.rows(
+                "SELECT example_id, key FROM decisions WHERE fate = 'trained' AND decided_by = ?"
+                " ORDER BY example_id",
+                version,
+            )
+        ]
+
+    def baselines(self) -> Baselines:
+        """The credit state of the newest committed decision."""
+        stored = self._database.meta("baselines")
+        return Baselines() if stored is None else Baselines.from_json(stored)
