@@ -1,0 +1,151 @@
+"""What every verb shares: its settings options, its console, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+
+from daemon.durable import write_file
+from daemon.http import base_url
+from daemon.settings import Settings, load_settings
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+RUN_FILE = "run.json"
+_PANEL = "Settings"
+
+
+class CommandError(RuntimeError):
+    """A verb cannot do what was asked: one line, "what happened: remedy"."""
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="Settings file (TOML); else the one that $MOORLINE_CONFIG names.",
+        rich_help_panel=_PANEL,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any setting, such as learning.batch_examples=12; repeat at will. "
+        "`moorline config` lists all.",
+        rich_help_panel=_PANEL,
+    ),
+]
+StateDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir",
+        metavar="DIR",
+        help="Where ledger, releases, spool and logs live.",
+        rich_help_panel=_PANEL,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def settings_from(config: Path | None, assignments: Sequence[str] | None, **named: Any) -> Settings:
+    """The settings of one command line.
+
+    Args:
+        assignments: ``NAME=VALUE`` of ``--set``; stronger than everything else.
+        named: values of options, dots written as double underscores (``serving__port=8000``).
+
+    Raises:
+        SettingsError: with the one line for the user.
+        typer.BadParameter: an assignment without ``=``.
+    """
+    overrides = {name.replace("__", "."): value for name, value in named.items()}
+    for assignment in assignments or ():
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{assignment!r} is not NAME=VALUE", param_hint="--set")
+        overrides[name.strip()] = value
+    return load_settings(config, overrides)
+
+
+class RunFile(BaseModel):
+    """Where the tree of a running `moorline up` listens; gone when it stops."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    server: str
+    updater: str
+    bootstrap: str
+    embedded_broker: bool
+    started_at: float
+
+    def write(self, state_dir: Path) -> None:
+        write_file(state_dir / RUN_FILE, self.model_dump_json().encode(), "cli.run_file")
+
+
+def running_tree(state_dir: Path) -> RunFile | None:
+    """The `moorline up` that uses this state directory now, if there is one."""
+    try:
+        found = RunFile.model_validate_json((state_dir / RUN_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return found if _alive(found.pid) else None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where to ask."""
+
+    server: str
+    updater: str
+    bootstrap: str | None
+
+
+def endpoints(
+    settings: Settings, server: str | None = None, updater: str | None = None
+) -> Endpoints:
+    """What the command line says, else the running tree, else the settings."""
+    tree = running_tree(settings.state_dir)
+    configured = Endpoints(
+        server=base_url(settings.serving.host, settings.serving.port),
+        updater=base_url(settings.updater.host, settings.updater.port),
+        bootstrap=settings.stream.bootstrap,
+    )
+    return Endpoints(
+        server=(server or (tree.server if tree else configured.server)).rstrip("/"),
+        updater=(updater or (tree.updater if tree else configured.updater)).rstrip("/"),
+        bootstrap=tree.bootstrap if tree else configured.bootstrap,
+    )
+
+
+def api_key(settings: Settings) -> str | None:
+    secret = settings.serving.api_key
+    return secret.get_secret_value() if secret else None
+
+
+def print_json(value: Any) -> None:
+    """Plain JSON on stdout, whatever the terminal."""
+    typer.echo(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,216 @@
+"""Verbs that change something: rollback, resume, feedback."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
+
+import typer
+from pydantic import ValidationError
+
+from daemon.artifacts import ArtifactStore
+from daemon.cli.common import (
+    CommandError,
+    ConfigOption,
+    SetOption,
+    StateDirOption,
+    api_key,
+    endpoints,
+    out,
+    settings_from,
+)
+from daemon.events import Feedback, FeedbackKind, policy_name
+from daemon.http import Unreachable, request_json
+from daemon.settings import Settings
+
+_ASK_SECONDS = 0.5
+
+
+def register(app: typer.Typer) -> None:
+    panel = "Operate"
+    app.command(rich_help_panel=panel)(rollback)
+    app.command(rich_help_panel=panel)(resume)
+    app.command(rich_help_panel=panel)(feedback)
+
+
+def rollback(
+    to: Annotated[
+        int | None,
+        typer.Option("--to", min=0, metavar="N", help="Version to serve; 0 is the base model."),
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Kept with the pin.")] = "",
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for the server.")
+    ] = 60.0,
+    config: ConfigOption = None,
+    state_dir: StateDirOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Serve an earlier version, at once, and train nothing until `moorline resume`.
+
+    Needs neither Kafka nor the updater: it pins the version in the release store, and every server
+    that reads the store swaps to it within about a second. Without --to: the version before the
+    one that is served now.
+
+    [bold]Examples[/]
+
+      moorline rollback
+      moorline rollback --to 41 --reason "answers got terse"
+      moorline rollback --to 0
+    """
+    settings = settings_from(config, assignments, state_dir=state_dir)
+    store = ArtifactStore(settings.store_dir)
+    version = _version_before(store, settings.alias) if to is None else to
+    store.pin(settings.alias, version, reason)
+    out.print(f"Pinned [bold]{policy_name(settings.alias, version)}[/]; learning is paused.")
+    _wait_until_served(settings, version, wait)
+    out.print("`moorline resume` goes back to the newest release and to learning.")
+
+
+def _version_before(store: ArtifactStore, alias: str) -> int:
+    """The parent of what is wanted now."""
+    pin, newest = store.pinned(alias), store.newest(alias)
+    if pin is not None:
+        current = store.release(alias, pin.version) if pin.version > 0 else None
+    else:
+        current = newest
+    if current is None or current.version == 0:
+        raise CommandError(
+            f"there is nothing before the base model of {alias!r} in {store.root}: "
+            "is this the right --state-dir?"
+        )
+    return current.parent or 0
+
+
+def _wait_until_served(settings: Settings, version: int, wait_seconds: float) -> None:
+    url = endpoints(settings).server + "/v1/moorline/status"
+    started = time.monotonic()
+    while True:
+        try:
+            status = request_json("GET", url, api_key=api_key(settings))
+        except Unreachable:
+            out.print(
+                f"No server answers at {url.removesuffix('/v1/moorline/status')}; "
+                "one that starts will serve it."
+            )
+            return
+        if status.get("policy_version") == version:
+            out.print(f"Served now (after {time.monotonic() - started:.1f} s).")
+            return
+        refused = status.get("refused_versions") or {}
+        if str(version) in (refused if isinstance(refused, dict) else map(str, refused)):
+            raise CommandError(
+                f"the server refuses {policy_name(settings.alias, version)}: see its log, "
+                "or roll back to another version"
+            )
+        if time.monotonic() - started >= wait_seconds:
+            raise CommandError(
+                f"pinned, but the server still serves version {status.get('policy_version')} "
+                f"after {wait_seconds:.0f} s: see its log, or `moorline status`"
+            )
+        time.sleep(_ASK_SECONDS)
+
+
+def resume(
+    config: ConfigOption = None,
+    state_dir: StateDirOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """End a rollback: serve the newest release again and go on learning.
+
+    [bold]Example[/]
+
+      moorline resume
+    """
+    settings = settings_from(config, assignments, state_dir=state_dir)
+    store = ArtifactStore(settings.store_dir)
+    if not store.unpin(settings.alias):
+        out.print("Nothing was pinned; servers follow the newest release.")
+        return
+    newest = store.newest(settings.alias)
+    name = newest.name if newest else policy_name(settings.alias, 0)
+    out.print(f"Unpinned; servers go to [bold]{name}[/], and learning goes on.")
+
+
+def feedback(
+    interaction_id: Annotated[
+        str, typer.Argument(metavar="ID", help="The `id` of the reply (chatcmpl-...).")
+    ],
+    thumbs: Annotated[
+        Literal["up", "down"] | None, typer.Option(help="Was it good or bad?")
+    ] = None,
+    score: Annotated[float | None, typer.Option(help="A number inside --range.")] = None,
+    score_range: Annotated[
+        tuple[float, float],
+        typer.Option("--range", metavar="MIN MAX", help="What score is out of."),
+    ] = (0.0, 1.0),
+    choice: Annotated[int, typer.Option(min=0, help="Which choice, for n > 1.")] = 0,
+    rater: Annotated[
+        str, typer.Option(help="Who says so; the last rating of one rater counts.")
+    ] = "cli",
+    kafka: Annotated[
+        bool, typer.Option("--kafka", help="Produce to the feedback topic, without the server.")
+    ] = False,
+    config: ConfigOption = None,
+    state_dir: StateDirOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Rate a reply.
+
+    [bold]Examples[/]
+
+      moorline feedback chatcmpl-8f3a --thumbs up
+      moorline feedback chatcmpl-8f3a --score 4 --range 1 5 --rater ana
+      moorline feedback chatcmpl-8f3a --thumbs down --kafka
+    """
+    if (thumbs is None) == (score is None):
+        raise typer.BadParameter("give exactly one of --thumbs and --score")
+    settings = settings_from(config, assignments, state_dir=state_dir)
+    try:
+        event = Feedback(
+            interaction_id=interaction_id,
+            choice=choice,
+            kind=FeedbackKind.THUMBS if thumbs else FeedbackKind.SCORE,
+            value=score if thumbs is None else {"up": 1.0, "down": -1.0}[thumbs],
+            score_min=score_range[0],
+            score_max=score_range[1],
+            rater=rater,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "feedback"
+        raise CommandError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+    if kafka:
+        where = _produce(settings, event)
+    else:
+        where = endpoints(settings).server
+        request_json(
+            "POST",
+            f"{where}/v1/feedback",
+            body=event.model_dump(mode="json"),
+            api_key=api_key(settings),
+        )
+    out.print(f"Accepted by {where} as {event.feedback_id}")
+
+
+def _produce(settings: Settings, event: Feedback) -> str:
+    """One record to the feedback topic, acknowledged by the broker."""
+    from daemon.stream import Publisher, Topic, topic_name
+
+    bootstrap = endpoints(settings).bootstrap
+    if bootstrap is None:
+        raise CommandError("no broker is known: set stream.bootstrap, or start `moorline up`")
+    stream = settings.stream.model_copy(update={"bootstrap": bootstrap})
+    with TemporaryDirectory(prefix="moorline-feedback-") as spool:
+        publisher = Publisher(stream, Path(spool))
+        publisher.start()
+        try:
+            publisher.publish(Topic.FEEDBACK, event.key, event.to_bytes())
+            if not publisher.flush(stream.connect_timeout_seconds + 5.0):
+                why = publisher.stats.last_error or f"{bootstrap} did not acknowledge it in time"
+                raise CommandError(f"not delivered: {why}")
+        finally:
+            publisher.close(1.0)
+    return f"{topic_name(stream, Topic.FEEDBACK)} on {bootstrap}"

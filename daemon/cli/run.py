@@ -1,0 +1,321 @@
+"""Verbs that run processes: up, serve, update, demo."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.status import Status
+
+from daemon import tree
+from daemon.base_model import check_model_dir
+from daemon.broker import BrokerError, broker_binary
+from daemon.cli.common import (
+    RUN_FILE,
+    CommandError,
+    ConfigOption,
+    RunFile,
+    SetOption,
+    StateDirOption,
+    out,
+    settings_from,
+)
+from daemon.logs import setup_logging
+from daemon.settings import Settings, child_environment
+from daemon.supervise import Notice, NoticeKind, RestartPolicy, Supervisor
+from daemon.systemd import Notifier
+
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="DIR",
+        help="The base model: config.json, tokenizer, *.safetensors.",
+        rich_help_panel="Settings",
+    ),
+]
+BootstrapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bootstrap",
+        metavar="HOST:PORT",
+        help="Kafka; without it `up` starts an embedded broker (development: all in memory).",
+        rich_help_panel="Settings",
+    ),
+]
+PortOption = Annotated[
+    int | None,
+    typer.Option("--port", help="Where to listen; 0: any free port.", rich_help_panel="Settings"),
+]
+_STYLES = {
+    NoticeKind.READY: "green",
+    NoticeKind.CRASHED: "yellow",
+    NoticeKind.GAVE_UP: "bold red",
+    NoticeKind.KILLED: "yellow",
+}
+_WORDS = {NoticeKind.GAVE_UP: "gave up", NoticeKind.CRASHED: "crashed"}
+
+
+def register(app: typer.Typer) -> None:
+    panel = "Run"
+    app.command(rich_help_panel=panel)(up)
+    app.command(rich_help_panel=panel)(serve)
+    app.command(rich_help_panel=panel)(update)
+    app.command(
+        rich_help_panel=panel,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        add_help_option=False,
+    )(demo)
+
+
+def up(
+    model: ModelOption = None,
+    port: PortOption = None,
+    bootstrap: BootstrapOption = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also show what the processes log.")
+    ] = False,
+    config: ConfigOption = None,
+    state_dir: StateDirOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Run everything on this machine: broker, server and updater, as one tree.
+
+    One Ctrl-C stops all, in order; running replies may end first. A second one does not wait.
+    Logs are in STATE_DIR/logs/.
+
+    [bold]Examples[/]
+
+      moorline up --model models/SmolLM2-135M-Instruct
+      moorline up --model models/mine --bootstrap kafka1:9092,kafka2:9092
+      moorline up -c moorline.toml --set learning.batch_examples=12 --verbose
+    """
+    settings = settings_from(
+        config,
+        assignments,
+        model__path=model,
+        serving__port=port,
+        stream__bootstrap=bootstrap,
+        state_dir=state_dir,
+    )
+    _check_model(settings)
+    if settings.stream.bootstrap is None:
+        _check_embedded_broker()
+    with _only_one(settings.state_dir):
+        planned = tree.plan(settings)
+        run_file = RunFile(
+            pid=os.getpid(),
+            server=planned.server,
+            updater=planned.updater,
+            bootstrap=planned.bootstrap,
+            embedded_broker=planned.embedded_broker,
+            started_at=time.time(),
+        )
+        run_file.write(settings.state_dir)
+        try:
+            code = _supervise(settings, planned, verbose=verbose)
+        finally:
+            (settings.state_dir / RUN_FILE).unlink(missing_ok=True)
+    raise typer.Exit(code)
+
+
+def _supervise(settings: Settings, planned: tree.Tree, *, verbose: bool) -> int:
+    screen = _Screen()
+    if not screen.interactive:
+        setup_logging(settings, "up")
+    else:
+        logging.getLogger("moorline").setLevel(logging.CRITICAL)  # the screen says it already
+    supervisor = Supervisor(
+        planned.children,
+        settings.state_dir / "logs",
+        notify=screen.show,
+        echo=_echo if verbose or not screen.interactive else None,
+        on_ready=lambda: screen.welcome(settings, planned),
+    )
+    return supervisor.run()
+
+
+class _Screen:
+    """What a person at a terminal sees of `moorline up`; silent elsewhere (the logs say it)."""
+
+    def __init__(self) -> None:
+        self.interactive = out.is_terminal
+        self._spinner: Status | None = None
+
+    def show(self, notice: Notice) -> None:
+        if not self.interactive:
+            return
+        self._stop_spinner()
+        if notice.kind is NoticeKind.STARTING:
+            hint = " (loading the model takes a while)" if notice.name == "server" else ""
+            self._spinner = out.status(f"{notice.name} starting{hint}", spinner="line")
+            self._spinner.start()
+            return
+        word = _WORDS.get(notice.kind, str(notice.kind))
+        style = _STYLES.get(notice.kind, "dim")
+        out.print(
+            f"  {notice.name:<8} [{style}]{word}[/] {escape(notice.text)}".rstrip(), soft_wrap=True
+        )
+
+    def welcome(self, settings: Settings, planned: tree.Tree) -> None:
+        self._stop_spinner()
+        if not self.interactive:
+            return
+        embedded = " [dim](embedded, in memory)[/]" if planned.embedded_broker else ""
+        out.print(
+            f"\n  OpenAI API   [bold]{planned.server}/v1[/]  model [bold]{settings.alias}[/]"
+            f"\n  Feedback     POST {planned.server}/v1/feedback, or `moorline feedback ID`"
+            f"\n  Kafka        {planned.bootstrap}{embedded}"
+            f"\n  Look         moorline status --state-dir {settings.state_dir}"
+            "\n\n  Ctrl-C stops everything.\n",
+            soft_wrap=True,
+        )
+
+    def _stop_spinner(self) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+
+
+def _echo(name: str, line: str) -> None:
+    sys.stdout.write(f"{name:<8}| {line}\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _only_one(state_dir: Path) -> Iterator[None]:
+    """Own the state directory, created for its owner only, until the block ends.
+
+    Raises:
+        CommandError: it cannot be written, or another tree runs on it.
+    """
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (state_dir / "up.lock").open("w")
+    except OSError as error:
+        raise CommandError(
+            f"cannot write the state directory {state_dir} ({error.strerror}): "
+            "give another with --state-dir"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CommandError(
+                f"another `moorline up` runs on {state_dir}: stop it, or give another --state-dir"
+            ) from None
+        yield
+
+
+def _check_model(settings: Settings) -> None:
+    try:
+        check_model_dir(settings.model.path)
+    except ValueError as error:
+        hint = " (--model DIR)" if settings.model.path is None else ""
+        raise CommandError(f"{error}{hint}") from None
+
+
+def _check_embedded_broker() -> None:
+    try:
+        broker_binary()
+    except BrokerError as error:
+        raise CommandError(str(error)) from None
+
+
+def serve(
+    model: ModelOption = None,
+    port: PortOption = None,
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+    state_dir: StateDirOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Run the server alone: the OpenAI API, on the newest or the pinned release.
+
+    [bold]Examples[/]
+
+      moorline serve --model models/mine --bootstrap kafka1:9092
+      moorline serve -c /etc/moorline/moorline.toml
+    """
+    settings = settings_from(
+        config,
+        assignments,
+        model__path=model,
+        serving__port=port,
+        stream__bootstrap=bootstrap,
+        state_dir=state_dir,
+    )
+    _check_model(settings)
+    _run_alone(settings, "server", "serving")
+
+
+def update(
+    model: ModelOption = None,
+    port: PortOption = None,
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+    state_dir: StateDirOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Run the updater alone: consume the stream, learn, gate, release.
+
+    [bold]Examples[/]
+
+      moorline update --model models/mine --bootstrap kafka1:9092
+      moorline update -c /etc/moorline/moorline.toml
+    """
+    settings = settings_from(
+        config,
+        assignments,
+        model__path=model,
+        updater__port=port,
+        stream__bootstrap=bootstrap,
+        state_dir=state_dir,
+    )
+    _check_model(settings)
+    if settings.stream.bootstrap is None:
+        raise CommandError(
+            "the updater needs a broker: give --bootstrap HOST:PORT, or run `moorline up`"
+        )
+    _run_alone(settings, "updater", "updater")
+
+
+def _run_alone(settings: Settings, name: str, module: str) -> None:
+    """Become the process; under systemd stay in front of it, to report readiness and life."""
+    with suppress(FileExistsError):
+        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not Notifier().active:
+        sys.stdout.flush()
+        environment = child_environment(settings)
+        os.execve(sys.executable, [sys.executable, "-m", module], environment)
+    setup_logging(settings, name)
+    where = settings.serving if name == "server" else settings.updater
+    if where.port == 0:
+        raise CommandError("a service needs a fixed port: set serving.port or updater.port")
+    supervisor = Supervisor(
+        [tree.alone(settings, name)],
+        settings.state_dir / "logs",
+        echo=_echo,
+        restart=RestartPolicy(give_up_after=1),  # restarting is the service manager's business
+    )
+    raise typer.Exit(supervisor.run())
+
+
+def demo(context: typer.Context) -> None:
+    """Watch a real model learn from feedback, on this machine, in about ten minutes.
+
+    Everything after `demo` goes to the demo itself: `moorline demo --help`.
+    """
+    module: Any = importlib.import_module("daemon.demo.run")
+    raise typer.Exit(module.main(context.args) or 0)

@@ -1,0 +1,261 @@
+"""How `moorline status` and `moorline releases` look. Every value may be missing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from daemon.events import Release, policy_name
+
+MISSING = "-"
+_FATES = (
+    "pending",
+    "trained",
+    "rejected",
+    "not_trainable",
+    "duplicate",
+    "expired",
+    "late",
+    "dead_lettered",
+    "erased",
+)
+_RECENT_SWAPS = 3
+
+
+def page(
+    *,
+    store: Mapping[str, Any],
+    server: Mapping[str, Any] | None,
+    server_url: str,
+    server_problem: str,
+    updater: Mapping[str, Any] | None,
+    updater_url: str,
+    updater_problem: str,
+    stream: str,
+) -> RenderableType:
+    """The whole status on one screen: what is served, what is learned, what happened to events."""
+    parts: list[RenderableType] = [
+        _section("Release store", _store_rows(store)),
+        _section(f"Server  {server_url}", _server_rows(server, server_problem)),
+        _section(f"Updater  {updater_url}", _updater_rows(updater, updater_problem)),
+        _section("Stream", [("broker", Text(stream))]),
+    ]
+    accounting = (updater or {}).get("accounting")
+    if isinstance(accounting, Mapping):
+        table = accounting_table(accounting)
+        if table.row_count:
+            parts += [Text("Events and where they ended", style="bold"), table]
+    return Group(*parts)
+
+
+Row = tuple[str, Text]
+
+
+def _section(title: str, rows: Sequence[Row]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", min_width=16)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(f"  {name}", value)
+    return Group(Text(title, style="bold"), table, Text())
+
+
+def _store_rows(store: Mapping[str, Any]) -> list[Row]:
+    rows = [("newest release", Text(str(store.get("newest") or "none yet (base model)")))]
+    pin = store.get("pinned")
+    if store.get("problem"):
+        rows.append(("pin", Text(str(store["problem"]), style="red")))
+    elif pin:
+        why = f' "{pin["reason"]}"' if pin.get("reason") else ""
+        when = ago(pin.get("pinned_at"))
+        rows.append(("pinned", Text(f"{pin['name']} {when}{why}: learning is paused", "yellow")))
+    return rows
+
+
+def _server_rows(server: Mapping[str, Any] | None, problem: str) -> list[Row]:
+    if server is None:
+        return [("not reachable", Text(problem, style="red"))]
+    ready = server.get("ready")
+    state = Text("ready", style="green")
+    if not ready:
+        state = Text(f"not ready: {server.get('why_not_ready') or 'starting'}", style="yellow")
+    rows = [
+        ("serving", Text(str(server.get("policy_name", MISSING)), style="bold cyan")),
+        ("state", state),
+        ("swap mode", Text(str(server.get("swap_mode", MISSING)))),
+        ("running replies", Text(str(server.get("requests_in_flight", MISSING)))),
+    ]
+    publisher = server.get("publisher")
+    if isinstance(publisher, Mapping):
+        rows.append(("publisher", _publisher(publisher)))
+    swaps = server.get("swaps") or []
+    for number, swap in enumerate(reversed(swaps[-_RECENT_SWAPS:])):
+        rows.append(("recent swaps" if number == 0 else "", _swap(swap)))
+    refused = server.get("refused_versions")
+    if refused:
+        pairs = refused.items() if isinstance(refused, Mapping) else ((v, "") for v in refused)
+        for version, why in pairs:
+            rows.append(("refused", Text(f"v{int(version):06d} {why}".rstrip(), style="red")))
+    return rows
+
+
+def _publisher(stats: Mapping[str, Any]) -> Text:
+    connected = stats.get("connected")
+    text = Text("connected" if connected else "broker away", "green" if connected else "yellow")
+    text.append(f", {stats.get('delivered', MISSING)} delivered", "default")
+    text.append(f", {stats.get('queued', MISSING)} queued", "default")
+    text.append(f", {stats.get('spooled', MISSING)} on disk", "default")
+    dropped = stats.get("dropped") or 0
+    if dropped:
+        text.append(f", {dropped} dropped", "bold red")
+    if not connected and stats.get("last_error"):
+        text.append(f" ({stats['last_error']})", "dim")
+    return text
+
+
+def _swap(swap: Mapping[str, Any]) -> Text:
+    outcome = str(swap.get("outcome", MISSING))
+    text = Text(f"v{int(swap.get('version', 0)):06d} ")
+    text.append(outcome, "green" if outcome == "swapped" else "red")
+    text.append(f" in {number(swap.get('seconds'), 2)} s", "default")
+    text.append(f", pause {number(swap.get('pause_seconds'), 2)} s", "default")
+    text.append(f", parity {number(swap.get('parity_nats'), 4)} nats", "default")
+    text.append(f", {ago(swap.get('at'))}", "dim")
+    return text
+
+
+def _updater_rows(updater: Mapping[str, Any] | None, problem: str) -> list[Row]:
+    if updater is None:
+        return [("not reachable", Text(problem, style="red"))]
+    live = updater.get("live_version")
+    name = policy_name(str(updater.get("alias", "?")), live) if isinstance(live, int) else MISSING
+    counts = updater.get("updates")
+    counts = counts if isinstance(counts, Mapping) else {}
+    budget = updater.get("anchor_budget_left_nats")
+    low = isinstance(budget, int | float) and budget < 0.05
+    rows = [
+        ("newest release", Text(name, style="bold cyan")),
+        ("phase", Text(str(updater.get("phase", MISSING)))),
+        ("rated, waiting", Text(f"{updater.get('ready_examples', MISSING)} examples")),
+        (
+            "updates",
+            Text(f"{counts.get('released', 0)} released, {counts.get('rejected', 0)} rejected"),
+        ),
+        ("KL from live", Text(f"{number(updater.get('kl_live_nats'), 4)} nats/token")),
+        ("KL from anchor", Text(f"{number(updater.get('kl_anchor_nats'), 4)} nats/token")),
+        ("anchor budget", Text(f"{number(budget, 4)} nats/token left", "red" if low else "")),
+    ]
+    last = updater.get("last_update")
+    if isinstance(last, Mapping) and last:
+        rows.append(("last update", Text(_brief(last))))
+    lag = updater.get("lag_events")
+    if isinstance(lag, Mapping) and lag:
+        text = ", ".join(f"{topic} {count}" for topic, count in sorted(lag.items()))
+        rows.append(("lag, events", Text(text)))
+    return rows
+
+
+def _brief(update: Mapping[str, Any]) -> str:
+    """The plain values of an update; times as ages, nested detail left to --json."""
+    words = []
+    for key, value in update.items():
+        if key in ("at", "created_at", "finished_at"):
+            words.append(ago(value))
+        elif isinstance(value, float):
+            words.append(f"{key.replace('_', ' ')} {number(value, 4)}")
+        elif isinstance(value, str | int) and value != "":
+            words.append(f"{key.replace('_', ' ')} {value}")
+    return ", ".join(words[:8])
+
+
+def accounting_table(accounting: Mapping[str, Any]) -> Table:
+    """Fate by topic, with totals; columns that are all zero are left out."""
+    topics = {topic: counts for topic, counts in accounting.items() if isinstance(counts, Mapping)}
+    known = [fate for fate in _FATES if any(counts.get(fate) for counts in topics.values())]
+    others = {fate for counts in topics.values() for fate in counts} - {*_FATES, "total"}
+    fates = [*known, *sorted(others)]
+    table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=True)
+    table.add_column("topic")
+    for fate in fates:
+        table.add_column(fate.replace("_", " "), justify="right")
+    table.add_column("total", justify="right", style="bold")
+    for topic, counts in sorted(topics.items()):
+        total = sum(value for fate, value in counts.items() if fate != "total")
+        table.add_row(topic, *(str(counts.get(fate, 0)) for fate in fates), str(total))
+    return table
+
+
+def releases_table(
+    releases: Sequence[Release], unreadable: Sequence[int], served: int | None, pinned: int | None
+) -> Table:
+    """One line a release, newest first."""
+    table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=False)
+    table.add_column("version")
+    table.add_column("")
+    table.add_column("released")
+    for heading in ("parent", "examples", "KL live", "KL anchor", "step", "gate", "size"):
+        table.add_column(heading, justify="right")
+    for release in reversed(releases):
+        marks = [
+            word
+            for word, is_it in (
+                ("serving", release.version == served),
+                ("pinned", release.version == pinned),
+            )
+            if is_it
+        ]
+        checks = release.verdict.checks if release.verdict else ()
+        table.add_row(
+            Text(release.name, style="bold cyan" if marks else ""),
+            Text(" ".join(marks), style="green"),
+            ago(release.created_at),
+            MISSING if release.parent is None else f"v{release.parent:06d}",
+            str(release.examples),
+            _kl(release, "live"),
+            _kl(release, "anchor"),
+            f"{release.step_scale:.2f}",
+            f"{sum(check.passed for check in checks)}/{len(checks)}" if checks else MISSING,
+            size(sum(file.size_bytes for file in release.files)),
+        )
+    for version in sorted(unreadable, reverse=True):
+        table.add_row(f"v{version:06d}", Text("manifest unreadable", style="red"))
+    return table
+
+
+def _kl(release: Release, reference: str) -> str:
+    """The measured KL on traffic, else on canaries, nats per token."""
+    found = {
+        divergence.tokens_from: divergence.mean_kl_nats
+        for divergence in release.divergences
+        if divergence.reference == reference
+    }
+    return number(found.get("traffic", found.get("canaries")), 4)
+
+
+def number(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else MISSING
+
+
+def size(count_bytes: float) -> str:
+    """As a person reads it: 512 B, 19.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count_bytes < 1000 or unit == "GB":
+            break
+        count_bytes /= 1000
+    return f"{count_bytes:.0f} {unit}" if unit == "B" else f"{count_bytes:.1f} {unit}"
+
+
+def ago(unix_seconds: Any, now: float | None = None) -> str:
+    """An age in the largest unit that fits."""
+    if not isinstance(unix_seconds, int | float):
+        return MISSING
+    seconds = max(0.0, (time.time() if now is None else now) - unix_seconds)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

@@ -1,0 +1,123 @@
+"""Which processes one machine runs, with which settings, in which order."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from dataclasses import dataclass
+
+from daemon.http import PortUnavailable, base_url, port_problem
+from daemon.settings import Settings, child_environment
+from daemon.supervise import Child
+
+_STOP_MARGIN_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A plan: the children and where they will listen."""
+
+    children: tuple[Child, ...]
+    server: str
+    updater: str
+    bootstrap: str
+    embedded_broker: bool
+
+
+def plan(settings: Settings) -> Tree:
+    """broker (unless one is configured) -> server -> updater, on ports that are free now.
+
+    Raises:
+        PortUnavailable: a configured port is taken.
+    """
+    serving_port = claim_port(settings.serving.host, settings.serving.port, "serving.port")
+    updater_port = claim_port(settings.updater.host, settings.updater.port, "updater.port")
+    server = base_url(settings.serving.host, serving_port)
+    updater = base_url(settings.updater.host, updater_port)
+    extra = {
+        "MOORLINE_SERVING__PORT": str(serving_port),
+        "MOORLINE_UPDATER__PORT": str(updater_port),
+    }
+    children: list[Child] = []
+    bootstrap = settings.stream.bootstrap
+    embedded = bootstrap is None
+    if bootstrap is None:
+        broker_port = claim_port("127.0.0.1", 0, "stream.bootstrap")
+        bootstrap = f"127.0.0.1:{broker_port}"
+        children.append(_broker(settings, broker_port))
+        # Its topics are gone whenever it restarts, which is not the operator's doing.
+        extra["MOORLINE_STREAM__BOOTSTRAP"] = bootstrap
+        extra["MOORLINE_STREAM__ACCEPT_NEW_TOPICS"] = "true"
+    environment = child_environment(settings, **extra)
+    children.append(
+        Child(
+            name="server",
+            argv=(sys.executable, "-m", "serving"),
+            environment=environment,
+            ready_url=f"{server}/readyz",
+            alive_url=f"{server}/healthz",
+            grace_seconds=settings.serving.drain_seconds + _STOP_MARGIN_SECONDS,
+        )
+    )
+    children.append(
+        Child(
+            name="updater",
+            argv=(sys.executable, "-m", "updater"),
+            environment=environment,
+            ready_url=f"{updater}/readyz",
+            alive_url=f"{updater}/healthz",
+            grace_seconds=_STOP_MARGIN_SECONDS,
+            essential=False,
+        )
+    )
+    return Tree(tuple(children), server, updater, bootstrap, embedded)
+
+
+def alone(settings: Settings, name: str) -> Child:
+    """The server or the updater as the only child, for a service manager.
+
+    Raises:
+        ValueError: no such process.
+    """
+    module = {"server": "serving", "updater": "updater"}[name]
+    where = settings.serving if name == "server" else settings.updater
+    base = base_url(where.host, where.port)
+    drain = settings.serving.drain_seconds if name == "server" else 0.0
+    return Child(
+        name=name,
+        argv=(sys.executable, "-m", module),
+        environment=child_environment(settings),
+        ready_url=f"{base}/readyz",
+        alive_url=f"{base}/healthz",
+        grace_seconds=drain + _STOP_MARGIN_SECONDS,
+    )
+
+
+def _broker(settings: Settings, port: int) -> Child:
+    return Child(
+        name="broker",
+        argv=(sys.executable, "-m", "daemon.broker", "--port", str(port)),
+        environment=child_environment(settings),
+        ready_url=f"tcp://127.0.0.1:{port}",
+        grace_seconds=5.0,
+        # Replies never need it, and what it would have carried waits in the server's spool.
+        essential=False,
+    )
+
+
+def claim_port(host: str, port: int, setting: str) -> int:
+    """``port`` if it can be listened on, any free one for 0.
+
+    Raises:
+        PortUnavailable: with the setting to change.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            raise PortUnavailable(port_problem(host, port, error, setting)) from None
+        return int(probe.getsockname()[1])
