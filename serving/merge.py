@@ -1,0 +1,108 @@
+"""A LoRA adapter folded into base weights, tensor by tensor: W + scale * B @ A. No vLLM in here.
+
+Nothing merged is ever written to disk: the adapter that passed the gate is the only copy of a
+release, and both swap modes consume exactly its bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+
+
+class AdapterUnusable(ValueError):
+    """The adapter cannot be folded into this base model; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one weight matrix: ``scale * b @ a``."""
+
+    a: Tensor  # (rank, in_features) float32
+    b: Tensor  # (out_features, rank) float32
+    scale: float
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """float32, (out_features, in_features); the caller casts last."""
+        return torch.addmm(weight.float(), self.b, self.a, alpha=self.scale)
+
+
+def read_adapter(directory: Path) -> dict[str, LowRank]:
+    """A PEFT LoRA adapter, by the base weight's name (``model.layers.0.self_attn.q_proj.weight``).
+
+    Raises:
+        AdapterUnusable: on anything but plain LoRA on linear layers.
+    """
+    config = json.loads((directory / ADAPTER_CONFIG).read_text())
+    for option in (
+        "use_dora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+    ):
+        if config.get(option):
+            raise AdapterUnusable(f"the adapter uses {option}, which cannot be merged here")
+    if config.get("bias", "none") != "none":
+        raise AdapterUnusable("the adapter trains biases, which cannot be merged here")
+    rank, alpha = config["r"], config["lora_alpha"]
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    tensors = load_file(directory / ADAPTER_WEIGHTS)
+    changes: dict[str, LowRank] = {}
+    for name in sorted(tensors):
+        module, _, part = name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
+        if part == "B.weight" and f"{_PEFT_PREFIX}{module}.lora_A.weight" in tensors:
+            continue
+        partner = f"{_PEFT_PREFIX}{module}.lora_B.weight"
+        if part != "A.weight" or partner not in tensors:
+            raise AdapterUnusable(f"the adapter holds {name}, which is not half of a LoRA pair")
+        changes[f"{module}.weight"] = LowRank(
+            a=tensors[name].float(), b=tensors[partner].float(), scale=scale
+        )
+    return changes
+
+
+def check_fits(changes: dict[str, LowRank], base_dir: Path) -> None:
+    """Refuse before anything is touched: every target exists in the base, with this shape.
+
+    Raises:
+        AdapterUnusable: naming the first weight that does not fit.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(base_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name, change in changes.items():
+        wanted = (change.b.shape[0], change.a.shape[1])
+        if shapes.get(name) != wanted or change.b.shape[1] != change.a.shape[0]:
+            raise AdapterUnusable(
+                f"{name} is {shapes.get(name, 'absent')} in the base model, "
+                f"the adapter changes {wanted}"
+            )
+
+
+def merged_weights(
+    base_dir: Path, changes: dict[str, LowRank], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Every base weight, changed where the adapter says so, one at a time (bounded memory)."""
+    for path in sorted(base_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                weight = file.get_tensor(name)
+                change = changes.get(name)
+                if change is not None:
+                    weight = change.added_to(weight).to(dtype)
+                yield name, weight

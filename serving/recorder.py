@@ -1,0 +1,319 @@
+"""Engine-level capture: what was sampled, with which probability, by which policy.
+
+``Recorder.generate`` stands in for the engine client's ``generate``, so every route that samples
+(chat, completions, responses, streaming or not, n > 1) is recorded in one place. The client sees
+no change: logprobs that only the recorder asked for are removed again before the handler sees the
+output, and no error in here reaches a reply.
+
+The recorder asks for *processed* logprobs (what the token was really sampled from). A client that
+asks for logprobs itself gets plain vLLM's raw ones (``serving.worker`` chooses by row), and then
+these are what is recorded, and named so.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from daemon import metrics
+from daemon.events import Interaction, LogprobConvention, PolicySpan, SamplingSettings
+from daemon.logs import describe
+from serving.context import RequestContext, current_request
+from serving.models import version_of
+from serving.worker import PROCESSED_ROW
+
+logger = logging.getLogger("moorline.serving.recorder")
+
+GREEDY_BELOW = 1e-5
+"""vLLM's own limit: a lower temperature takes the argmax."""
+
+Publish = Callable[[Interaction], bool]
+"""Takes an interaction without blocking; False when it had to be dropped."""
+
+
+@dataclass
+class _Choice:
+    """What one choice of one request has said so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    finish_reason: str | None = None
+    weight_versions: list[tuple[str, int, int]] | None = None
+
+
+class Recorder:
+    """Wraps one engine client."""
+
+    def __init__(self, engine: Any, alias: str, publish: Publish, live_version: Callable[[], int]):
+        self._engine = engine
+        self._alias = alias
+        self._publish = publish
+        self._live_version = live_version
+        self.plain_generate = engine.generate
+        """The engine's own method: for warm-up and parity, which are nobody's interactions."""
+        self.on_adapter: Callable[[int, int], None] = lambda _adapter_id, _change: None
+        """Told +1 when a request starts on an adapter (by its integer id) and -1 when it ends."""
+
+    def install(self) -> None:
+        """From now on, every request of this process goes through the recorder."""
+        self._engine.generate = self.generate
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Same signature and same outputs as ``AsyncLLM.generate``."""
+        context = current_request()  # read now: the generator may run in another task
+        recording: _Recording | None = None
+        if context is not None:
+            try:
+                recording = self._begin(context, sampling_params, request_id, options)
+            except Exception as error:
+                _failed(error)
+        if recording is not None:
+            sampling_params = recording.params
+        return self._run(recording, prompt, sampling_params, request_id, options)
+
+    def _begin(
+        self,
+        context: RequestContext,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> _Recording | None:
+        reply_id = context.reply_id
+        if context.opted_out:
+            metrics.INTERACTIONS.labels("opted_out").inc()
+            return None
+        if reply_id is None or not request_id.startswith(reply_id) or "-beam-" in request_id:
+            return None  # an internal request (beam search): no reply of its own
+        suffix = request_id[len(reply_id) :].lstrip("-_")
+        lora_request = options.get("lora_request")
+        return _Recording(
+            context=context,
+            reply_id=reply_id,
+            first_choice=int(suffix) * params.n if suffix.isdecimal() else 0,
+            asked=params,
+            adapter_version=None if lora_request is None else version_of(lora_request.lora_name),
+        )
+
+    async def _run(
+        self,
+        recording: _Recording | None,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> AsyncGenerator[Any, None]:
+        lora_request = options.get("lora_request")
+        outputs = self.plain_generate(prompt, params, request_id, **options)
+        if lora_request is not None:
+            self.on_adapter(lora_request.lora_int_id, 1)
+        try:
+            async for output in outputs:
+                if recording is not None:
+                    try:
+                        self._observe(recording, output, request_id)
+                    except Exception as error:
+                        _failed(error)
+                        recording.strip(output)
+                        recording.broken = True
+                yield output
+        finally:
+            # Closing aborts the request in the engine when the client went away. Not left to the
+            # garbage collector: until it runs, the engine would go on sampling for nobody.
+            try:
+                await outputs.aclose()
+            finally:
+                if lora_request is not None:
+                    self.on_adapter(lora_request.lora_int_id, -1)
+                if recording is not None:
+                    self._close(recording)
+
+    def _observe(self, recording: _Recording, output: Any, request_id: str) -> None:
+        if recording.broken:
+            recording.strip(output)
+            return
+        if not recording.states:
+            recording.states = self._engine_states(request_id)
+        if output.prompt_token_ids is not None:
+            recording.prompt_token_ids = output.prompt_token_ids
+        for completion in output.outputs:
+            choice = recording.choices.setdefault(completion.index, _Choice())
+            token_ids = list(completion.token_ids)
+            logprobs = sampled_logprobs(token_ids, completion.logprobs)
+            if recording.asked.output_kind is RequestOutputKind.DELTA:
+                choice.token_ids += token_ids
+                choice.logprobs += logprobs
+            else:
+                choice.token_ids, choice.logprobs = token_ids, logprobs
+            if completion.finish_reason is not None and choice.finish_reason is None:
+                choice.finish_reason = completion.finish_reason
+                choice.weight_versions = [
+                    (span.version, span.start, span.end)
+                    for span in completion.weight_versions or ()
+                ]
+                self._finish(recording, completion.index)
+        recording.strip(output)
+
+    def _engine_states(self, request_id: str) -> dict[int, Any]:
+        """The engine's bookkeeping per choice; it knows the weight versions of a cut reply."""
+        processor = self._engine.output_processor
+        states = (
+            processor.request_states.get(internal)
+            for internal in processor.external_req_ids.get(request_id, ())
+        )
+        return {state.request_index: state for state in states if state is not None}
+
+    def _close(self, recording: _Recording) -> None:
+        """The request is over; choices that did not finish were cut by the client or a fault."""
+        try:
+            unfinished = [i for i, c in recording.choices.items() if c.finish_reason is None]
+            if not recording.choices:
+                metrics.INTERACTIONS.labels("aborted").inc()  # before its first token
+            for index in unfinished:
+                choice = recording.choices[index]
+                choice.finish_reason = "abort"
+                state = recording.states.get(index)
+                starts = list(state.weight_version_starts) if state is not None else []
+                ends = [start for _, start in starts[1:]] + [len(choice.token_ids)]
+                choice.weight_versions = [
+                    (version, start, min(end, len(choice.token_ids)))
+                    for (version, start), end in zip(starts, ends, strict=True)
+                    if start < len(choice.token_ids)
+                ]
+                self._finish(recording, index)
+        except Exception as error:
+            _failed(error)
+
+    def _finish(self, recording: _Recording, index: int) -> None:
+        """Hand one ended choice to the publisher."""
+        choice = recording.choices[index]
+        if recording.broken:
+            return
+        if recording.adapter_version is not None:
+            spans = [(recording.adapter_version, 0, len(choice.token_ids))]
+        else:
+            live = self._live_version()
+            spans = [
+                (live if (version := version_of(name)) is None else version, start, end)
+                for name, start, end in choice.weight_versions or ()
+            ] or [(live, 0, len(choice.token_ids))]
+        now = time.time()
+        try:
+            interaction = Interaction(
+                interaction_id=recording.reply_id,
+                choice=recording.first_choice + index,
+                alias=self._alias,
+                tenant=recording.context.tenant,
+                user=recording.context.user,
+                created_at=now,
+                latency_seconds=max(0.0, now - recording.context.started_at),
+                prompt_token_ids=tuple(recording.prompt_token_ids or ()),
+                completion_token_ids=tuple(choice.token_ids),
+                completion_logprobs=tuple(choice.logprobs),
+                logprob_convention=recording.convention,
+                sampling=sampling_settings(recording.asked),
+                policy_spans=tuple(PolicySpan(version=v, start=s, end=e) for v, s, e in spans),
+                finish_reason=choice.finish_reason or "unknown",
+                streamed=recording.context.streamed,
+            )
+        except ValidationError as error:
+            _failed(error)  # for instance an X-Request-Id that is no identifier
+            return
+        outcome = "dropped"
+        if self._publish(interaction):
+            outcome = "aborted" if choice.finish_reason == "abort" else "recorded"
+        metrics.INTERACTIONS.labels(outcome).inc()
+
+
+@dataclass
+class _Recording:
+    """One request while it is being answered."""
+
+    context: RequestContext
+    reply_id: str
+    first_choice: int
+    """Choice index of this prompt's first completion (completions take several prompts)."""
+    asked: SamplingParams
+    """As the client's request says."""
+    adapter_version: int | None
+    prompt_token_ids: list[int] | None = None
+    choices: dict[int, _Choice] = field(default_factory=dict)
+    states: dict[int, Any] = field(default_factory=dict)
+    broken: bool = False
+    """An error in here; the reply goes on, the recording does not."""
+
+    @property
+    def ours(self) -> bool:
+        """Whether only the recorder wants logprobs."""
+        return self.asked.logprobs is None and self.asked.logprob_token_ids is None
+
+    @property
+    def params(self) -> SamplingParams:
+        """The client's, plus what the recorder needs."""
+        if not self.ours:
+            return self.asked
+        params = copy.copy(self.asked)
+        params.logprobs = 0  # the sampled token's only
+        params.extra_args = {**(params.extra_args or {}), PROCESSED_ROW: True}
+        return params
+
+    @property
+    def convention(self) -> LogprobConvention:
+        plain = sampling_settings(self.asked)
+        same = plain.temperature == 1.0 and not plain.truncated and not plain.altered_by
+        processed = self.ours or same
+        return LogprobConvention.PROCESSED if processed else LogprobConvention.RAW
+
+    def strip(self, output: Any) -> None:
+        """Remove what the client did not ask for: handlers get what plain vLLM gives them."""
+        if self.ours:
+            for completion in output.outputs:
+                completion.logprobs = None
+                completion.cumulative_logprob = None
+
+
+def sampled_logprobs(token_ids: list[int], logprobs: Any) -> list[float | None]:
+    """The logprob (nats) of each sampled token; None where vLLM gave none."""
+    if not logprobs:
+        return [None] * len(token_ids)
+    found: list[float | None] = []
+    for token_id, position in zip(token_ids, logprobs, strict=True):
+        entry = position.get(token_id) if position else None
+        found.append(None if entry is None else float(entry.logprob))
+    return found
+
+
+def sampling_settings(params: SamplingParams) -> SamplingSettings:
+    """What shaped the distribution, in our vocabulary."""
+    altered = {
+        "presence_penalty": params.presence_penalty != 0.0,
+        "frequency_penalty": params.frequency_penalty != 0.0,
+        "repetition_penalty": params.repetition_penalty != 1.0,
+        "min_tokens": params.min_tokens > 0,
+        "logit_bias": bool(params.logit_bias),
+        "allowed_token_ids": bool(params.allowed_token_ids),
+        "bad_words": bool(params.bad_words),
+        "structured_outputs": params.structured_outputs is not None,
+        "thinking_token_budget": params.thinking_token_budget is not None,
+        "watermarking": bool(params.watermarking),
+    }
+    return SamplingSettings(
+        temperature=0.0 if params.temperature < GREEDY_BELOW else params.temperature,
+        top_p=params.top_p,
+        top_k=max(params.top_k, 0),
+        min_p=params.min_p,
+        altered_by=tuple(name for name, differs in altered.items() if differs),
+    )
+
+
+def _failed(error: Exception) -> None:
+    metrics.INTERACTIONS.labels("failed").inc()
+    logger.error("recording_failed", extra={"cause": describe(error)})

@@ -1,0 +1,276 @@
+"""The server: vLLM's own OpenAI app, started with Moorline's parts.
+
+Order of a start: check what can be checked in a second (model, memory, port), start the engine,
+warm it up, bring the wanted policy live, only then listen. Order of a stop: no new connections, the
+running replies to their end (``drain_seconds`` at most), the engine, then the last events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from daemon.base_model import check_model_dir, model_digest
+from daemon.http import base_url, port_problem
+from daemon.settings import Settings
+from daemon.stream import Publisher, SpoolInUse
+
+logger = logging.getLogger("moorline.serving")
+
+ENVIRONMENT = {
+    # No network at start: the model is a directory, and nobody is told that we run.
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # The newer runner has another sampler; row-wise logprob conventions need this one.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+FORBIDDEN_ENVIRONMENT = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+"""They open routes on the public port that change weights or run code."""
+
+MEMORY_BESIDE_WEIGHTS_BYTES = 1.5 * 2**30
+"""Two Python processes with torch and vLLM, measured on CPU."""
+PUBLISHER_CLOSE_SECONDS = 5.0
+"""To deliver the last events; what is left stays in the spool."""
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class ServerError(RuntimeError):
+    """The server cannot start, or had to stop; one line with the remedy."""
+
+
+def prepare_environment() -> None:
+    """Settings that vLLM reads from the environment at import. Call before importing it.
+
+    Raises:
+        ServerError: an environment variable would open vLLM's development routes.
+    """
+    for name in FORBIDDEN_ENVIRONMENT:
+        if os.environ.get(name, "0").lower() not in ("", "0", "false"):
+            raise ServerError(f"{name} opens unguarded routes on the public port: unset it")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def swap_mode(settings: Settings) -> str:
+    """``adapter`` or ``reload``."""
+    if settings.serving.swap_mode != "auto":
+        return settings.serving.swap_mode
+    return "reload" if runs_on_cpu() else "adapter"
+
+
+def runs_on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def vllm_arguments(settings: Settings, model_dir: Path, port: int, mode: str) -> list[str]:
+    """The command line that `vllm serve` would have got."""
+    serving = settings.serving
+    arguments = {
+        "--model": model_dir,
+        "--served-model-name": settings.alias,
+        "--host": serving.host,
+        "--port": port,
+        "--dtype": settings.model.dtype,
+        "--max-model-len": settings.model.max_length_tokens,
+        "--max-num-seqs": serving.max_concurrent_sequences,
+        "--load-format": "safetensors",
+        "--logprobs-mode": "processed_logprobs",
+        "--worker-extension-cls": "serving.worker.WorkerExtension",
+        "--shutdown-timeout": int(serving.drain_seconds),
+        "--uvicorn-log-level": "warning",
+    }
+    words = [f"{name}={value}" for name, value in arguments.items()]
+    if runs_on_cpu():
+        words += ["--enforce-eager", f"--kv-cache-memory-bytes={int(serving.kv_cache_gib * 2**30)}"]
+    if mode == "adapter":
+        rank = next(rank for rank in LORA_RANKS if rank >= settings.learning.lora_rank)
+        words += ["--enable-lora", f"--max-loras={serving.max_loras}", f"--max-lora-rank={rank}"]
+    if serving.api_key is not None:
+        words.append(f"--api-key={serving.api_key.get_secret_value()}")
+    return [*words, *serving.vllm_args]
+
+
+def check_memory(model_dir: Path, settings: Settings) -> None:
+    """Refuse a start that would end in the out-of-memory killer. CPU only.
+
+    Raises:
+        ServerError: naming both figures.
+    """
+    import psutil
+
+    stored = {"float32": 4, "bfloat16": 2, "float16": 2}[settings.model.dtype]
+    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    # The files may hold another precision than is served; a reload keeps one layer twice.
+    needed = weights * max(1.0, stored / 2) * 1.2
+    needed += settings.serving.kv_cache_gib * 2**30 + MEMORY_BESIDE_WEIGHTS_BYTES
+    available = psutil.virtual_memory().available
+    if available < needed:
+        raise ServerError(
+            f"too little memory: {available / 2**30:.1f} GiB are free, the server needs about "
+            f"{needed / 2**30:.1f} GiB: lower serving.kv_cache_gib or free some"
+        )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound, not yet listening socket, so that a busy port is known before the engine starts.
+
+    Raises:
+        ServerError: the port is busy or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ServerError(port_problem(host, port, error, "serving.port")) from None
+    return bound
+
+
+async def serve(settings: Settings) -> None:
+    """Run the server until SIGTERM or SIGINT.
+
+    Raises:
+        ServerError, UnsafeModelError: it could not start, or the engine broke.
+    """
+    model_dir = check_model_dir(settings.model.path).resolve()
+    if runs_on_cpu():
+        check_memory(model_dir, settings)
+    bound = bind(settings.serving.host, settings.serving.port)
+    port = bound.getsockname()[1]
+    mode = swap_mode(settings)
+    stopping = _stop_on_signals()
+    publisher = Publisher(settings.stream, settings.spool_dir)
+    try:
+        publisher.start()
+    except (SpoolInUse, OSError) as error:
+        bound.close()
+        raise ServerError(f"the spool cannot be used: {error}") from None
+    try:
+        async with _engine(vllm_arguments(settings, model_dir, port, mode)) as (engine, args):
+            await _serve_engine(settings, model_dir, mode, engine, args, bound, publisher, stopping)
+    finally:
+        bound.close()
+        await asyncio.to_thread(publisher.close, PUBLISHER_CLOSE_SECONDS)
+    logger.info("stopped")
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
+
+
+@contextlib.asynccontextmanager
+async def _engine(words: list[str]) -> AsyncIterator[tuple[Any, Any]]:
+    """vLLM's engine client and parsed arguments."""
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args(words)
+    validate_parsed_serve_args(args)
+    logger.info("engine_starting")
+    async with build_async_engine_client(args) as engine:
+        yield engine, args
+
+
+async def _serve_engine(
+    settings: Settings,
+    model_dir: Path,
+    mode: str,
+    engine: Any,
+    args: Any,
+    bound: socket.socket,
+    publisher: Publisher,
+    stopping: asyncio.Event,
+) -> None:
+    import uvicorn
+
+    from serving.assembly import assemble
+    from serving.outbox import Outbox
+
+    await engine.collective_rpc("moorline_install_sampler")
+    parts = await assemble(
+        settings,
+        engine,
+        args,
+        mode=mode,
+        model_dir=model_dir,
+        base_model_digest=await asyncio.to_thread(model_digest, model_dir),
+        outbox=Outbox(publisher),
+    )
+    await warm_up(parts.recorder.plain_generate)
+    await parts.swaps.settle()
+    parts.readiness.why_not = None
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            parts.app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(settings.serving.drain_seconds),
+        )
+    )
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    host, port = bound.getsockname()[:2]
+    logger.info("listening", extra={"url": base_url(host, port), "policy": parts.live.name})
+    print(f"moorline serving {parts.live.name} on {base_url(host, port)}", flush=True)  # noqa: T201
+    http = asyncio.create_task(server.serve(sockets=[bound]))
+    watchers = [
+        asyncio.create_task(stopping.wait()),
+        asyncio.create_task(parts.swaps.follow()),
+        asyncio.create_task(_until_broken(engine)),
+        http,
+    ]
+    try:
+        done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        parts.readiness.why_not = "stopping"
+        server.should_exit = True
+        await asyncio.wait([http], timeout=settings.serving.drain_seconds + 2)
+        for task in watchers:
+            task.cancel()
+    for task in done:
+        error = task.exception()
+        if error is not None:
+            raise ServerError(f"the engine cannot go on ({error}): restarting is the remedy")
+
+
+async def _until_broken(engine: Any) -> None:
+    while not engine.errored:
+        await asyncio.sleep(0.5)
+    raise RuntimeError("vLLM's engine process died")
+
+
+async def warm_up(generate: Callable[..., Any]) -> None:
+    """The first requests after a start are slow; nobody should wait for them."""
+    from vllm.inputs.engine import tokens_input
+    from vllm.sampling_params import SamplingParams
+
+    for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.9)):
+        params = SamplingParams(
+            temperature=temperature, top_p=top_p, max_tokens=4, logprobs=0, ignore_eos=True
+        )
+        request_id = f"moorline-warm-up-{uuid.uuid4().hex}"
+        async for _ in generate(tokens_input([1, 2, 3]), params, request_id):
+            pass

@@ -1,0 +1,69 @@
+"""What the server says about itself: /healthz, /readyz and /v1/moorline/status.
+
+``/metrics`` needs nothing here: vLLM exposes the process's default Prometheus registry, and
+``daemon.metrics`` lives in it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from serving.context import Admission
+from serving.models import LivePolicy
+from serving.swap import SwapController
+
+
+@dataclass
+class Readiness:
+    """Why this server should get no traffic; None when it should."""
+
+    why_not: str | None = "starting"
+
+
+def status_router(
+    *,
+    alias: str,
+    live: LivePolicy,
+    swaps: SwapController,
+    mode: str,
+    admission: Admission,
+    readiness: Readiness,
+    publisher_stats: Callable[[], Mapping[str, Any]],
+) -> APIRouter:
+    """The three routes, bound to this process's parts."""
+    router = APIRouter()
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, bool]:
+        return {"alive": True}
+
+    @router.get("/readyz")
+    async def readyz() -> JSONResponse:
+        ready = readiness.why_not is None
+        return JSONResponse(
+            {"ready": ready, "why_not": readiness.why_not, "policy_version": live.version},
+            200 if ready else 503,
+        )
+
+    @router.get("/v1/moorline/status")
+    async def status() -> dict[str, Any]:
+        return {
+            "alias": alias,
+            "policy_version": live.version,
+            "policy_name": live.name,
+            "swap_mode": mode,
+            "ready": readiness.why_not is None,
+            "why_not_ready": readiness.why_not,
+            "swaps": [record.model_dump(mode="json") for record in swaps.history],
+            "publisher": publisher_stats(),
+            "pinned": swaps.pinned_version,
+            "refused_versions": {str(version): why for version, why in swaps.refused.items()},
+            "requests_in_flight": admission.in_flight,
+        }
+
+    return router
