@@ -1,0 +1,174 @@
+"""Real brokers for tests: the embedded one, and Apache Kafka.
+
+Use them with ``pytest_plugins = ("tests.kafka_fixtures",)``. Apache Kafka comes from a folder
+``shared/kafka`` beside the repository (its ``broker`` program), or from ``MOORLINE_TEST_KAFKA``:
+``host:port`` of a running one, which tests that stop or pause a broker then skip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon.broker import EmbeddedBroker
+from daemon.settings import StreamSettings
+
+TEST_KAFKA_VARIABLE = "MOORLINE_TEST_KAFKA"
+SKIPPED = "no Apache Kafka: no ../shared/kafka/broker, no java, or no MOORLINE_TEST_KAFKA=host:port"
+
+
+def find_broker_program() -> Path | None:
+    """``shared/kafka/broker`` beside the repository (also from a work tree inside one)."""
+    for parent in Path(__file__).resolve().parents[1:5]:
+        for candidate in (parent / "shared/kafka/broker", parent.parent / "shared/kafka/broker"):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+@dataclass
+class ApacheKafka:
+    """One broker, in its own directory; data and port stay from start to start."""
+
+    program: Path
+    directory: Path
+    options: list[str] = field(default_factory=list)
+    bootstrap: str = ""
+    secure: dict[str, str] | None = None
+
+    def start(self) -> ApacheKafka:
+        done = self._call("start", *self.options)
+        answer = json.loads(done.stdout)
+        self.bootstrap, self.secure = answer["bootstrap"], answer["secure"]
+        wait_until(lambda: self._answers(), 30)
+        return self
+
+    def stop(self) -> None:
+        self._call("stop")
+
+    def kill(self) -> None:
+        self._call("kill")
+
+    def pause(self) -> None:
+        self._call("pause")
+
+    def resume(self) -> None:
+        self._call("resume")
+
+    def admin(self) -> Any:
+        """An admin client on the plaintext listener, where everything is allowed."""
+        from kafka import KafkaAdminClient
+
+        return KafkaAdminClient(bootstrap_servers=self.bootstrap, bootstrap_timeout_ms=10_000)
+
+    def _answers(self) -> bool:
+        try:
+            admin = self.admin()
+        except Exception:
+            return False
+        try:
+            return bool(admin.describe_cluster()["brokers"])
+        finally:
+            admin.close()
+
+    def _call(self, action: str, *options: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [str(self.program), action, str(self.directory), *options],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
+    """Poll until true; fails the test when time runs out."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not true after {timeout_seconds} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def tansu() -> Iterator[str]:
+    """``host:port`` of an embedded broker for the whole session; use your own topic prefix."""
+    with EmbeddedBroker() as broker:
+        yield broker.bootstrap
+
+
+@pytest.fixture
+def own_tansu() -> Iterator[EmbeddedBroker]:
+    """An embedded broker of this test's own, to stop and start again."""
+    broker = EmbeddedBroker()
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture
+def topic_prefix() -> str:
+    """Unique per test."""
+    return f"t{uuid.uuid4().hex[:10]}."
+
+
+@pytest.fixture
+def stream_settings(tansu: str, topic_prefix: str) -> StreamSettings:
+    """The embedded broker, under this test's own topics."""
+    return StreamSettings(bootstrap=tansu, topic_prefix=topic_prefix, connect_timeout_seconds=5)
+
+
+@pytest.fixture(scope="session")
+def make_apache_kafka() -> Iterator[Callable[..., ApacheKafka]]:
+    """Starts brokers of one's own; all are stopped at the end of the session."""
+    program = find_broker_program()
+    if program is None or shutil.which("java") is None:
+        pytest.skip(SKIPPED)
+    root = Path(tempfile.mkdtemp(prefix="moorline-kafka-"))
+    made: list[ApacheKafka] = []
+
+    def make(*options: str) -> ApacheKafka:
+        broker = ApacheKafka(program, root / f"broker-{len(made)}", list(options))
+        made.append(broker)
+        return broker.start()
+
+    yield make
+    for broker in made:
+        broker.kill()
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def apache_kafka(request: pytest.FixtureRequest) -> str:
+    """``host:port`` of a real Apache Kafka that nobody stops."""
+    given = os.environ.get(TEST_KAFKA_VARIABLE)
+    if given:
+        return given
+    make = request.getfixturevalue("make_apache_kafka")
+    return str(make().bootstrap)
+
+
+@pytest.fixture
+def own_apache_kafka(make_apache_kafka: Callable[..., ApacheKafka]) -> Iterator[ApacheKafka]:
+    """A real Apache Kafka of this test's own, to kill, pause and start again."""
+    broker = make_apache_kafka()
+    yield broker
+    broker.kill()
+
+
+@pytest.fixture(scope="session")
+def secure_apache_kafka(make_apache_kafka: Callable[..., ApacheKafka]) -> ApacheKafka:
+    """With a SASL_SSL listener (user ``moor``) that denies what no ACL allows."""
+    return make_apache_kafka("--secure", "moor:right-password", "--acl")
