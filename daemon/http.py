@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import math
+import re
 import socket
 import socketserver
 import threading
@@ -171,7 +172,8 @@ def request_json(
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         why = "no answer in time" if isinstance(error, httpx.TimeoutException) else str(error)
-        raise Unreachable(f"nothing answers at {url} ({why})") from None
+        why = re.sub(r"^\[Errno -?\d+\] ", "", why)
+        raise Unreachable(f"nothing answers at {url} ({why}): is it running there?") from None
     if reply.status_code == 401:
         raise Unreachable(f"{url} wants an API key: set MOORLINE_SERVING__API_KEY")
     try:

@@ -30,7 +30,9 @@ __all__ = ["Settings", "SettingsError", "child_environment", "load_settings"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelSettings(_Section):
@@ -113,10 +115,9 @@ class LearningSettings(_Section):
     horizon_seconds: float = Field(default=7 * 86400.0, gt=0)
     """How long an interaction waits for feedback, and feedback for its interaction (event time)."""
     objective: str = "dppo_kl"
-    divergence_limit: float = Field(default=0.05, gt=0)
-    """delta: per-token bound on the binary KL from the behaviour policy (dppo_kl)."""
-    ratio_cap: float = Field(default=20.0, ge=1)
-    """C: the importance ratio is cut here."""
+    divergence_limit: float | None = Field(default=None, gt=0)
+    """delta: per-token bound on the divergence from the behaviour policy; None: the objective's
+    own default (dppo_kl: 0.05 nats of binary KL)."""
     learning_rate: float = Field(default=3e-4, gt=0)
     anchor_weight: float = Field(default=0.05, ge=0)
     """beta: weight of KL(policy || anchor) in the loss."""

@@ -57,7 +57,7 @@ doctor.register(app)
 def main() -> None:
     """The console script: exit 0, 1 with one line on stderr, or 2 for wrong usage."""
     try:
-        app()
+        app(prog_name="moorline")
     except EXPECTED as error:
         err.print("[bold red]moorline:[/]", end=" ")
         err.print(" ".join(str(error).split()), markup=False, soft_wrap=True)
