@@ -102,7 +102,8 @@ class Policy:
 
     def read_adapter(self, directory: Path) -> AdapterState:
         """The adapter state in an artifact directory (already verified by its hashes)."""
-        return safetensors_load((directory / ADAPTER_WEIGHTS).read_bytes())
+        state: AdapterState = safetensors_load((directory / ADAPTER_WEIGHTS).read_bytes())
+        return state
 
     # --- forward ----------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class Policy:
             logits, _ = self.completion_logits([sequences[index] for index in group])
             logprobs = logits.log_softmax(dim=-1)
             sizes = [len(sequences[index].completion_token_ids) for index in group]
-            for index, part in zip(group, logprobs.split(sizes), strict=True):
+            for index, part in zip(group, torch.split(logprobs, sizes), strict=True):
                 results[index] = part
         return [part for part in results if part is not None]
 

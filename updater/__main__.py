@@ -1,0 +1,41 @@
+"""``python -m updater``: settings from the environment and ``MOORLINE_CONFIG``."""
+
+from __future__ import annotations
+
+import sys
+
+from daemon.artifacts import StoreError
+from daemon.base_model import UnsafeModel
+from daemon.http import PortUnavailable
+from daemon.logs import setup_logging
+from daemon.settings import SettingsError, load_settings
+from daemon.stream import StreamRefused
+from updater.gate import CanaryError
+from updater.ledger import LedgerError
+from updater.process import Updater
+from updater.trainer import UnknownObjective
+
+
+def main() -> int:
+    """Exit code 0 after a clean stop, 1 with one line on stderr otherwise."""
+    try:
+        settings = load_settings()
+        setup_logging(settings, "updater")
+        Updater(settings).run()
+    except (
+        SettingsError,
+        StoreError,
+        UnsafeModel,
+        PortUnavailable,
+        StreamRefused,
+        CanaryError,
+        LedgerError,
+        UnknownObjective,
+    ) as error:
+        print(f"moorline update: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

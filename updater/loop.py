@@ -1,0 +1,346 @@
+"""The whole cycle, from feedback to release.
+
+    take in -> next batch -> credit -> propose -> bound -> gate -> decide -> announce
+
+Every verb is a module. The ledger is the only commit point: whatever happens before ``decide``
+leaves no trace after a crash, and whatever comes after it is repeated until it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from daemon import metrics
+from daemon.artifacts import ArtifactStore
+from daemon.events import ArtifactFile, Decision, Divergence, Reason, Release, ReleaseKind, Verdict
+from daemon.failpoints import failpoint
+from daemon.settings import Settings
+from daemon.stream import StreamUnavailable
+from updater.credit import Baselines, assign_credit
+from updater.gate import Gate
+from updater.ingest import Ingest
+from updater.ledger import Ledger, examples_digest
+from updater.policy import OPTIMIZER_STATE, Policy
+from updater.trainer import NonFiniteUpdate, Proposal, Trainer, optimizer_bytes
+from updater.trust_region import BoundedStep, Refused, TrustRegion
+from updater.values import Batch, Candidate
+
+logger = logging.getLogger("moorline.loop")
+
+PARITY_FILE = "parity.json"
+
+
+class Phase(StrEnum):
+    """What the updater is doing; shown by ``moorline status``."""
+
+    STARTING = "starting"
+    WAITING = "waiting"
+    """For enough feedback."""
+    TRAINING = "training"
+    MEASURING = "measuring"
+    GATING = "gating"
+    PINNED = "pinned"
+    """An operator has pinned a version: events are taken in, nothing is trained."""
+    STREAM_UNAVAILABLE = "stream_unavailable"
+
+
+class Loop:
+    """One updater's life, cycle by cycle. Owned by one thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        ingest: Ingest,
+        ledger: Ledger,
+        store: ArtifactStore,
+        policy: Policy,
+        trainer: Trainer,
+        trust_region: TrustRegion,
+        gate: Gate,
+        publish: Callable[[Release], None],
+        base_model_digest: str,
+        software: dict[str, str],
+    ) -> None:
+        """``publish`` writes a release to its topic and returns when it is acknowledged."""
+        self._settings = settings
+        self._ingest = ingest
+        self._ledger = ledger
+        self._store = store
+        self._policy = policy
+        self._trainer = trainer
+        self._trust_region = trust_region
+        self._gate = gate
+        self._publish = publish
+        self._base_model_digest = base_model_digest
+        self._software = software
+        self._last_divergences: tuple[Divergence, ...] = ()
+        self.phase = Phase.STARTING
+
+    def resume(self) -> None:
+        """Stand where the ledger stands: the live release's adapter and optimiser state.
+
+        Raises:
+            StoreError: the live release's bytes are missing or changed.
+        """
+        version = self._ledger.live_version()
+        release = self._ledger.release(version) if version else None
+        if release is not None and release.artifact_digest is not None:
+            directory = self._store.open(release.artifact_digest, release.files)
+            self._trainer.resume(
+                self._policy.read_adapter(directory), (directory / OPTIMIZER_STATE).read_bytes()
+            )
+            self._last_divergences = release.divergences
+        logger.info("resumed", extra={"policy_version": version, "epoch": self._ledger.epoch})
+        self._show_version(version)
+
+    def cycle(self) -> None:
+        """Take in what there is; learn from it if it is enough; announce what was decided."""
+        self._take_in()
+        self._announce()
+        if self._store.pinned(self._settings.alias) is not None:
+            self.phase = Phase.PINNED
+            return
+        if not self._enough():
+            self.phase = Phase.WAITING if self.phase is not Phase.STREAM_UNAVAILABLE else self.phase
+            return
+        start = time.monotonic()
+        outcome = self._learn()
+        metrics.UPDATES.labels(outcome=outcome).inc()
+        metrics.UPDATE_SECONDS.observe(time.monotonic() - start)
+        self._announce()
+
+    # --- the verbs --------------------------------------------------------------------------
+
+    def _take_in(self) -> None:
+        """Stream to ledger, until nothing is waiting; then apply the horizon."""
+        try:
+            while self._ingest.step(self._settings.updater.poll_seconds).records:
+                pass
+            if self.phase is Phase.STREAM_UNAVAILABLE:
+                self.phase = Phase.WAITING
+        except StreamUnavailable as error:
+            if self.phase is not Phase.STREAM_UNAVAILABLE:
+                logger.error("stream unavailable, will retry", extra={"cause": str(error)})
+            self.phase = Phase.STREAM_UNAVAILABLE
+        self._ledger.expire()
+        metrics.READY_EXAMPLES.set(self._ledger.count_ready())
+
+    def _enough(self) -> bool:
+        """A full batch, or a smaller one that has waited long enough."""
+        learning = self._settings.learning
+        ready = self._ledger.count_ready()
+        if ready >= learning.batch_examples:
+            return True
+        oldest = self._ledger.oldest_ready_at()
+        waited = time.time() - oldest if oldest is not None else 0.0
+        return ready >= learning.min_batch_examples and waited >= learning.max_wait_seconds
+
+    def _learn(self) -> str:
+        """One batch to its decision; returns the outcome's name."""
+        self.phase = Phase.TRAINING
+        batch, baselines = self._next_batch()
+        if not batch.has_signal:
+            self._ledger.set_not_trainable(batch.example_ids, Reason.NO_ADVANTAGE)
+            return self._say("no update", batch, Reason.NO_ADVANTAGE)
+        try:
+            proposal = self._trainer.propose(batch)
+        except NonFiniteUpdate as error:
+            return self._reject(batch, baselines, Reason.NON_FINITE_UPDATE, cause=str(error))
+        failpoint("loop.after_training")
+
+        self.phase = Phase.MEASURING
+        step = self._bound(batch, proposal)
+        if isinstance(step, Refused):
+            return self._reject(
+                batch,
+                baselines,
+                Reason.DIVERGENCE_BOUND,
+                divergences=step.divergences,
+                diagnostics=proposal.diagnostics,
+            )
+        candidate, files = self._write(batch, proposal, step)
+
+        self.phase = Phase.GATING
+        verdict = self._gate.judge(candidate.artifact_digest, files, self._trainer.live_adapter)
+        failpoint("loop.after_gate")
+        if verdict.decision is not Decision.PASS:
+            return self._reject(
+                batch,
+                baselines,
+                Reason.GATE_BLOCKED,
+                divergences=candidate.divergences,
+                diagnostics=candidate.diagnostics,
+                verdict=verdict,
+            )
+        self._accept(batch, baselines, candidate, files, verdict)
+        self._trainer.accept(step.adapter, proposal.optimizer)
+        return "released"
+
+    def _next_batch(self) -> tuple[Batch, Baselines]:
+        """The oldest rated replies, with credit."""
+        examples = self._ledger.ready_examples(self._settings.learning.batch_examples)
+        moved_nats = max(
+            (one.mean_kl_nats for one in self._last_divergences if one.reference == "live"),
+            default=0.0,
+        )
+        credited, baselines, stats = assign_credit(
+            examples, self._ledger.baselines(), moved_nats=moved_nats
+        )
+        logger.info("batch", extra=stats.as_dict())
+        return Batch(credited, self._ledger.live_version()), baselines
+
+    def _bound(self, batch: Batch, proposal: Proposal) -> BoundedStep | Refused:
+        """The largest step inside the divergence bound, measured on traffic outside the batch."""
+        traffic = self._ledger.held_out_traffic(
+            self._settings.bound.traffic_examples,
+            exclude=batch.example_ids,
+            max_tokens=self._settings.learning.max_example_tokens,
+        )
+        step = self._trust_region.largest_step(
+            self._trainer.live_adapter, proposal.adapter, traffic
+        )
+        for divergence in step.divergences:
+            metrics.KL_NATS.labels(
+                reference=divergence.reference, tokens_from=divergence.tokens_from
+            ).set(divergence.mean_kl_nats)
+        for name, value in proposal.diagnostics.items():
+            metrics.UPDATE_DIAGNOSTIC.labels(name=name).set(value)
+        return step
+
+    def _write(
+        self, batch: Batch, proposal: Proposal, step: BoundedStep
+    ) -> tuple[Candidate, tuple[ArtifactFile, ...]]:
+        """The candidate's bytes, durable under their hash."""
+        digest, files = self._store.put(
+            {
+                **self._policy.adapter_files(step.adapter),
+                OPTIMIZER_STATE: optimizer_bytes(proposal.optimizer),
+                PARITY_FILE: self._parity(step),
+            }
+        )
+        failpoint("loop.after_artifact")
+        metrics.STEP_SCALE.set(step.scale)
+        candidate = Candidate(
+            parent=batch.live_version,
+            artifact_digest=digest,
+            artifact_dir=self._store.open(digest, files),
+            step_scale=step.scale,
+            divergences=step.divergences,
+            diagnostics=proposal.diagnostics,
+        )
+        return candidate, files
+
+    def _accept(
+        self,
+        batch: Batch,
+        baselines: Baselines,
+        candidate: Candidate,
+        files: tuple[ArtifactFile, ...],
+        verdict: Verdict,
+    ) -> None:
+        """One transaction: the examples are trained, and the release is in the outbox."""
+        release = Release(
+            alias=self._settings.alias,
+            version=self._ledger.next_version(),
+            parent=candidate.parent,
+            kind=ReleaseKind.ADAPTER,
+            artifact_digest=candidate.artifact_digest,
+            files=files,
+            base_model_digest=self._base_model_digest,
+            created_at=time.time(),
+            offsets=self._ledger.release_offsets(),
+            examples=len(batch.examples),
+            examples_digest=examples_digest(batch.example_ids),
+            step_scale=candidate.step_scale,
+            divergences=candidate.divergences,
+            verdict=verdict,
+            diagnostics=dict(candidate.diagnostics),
+            lease_epoch=self._ledger.epoch,
+            settings_digest=self._settings.digest(),
+            software=self._software,
+        )
+        failpoint("loop.before_release")
+        self._ledger.commit_release(release, batch.example_ids, baselines)
+        failpoint("loop.after_release")
+        self._last_divergences = release.divergences
+        self._show_version(release.version)
+        self._say("released", batch, Reason.NONE, version=release.version)
+
+    def _reject(
+        self,
+        batch: Batch,
+        baselines: Baselines,
+        reason: Reason,
+        *,
+        divergences: Sequence[Divergence] = (),
+        diagnostics: Mapping[str, float] | None = None,
+        verdict: Verdict | None = None,
+        cause: str = "",
+    ) -> str:
+        """One transaction: the examples end with their candidate, and the policy goes back."""
+        record = {
+            "divergences": [divergence.model_dump() for divergence in divergences],
+            "diagnostics": dict(diagnostics or {}),
+            "verdict": verdict.model_dump(mode="json") if verdict else None,
+            "cause": cause,
+        }
+        self._trainer.restore()
+        self._ledger.commit_rejection(record, batch.example_ids, reason, baselines)
+        return self._say("rejected", batch, reason)
+
+    def _announce(self) -> None:
+        """The outbox: manifests into the store, which servers follow, then onto the topic."""
+        for release in self._ledger.unpublished():
+            self._store.record_release(release)
+            failpoint("loop.after_manifest")
+            try:
+                self._publish(release)
+            except StreamUnavailable as error:
+                logger.warning("release not announced yet", extra={"cause": str(error)})
+                return
+            self._ledger.mark_published(release.version)
+            metrics.RELEASES_PUBLISHED.inc()
+
+    # --- details ----------------------------------------------------------------------------
+
+    def _parity(self, step: BoundedStep) -> bytes:
+        """What a server must compute after a swap: raw logprobs on the canaries, nats."""
+        canaries = self._trust_region.canaries
+        parents = self._trust_region.logprobs(self._trainer.live_adapter, canaries)
+        sequences = [
+            {
+                "prompt_token_ids": canary.prompt_token_ids,
+                "completion_token_ids": canary.completion_token_ids,
+                "candidate_logprobs": _chosen(candidate, canary.completion_token_ids),
+                "parent_logprobs": _chosen(parent, canary.completion_token_ids),
+            }
+            for canary, candidate, parent in zip(
+                canaries, step.canary_logprobs, parents, strict=True
+            )
+        ]
+        return json.dumps({"sequences": sequences}).encode()
+
+    def _show_version(self, version: int) -> None:
+        metrics.POLICY_VERSION.labels(role="updater").set(version)
+        if self._last_divergences:
+            metrics.ANCHOR_BUDGET_LEFT_NATS.set(
+                self._trust_region.anchor_budget_left_nats(self._last_divergences)
+            )
+
+    def _say(self, what: str, batch: Batch, reason: Reason, **fields: int) -> str:
+        logger.info(what, extra={"reason": str(reason), "examples": len(batch.examples), **fields})
+        return what if reason is Reason.NONE else str(reason)
+
+
+def _chosen(logprobs: Tensor, token_ids: Sequence[int]) -> list[float]:
+    index = torch.tensor(token_ids, device=logprobs.device).unsqueeze(-1)
+    values: list[float] = logprobs.gather(-1, index).squeeze(-1).tolist()
+    return values
