@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -56,6 +57,7 @@ doctor.register(app)
 
 def main() -> None:
     """The console script: exit 0, 1 with one line on stderr, or 2 for wrong usage."""
+    logging.getLogger().addHandler(logging.NullHandler())  # verbs speak for themselves
     try:
         app(prog_name="moorline")
     except EXPECTED as error:

@@ -146,6 +146,11 @@ def api_key(settings: Settings) -> str | None:
     return secret.get_secret_value() if secret else None
 
 
+def say(text: str, style: str | None = None) -> None:
+    """A sentence for a person; the terminal breaks the line, so that copies stay whole."""
+    out.print(text, style=style, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """Plain JSON on stdout, whatever the terminal."""
     typer.echo(json.dumps(value, indent=2, default=str))

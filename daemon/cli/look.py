@@ -26,6 +26,7 @@ from daemon.cli.common import (
     out,
     print_json,
     running_tree,
+    say,
     settings_from,
 )
 from daemon.events import json_schemas, policy_name
@@ -153,7 +154,7 @@ def releases(
         return
     unreadable = set(store.versions(settings.alias)) - {release.version for release in found}
     if not found and not unreadable:
-        out.print(
+        say(
             f"No release of {settings.alias!r} in {settings.store_dir} yet: "
             "the base model is served."
         )
@@ -171,7 +172,7 @@ def releases(
         )
     )
     if len(found) > limit:
-        out.print(f"and {len(found) - limit} older: --limit {len(found)}", style="dim")
+        say(f"and {len(found) - limit} older: --limit {len(found)}", style="dim")
 
 
 def config(
@@ -253,4 +254,4 @@ def schemas(
     for name, schema in found.items():
         path = to / f"{name}.schema.json"
         path.write_text(json.dumps(schema, indent=2) + "\n", encoding="utf-8")
-        out.print(f"wrote {path}")
+        say(f"wrote {path}")

@@ -18,7 +18,7 @@ from daemon.cli.common import (
     StateDirOption,
     api_key,
     endpoints,
-    out,
+    say,
     settings_from,
 )
 from daemon.events import Feedback, FeedbackKind, policy_name
@@ -64,9 +64,9 @@ def rollback(
     store = ArtifactStore(settings.store_dir)
     version = _version_before(store, settings.alias) if to is None else to
     store.pin(settings.alias, version, reason)
-    out.print(f"Pinned [bold]{policy_name(settings.alias, version)}[/]; learning is paused.")
+    say(f"Pinned [bold]{policy_name(settings.alias, version)}[/]; learning is paused.")
     _wait_until_served(settings, version, wait)
-    out.print("`moorline resume` goes back to the newest release and to learning.")
+    say("`moorline resume` goes back to the newest release and to learning.")
 
 
 def _version_before(store: ArtifactStore, alias: str) -> int:
@@ -91,13 +91,13 @@ def _wait_until_served(settings: Settings, version: int, wait_seconds: float) ->
         try:
             status = request_json("GET", url, api_key=api_key(settings))
         except Unreachable:
-            out.print(
+            say(
                 f"No server answers at {url.removesuffix('/v1/moorline/status')}; "
                 "one that starts will serve it."
             )
             return
         if status.get("policy_version") == version:
-            out.print(f"Served now (after {time.monotonic() - started:.1f} s).")
+            say(f"Served now (after {time.monotonic() - started:.1f} s).")
             return
         refused = status.get("refused_versions") or {}
         if str(version) in (refused if isinstance(refused, dict) else map(str, refused)):
@@ -127,11 +127,11 @@ def resume(
     settings = settings_from(config, assignments, state_dir=state_dir)
     store = ArtifactStore(settings.store_dir)
     if not store.unpin(settings.alias):
-        out.print("Nothing was pinned; servers follow the newest release.")
+        say("Nothing was pinned; servers follow the newest release.")
         return
     newest = store.newest(settings.alias)
     name = newest.name if newest else policy_name(settings.alias, 0)
-    out.print(f"Unpinned; servers go to [bold]{name}[/], and learning goes on.")
+    say(f"Unpinned; servers go to [bold]{name}[/], and learning goes on.")
 
 
 def feedback(
@@ -192,7 +192,7 @@ def feedback(
             body=event.model_dump(mode="json"),
             api_key=api_key(settings),
         )
-    out.print(f"Accepted by {where} as {event.feedback_id}")
+    say(f"Accepted by {where} as {event.feedback_id}")
 
 
 def _produce(settings: Settings, event: Feedback) -> str:

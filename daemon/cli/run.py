@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib
-import logging
 import os
 import sys
 import time
@@ -132,10 +131,8 @@ def up(
 
 def _supervise(settings: Settings, planned: tree.Tree, *, verbose: bool) -> int:
     screen = _Screen()
-    if not screen.interactive:
+    if not screen.interactive:  # at a terminal the screen says it already
         setup_logging(settings, "up")
-    else:
-        logging.getLogger("moorline").setLevel(logging.CRITICAL)  # the screen says it already
     supervisor = Supervisor(
         planned.children,
         settings.state_dir / "logs",
