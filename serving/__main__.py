@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 
-from daemon.base_model import UnsafeModelError
+from daemon.base_model import UnsafeModel
 from daemon.logs import setup_logging
 from daemon.settings import SettingsError, load_settings
 from serving.server import ServerError, prepare_environment
@@ -14,16 +14,24 @@ from serving.server import ServerError, prepare_environment
 logger = logging.getLogger("moorline.serving")
 
 
+def _without_vllm_fields(record: logging.LogRecord) -> bool:
+    """vLLM stamps every record of the process with its own process name."""
+    vars(record).pop("vllm_process_name", None)
+    return True
+
+
 def main() -> int:
     """Exit code 0 after a clean stop, 1 with one line on stderr otherwise."""
     try:
         settings = load_settings()
         setup_logging(settings, "serving")
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_without_vllm_fields)
         prepare_environment()
         from serving.server import serve
 
         asyncio.run(serve(settings))
-    except (SettingsError, ServerError, UnsafeModelError) as error:
+    except (SettingsError, ServerError, UnsafeModel) as error:
         print(f"moorline serve: {error}", file=sys.stderr)
         return 1
     return 0

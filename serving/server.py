@@ -95,6 +95,7 @@ def vllm_arguments(settings: Settings, model_dir: Path, port: int, mode: str) ->
         "--uvicorn-log-level": "warning",
     }
     words = [f"{name}={value}" for name, value in arguments.items()]
+    words.append("--no-use-tqdm-on-load")
     if runs_on_cpu():
         words += ["--enforce-eager", f"--kv-cache-memory-bytes={int(serving.kv_cache_gib * 2**30)}"]
     if mode == "adapter":
@@ -111,19 +112,27 @@ def check_memory(model_dir: Path, settings: Settings) -> None:
     Raises:
         ServerError: naming both figures.
     """
-    import psutil
-
     stored = {"float32": 4, "bfloat16": 2, "float16": 2}[settings.model.dtype]
     weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     # The files may hold another precision than is served; a reload keeps one layer twice.
     needed = weights * max(1.0, stored / 2) * 1.2
     needed += settings.serving.kv_cache_gib * 2**30 + MEMORY_BESIDE_WEIGHTS_BYTES
-    available = psutil.virtual_memory().available
-    if available < needed:
+    available = _available_memory_bytes()
+    if available is not None and available < needed:
         raise ServerError(
             f"too little memory: {available / 2**30:.1f} GiB are free, the server needs about "
             f"{needed / 2**30:.1f} GiB: lower serving.kv_cache_gib or free some"
         )
+
+
+def _available_memory_bytes() -> int | None:
+    """What can be allocated without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kib is None else int(kib) * 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -147,7 +156,7 @@ async def serve(settings: Settings) -> None:
     """Run the server until SIGTERM or SIGINT.
 
     Raises:
-        ServerError, UnsafeModelError: it could not start, or the engine broke.
+        ServerError, UnsafeModel: it could not start, or the engine broke.
     """
     model_dir = check_model_dir(settings.model.path).resolve()
     if runs_on_cpu():
@@ -234,7 +243,7 @@ async def _serve_engine(
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
     host, port = bound.getsockname()[:2]
     logger.info("listening", extra={"url": base_url(host, port), "policy": parts.live.name})
-    print(f"moorline serving {parts.live.name} on {base_url(host, port)}", flush=True)  # noqa: T201
+    print(f"moorline serving {parts.live.name} on {base_url(host, port)}", flush=True)
     http = asyncio.create_task(server.serve(sockets=[bound]))
     watchers = [
         asyncio.create_task(stopping.wait()),

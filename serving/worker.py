@@ -21,6 +21,8 @@ class WorkerExtension:
 
     model_runner: Any
     model_config: Any
+    _moorline_prepared: Any = None
+    """Base directory and changes, between the two calls of a reload."""
 
     def moorline_install_sampler(self) -> None:
         """Replace the sampler by one that picks the logprob convention row by row."""
