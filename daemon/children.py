@@ -25,6 +25,7 @@ from daemon.systemd import without_notification
 logger = logging.getLogger("moorline.supervise")
 
 _PROBE_TIMEOUT_SECONDS = 5.0
+_PROBE_MAX_BYTES = 65_536
 _PROBE_INTERVAL_SECONDS = 0.2
 _ALIVE_INTERVAL_SECONDS = 5.0
 _LEFTOVERS_GRACE_SECONDS = 2.0
@@ -157,8 +158,10 @@ def answers(url: str) -> bool:
                 return True
         connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_SECONDS)
         with contextlib.closing(connection):
-            connection.request("GET", parts.path or "/")
-            return connection.getresponse().status == 200
+            connection.request("GET", parts.path or "/", headers={"Connection": "close"})
+            response = connection.getresponse()
+            response.read(_PROBE_MAX_BYTES)  # closing on unread bytes would reset the connection
+            return response.status == 200
     except (OSError, http.client.HTTPException):
         return False
 

@@ -13,6 +13,7 @@ import math
 import re
 import socket
 import socketserver
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -133,6 +134,12 @@ class _Server(ThreadingHTTPServer):
         """As the base class does, without asking DNS for our own name (it may take seconds)."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is no event; anything else is one line."""
+        del request, client_address
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            logger.error("status connection failed", exc_info=sys.exc_info())
 
 
 def base_url(host: str, port: int) -> str:

@@ -12,6 +12,8 @@ from daemon.settings import Settings, child_environment
 from daemon.supervise import Child
 
 _STOP_MARGIN_SECONDS = 15.0
+_UPDATE_TO_END_SECONDS = 60.0
+"""The updater finishes the update that is under way; if it cannot, the next start makes it anew."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def plan(settings: Settings) -> Tree:
             environment=environment,
             ready_url=f"{updater}/readyz",
             alive_url=f"{updater}/healthz",
-            grace_seconds=_STOP_MARGIN_SECONDS,
+            grace_seconds=_UPDATE_TO_END_SECONDS + _STOP_MARGIN_SECONDS,
             essential=False,
         )
     )
@@ -83,7 +85,7 @@ def alone(settings: Settings, name: str) -> Child:
     module = {"server": "serving", "updater": "updater"}[name]
     where = settings.serving if name == "server" else settings.updater
     base = base_url(where.host, where.port)
-    drain = settings.serving.drain_seconds if name == "server" else 0.0
+    drain = settings.serving.drain_seconds if name == "server" else _UPDATE_TO_END_SECONDS
     return Child(
         name=name,
         argv=(sys.executable, "-m", module),

@@ -80,6 +80,12 @@ def status(
         seen = _look(settings, server, updater)
         out.print(_render(seen))
     if seen["server"] is None and seen["updater"] is None:
+        tree = running_tree(settings.state_dir)
+        if tree is not None:
+            raise CommandError(
+                f"`moorline up` (process {tree.pid}) is still starting: its logs are in "
+                f"{settings.state_dir / 'logs'}"
+            )
         raise CommandError("neither the server nor the updater answers: start `moorline up`")
 
 

@@ -159,11 +159,12 @@ class _Screen:
             self._spinner = out.status(f"{notice.name} starting{hint}", spinner="line")
             self._spinner.start()
             return
+        text = notice.text
+        if notice.kind is NoticeKind.STOPPING and notice.name == "updater":
+            text = "(an update under way ends first; Ctrl-C again does not wait)"
         word = _WORDS.get(notice.kind, str(notice.kind))
         style = _STYLES.get(notice.kind, "dim")
-        out.print(
-            f"  {notice.name:<8} [{style}]{word}[/] {escape(notice.text)}".rstrip(), soft_wrap=True
-        )
+        out.print(f"  {notice.name:<8} [{style}]{word}[/] {escape(text)}".rstrip(), soft_wrap=True)
 
     def welcome(self, settings: Settings, planned: tree.Tree) -> None:
         self._stop_spinner()

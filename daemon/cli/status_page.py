@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from daemon.events import Release, policy_name
+from daemon.events import Fate, Release, policy_name
 
 MISSING = "-"
-_FATES = (
-    "pending",
-    "trained",
-    "rejected",
-    "not_trainable",
-    "duplicate",
-    "expired",
-    "late",
-    "dead_lettered",
-    "erased",
-)
 _RECENT_SWAPS = 3
+_LOW_BUDGET_NATS = 0.05
 
 
 def page(
@@ -50,7 +40,27 @@ def page(
         table = accounting_table(accounting)
         if table.row_count:
             parts += [Text("Events and where they ended", style="bold"), table]
+            parts += _why(accounting)
     return Group(*parts)
+
+
+def _why(accounting: Mapping[str, Any]) -> list[RenderableType]:
+    """The reasons behind the fates that an operator may want to change, and any imbalance."""
+    lines: list[RenderableType] = []
+    reasons = accounting.get("reasons")
+    for topic, fates in sorted(reasons.items() if isinstance(reasons, Mapping) else ()):
+        for fate in (Fate.NOT_TRAINABLE, Fate.DEAD_LETTERED, Fate.REJECTED):
+            counts = fates.get(fate) if isinstance(fates, Mapping) else None
+            if counts:
+                words = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+                lines.append(Text(f"  {topic} {fate.replace('_', ' ')}: {words}", "dim"))
+    missed = accounting.get("missed")
+    if isinstance(missed, Mapping) and any(missed.values()):
+        words = ", ".join(f"{topic} {count}" for topic, count in sorted(missed.items()) if count)
+        lines.append(Text(f"  never readable (gaps in the topic): {words}", "yellow"))
+    if accounting.get("balanced") is False:
+        lines.append(Text("  the counts do not add up: please report this", "bold red"))
+    return lines
 
 
 Row = tuple[str, Text]
@@ -132,24 +142,33 @@ def _swap(swap: Mapping[str, Any]) -> Text:
 def _updater_rows(updater: Mapping[str, Any] | None, problem: str) -> list[Row]:
     if updater is None:
         return [("not reachable", Text(problem, style="red"))]
-    live = updater.get("live_version")
-    name = policy_name(str(updater.get("alias", "?")), live) if isinstance(live, int) else MISSING
-    counts = updater.get("updates")
-    counts = counts if isinstance(counts, Mapping) else {}
+    rows: list[Row] = []
+
+    def add(name: str, key: str, text: Callable[[Any], str], style: str = "") -> None:
+        if updater.get(key) is not None:
+            rows.append((name, Text(text(updater[key]), style)))
+
     budget = updater.get("anchor_budget_left_nats")
-    low = isinstance(budget, int | float) and budget < 0.05
-    rows = [
-        ("newest release", Text(name, style="bold cyan")),
-        ("phase", Text(str(updater.get("phase", MISSING)))),
-        ("rated, waiting", Text(f"{updater.get('ready_examples', MISSING)} examples")),
-        (
-            "updates",
-            Text(f"{counts.get('released', 0)} released, {counts.get('rejected', 0)} rejected"),
+    low = isinstance(budget, int | float) and budget < _LOW_BUDGET_NATS
+    alias = str(updater.get("alias", "?"))
+    add("newest release", "live_version", lambda live: policy_name(alias, live), "bold cyan")
+    add("phase", "phase", lambda phase: str(phase).replace("_", " "))
+    add("rated, waiting", "ready_examples", lambda count: f"{count} examples")
+    add(
+        "updates",
+        "updates",
+        lambda counts: (
+            f"{counts.get('released', 0)} released, {counts.get('rejected', 0)} rejected"
         ),
-        ("KL from live", Text(f"{number(updater.get('kl_live_nats'), 4)} nats/token")),
-        ("KL from anchor", Text(f"{number(updater.get('kl_anchor_nats'), 4)} nats/token")),
-        ("anchor budget", Text(f"{number(budget, 4)} nats/token left", "red" if low else "")),
-    ]
+    )
+    add("KL from live", "kl_live_nats", lambda nats: f"{number(nats, 4)} nats/token")
+    add("KL from anchor", "kl_anchor_nats", lambda nats: f"{number(nats, 4)} nats/token")
+    add(
+        "anchor budget",
+        "anchor_budget_left_nats",
+        lambda nats: f"{number(nats, 4)} nats/token left",
+        "red" if low else "",
+    )
     last = updater.get("last_update")
     if isinstance(last, Mapping) and last:
         rows.append(("last update", Text(_brief(last))))
@@ -175,18 +194,20 @@ def _brief(update: Mapping[str, Any]) -> str:
 
 def accounting_table(accounting: Mapping[str, Any]) -> Table:
     """Fate by topic, with totals; columns that are all zero are left out."""
-    topics = {topic: counts for topic, counts in accounting.items() if isinstance(counts, Mapping)}
-    known = [fate for fate in _FATES if any(counts.get(fate) for counts in topics.values())]
-    others = {fate for counts in topics.values() for fate in counts} - {*_FATES, "total"}
-    fates = [*known, *sorted(others)]
+    topics = {
+        topic: counts
+        for topic, counts in accounting.items()
+        if isinstance(counts, Mapping) and counts and set(counts) <= set(Fate)
+    }
+    fates = [fate for fate in Fate if any(counts.get(fate) for counts in topics.values())]
     table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=True)
     table.add_column("topic")
     for fate in fates:
         table.add_column(fate.replace("_", " "), justify="right")
     table.add_column("total", justify="right", style="bold")
     for topic, counts in sorted(topics.items()):
-        total = sum(value for fate, value in counts.items() if fate != "total")
-        table.add_row(topic, *(str(counts.get(fate, 0)) for fate in fates), str(total))
+        numbers = (str(counts.get(fate, 0)) for fate in fates)
+        table.add_row(topic, *numbers, str(sum(counts.values())))
     return table
 
 

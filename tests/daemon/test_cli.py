@@ -96,6 +96,11 @@ UPDATER_STATUS = {
     "accounting": {
         "interactions.v1": {"trained": 48, "pending": 9},
         "feedback.v1": {"trained": 48, "duplicate": 3, "dead_lettered": 1},
+        "reasons": {"feedback.v1": {"dead_lettered": {"malformed_json": 1}}},
+        "consumed": {"interactions.v1": 57, "feedback.v1": 52},
+        "missed": {"interactions.v1": 0},
+        "total": 109,
+        "balanced": True,
     },
 }
 
@@ -350,6 +355,7 @@ def test_status_shows_both_processes(state: Path, server: Server, updater: Statu
         "2 released, 1 rejected",
         "interactions.v1 4",
         "dead lettered",
+        "malformed_json 1",
         "parity_failed",
     ):
         assert expected in text
