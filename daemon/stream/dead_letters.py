@@ -11,7 +11,13 @@ from kafka import errors as kafka_errors
 from daemon.events import Reason
 from daemon.failpoints import failpoint
 from daemon.settings import StreamSettings
-from daemon.stream.client import Connection, close_producer, connect, explained
+from daemon.stream.client import (
+    Connection,
+    StreamRefused,
+    close_producer,
+    connect,
+    explained,
+)
 from daemon.stream.reader import Record
 from daemon.stream.topics import (
     DEAD_LETTER_MAX_BYTES,
@@ -63,23 +69,20 @@ class DeadLetters:
         """
         headers = record.headers + origin_headers(self._settings, record, reason, stage)
         with self._lock:
-            connection = self._connected()
             try:
-                with explained(self._settings, connection):
-                    try:
-                        self._send(connection.client, record, record.value, headers)
-                    except (
-                        kafka_errors.MessageSizeTooLargeError,
-                        kafka_errors.RecordListTooLargeError,
-                    ):
-                        size = len(record.value or b"")
-                        cut = (record.value or b"")[:KEPT_BYTES]
-                        kept = (*headers, ("moorline_truncated_from_bytes", str(size).encode()))
-                        self._send(connection.client, record, cut, kept)
-            except BaseException:
-                # A producer that was refused once stays broken, also after the permission came.
-                self._disconnect()
-                raise
+                self._send(record, record.value, headers)
+            except _TooLargeError:
+                size = len(record.value or b"")
+                kept = (*headers, ("moorline_truncated_from_bytes", str(size).encode()))
+                try:
+                    self._send(record, (record.value or b"")[:KEPT_BYTES], kept)
+                except _TooLargeError as error:
+                    raise StreamRefused(
+                        f"topic {dlq_name(self._settings, record.topic)} takes no event of "
+                        f"{KEPT_BYTES} bytes: run `kafka-configs.sh --alter --entity-type topics "
+                        f"--entity-name {dlq_name(self._settings, record.topic)} --add-config "
+                        f"max.message.bytes={DEAD_LETTER_MAX_BYTES}`"
+                    ) from error
         logger.warning(
             "record dead-lettered",
             extra={
@@ -96,17 +99,29 @@ class DeadLetters:
         with self._lock:
             self._disconnect()
 
-    def _send(
-        self, producer: KafkaProducer, record: Record, value: bytes | None, headers: Headers
-    ) -> None:
+    def _send(self, record: Record, value: bytes | None, headers: Headers) -> None:
+        """Raises: _TooLargeError, StreamUnavailable."""
+        connection = self._connected()
         failpoint("dead_letters.before_send")
-        producer.send(
-            dlq_name(self._settings, record.topic),
-            # Kafka takes no record that has neither.
-            value=value if value is not None or record.key is not None else b"",
-            key=record.key,
-            headers=list(headers),
-        ).get(timeout=_ACKNOWLEDGE_SECONDS)
+        try:
+            with explained(self._settings, connection):
+                try:
+                    connection.client.send(
+                        dlq_name(self._settings, record.topic),
+                        # Kafka takes no record that has neither.
+                        value=value if value is not None or record.key is not None else b"",
+                        key=record.key,
+                        headers=list(headers),
+                    ).get(timeout=_ACKNOWLEDGE_SECONDS)
+                except (
+                    kafka_errors.MessageSizeTooLargeError,
+                    kafka_errors.RecordListTooLargeError,
+                ) as error:
+                    raise _TooLargeError from error
+        except BaseException:
+            # A producer that was refused once stays broken, also when the cause is gone.
+            self._disconnect()
+            raise
         failpoint("dead_letters.after_acknowledgement")
 
     def _connected(self) -> Connection[KafkaProducer]:
@@ -127,6 +142,10 @@ class DeadLetters:
         connection, self._connection = self._connection, None
         if connection is not None:
             close_producer(connection.client)
+
+
+class _TooLargeError(Exception):
+    """The dead-letter topic does not take a record of this size."""
 
 
 def origin_headers(settings: StreamSettings, record: Record, reason: Reason, stage: str) -> Headers:

@@ -41,12 +41,15 @@ WINDOW_MAX_EVENTS = 2_000
 WINDOW_MAX_BYTES = 16 * 2**20
 SILENCE_SECONDS = 1.0
 """An event that waits so long for its acknowledgement is copied to the spool."""
-# The event itself is what the broker refuses: sending it again would stop all behind it.
+# An event itself is what the broker refuses: sending it again would stop all behind it. The client
+# then gives the same error to everything it holds, so only an event that was alone is guilty.
 _POISON = (
     kafka_errors.MessageSizeTooLargeError,
     kafka_errors.RecordListTooLargeError,
     kafka_errors.InvalidRecordError,
     kafka_errors.InvalidTopicError,
+    ValueError,
+    TypeError,
 )
 
 
@@ -122,8 +125,8 @@ class Publisher:
         self._queue_bytes = 0
         self._window: deque[_Event] = deque()
         self._window_bytes = 0
-        # Delivered (None) or refused (why) behind one that was neither: not to be sent again.
-        self._finished: dict[Position, BaseException | None] = {}
+        # Delivered behind one that was not, and the client failed: not to be sent again.
+        self._delivered_early: set[Position] = set()
         self._lock = threading.Lock()  # guards the queue and the counters; held for microseconds
         self._wake = threading.Event()
         self._accepting = True
@@ -137,6 +140,8 @@ class Publisher:
         self._spooled_bytes = 0
         self._progress_at = time.monotonic()
         self._disk_failed_at = float("-inf")
+        self._alone = 0
+        """So many events are still to be sent one at a time: one of them is refused."""
 
     # --- any thread ---
 
@@ -293,21 +298,20 @@ class Publisher:
 
     def _reap(self) -> None:
         """Take acknowledged events off the window; act on refused ones."""
-        failure: BaseException | None = None
+        failure = next((event.error for event in self._window if event.error is not None), None)
         released = False
-        for event in list(self._window):
-            if event.error is None:
-                continue
-            if isinstance(event.error, _POISON):
-                self._refuse(event)
+        if isinstance(failure, _POISON):
+            if self._alone and len(self._window) == 1:
+                self._refuse(self._window[0])
             else:
-                failure = failure or event.error
+                self._alone = len(self._window)
         while self._window and self._window[0].acknowledged:
             event = self._window.popleft()
             self._window_bytes -= len(event.value)
             if event.frame is not None and self._spool is not None:
                 self._spool.release(event.frame)
                 released = True
+            self._alone = max(0, self._alone - 1)
             if event.error is None:
                 self._deliver(event)
             self._progress_at = time.monotonic()
@@ -318,13 +322,12 @@ class Publisher:
             self._take_back(failure)
 
     def _refuse(self, event: _Event) -> None:
-        if not event.acknowledged:
-            event.acknowledged = True  # done with; counted as dropped, not as delivered
-            logger.error(
-                "the broker refuses an event for what it is",
-                extra={"topic": event.topic.value, "error": type(event.error).__name__},
-            )
-            self._drop(event)
+        event.acknowledged = True  # done with; counted as dropped, not as delivered
+        logger.error(
+            "the broker refuses an event for what it is",
+            extra={"topic": event.topic.value, "error": type(event.error).__name__},
+        )
+        self._drop(event)
 
     def _take_back(self, failure: BaseException) -> None:
         """The client is of no more use: what it did not deliver goes through a new one."""
@@ -333,7 +336,7 @@ class Publisher:
         for event in self._window:
             if event.frame is not None:
                 if event.acknowledged:
-                    self._finished[event.frame.position] = event.error
+                    self._delivered_early.add(event.frame.position)
             elif event.acknowledged and event.error is None:
                 self._deliver(event)
             elif not event.acknowledged:
@@ -360,12 +363,14 @@ class Publisher:
         producer = self._link.producer
         if producer is None:
             return
-        while len(self._window) < WINDOW_MAX_EVENTS and self._window_bytes < WINDOW_MAX_BYTES:
+        while self._window_bytes < WINDOW_MAX_BYTES and len(self._window) < (
+            1 if self._alone else WINDOW_MAX_EVENTS
+        ):
             event = self._next_event()
             if event is None:
                 return
-            if event.frame is not None and event.frame.position in self._finished:
-                event.error = self._finished.pop(event.frame.position)
+            if event.frame is not None and event.frame.position in self._delivered_early:
+                self._delivered_early.discard(event.frame.position)
                 event.acknowledged = True
                 self._put_in_window(event)
                 continue

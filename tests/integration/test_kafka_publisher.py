@@ -201,13 +201,12 @@ def test_what_fits_nowhere_is_refused_and_counted(
     counter = metrics.EVENTS_DROPPED.labels(Topic.INTERACTIONS.value)
     before = counter._value.get()
     publisher = make(settings)
-    taken = refused = 0
-    while refused < 10:  # as fast as it goes: disk and memory fill up, and nothing raises
-        if publisher.publish(Topic.INTERACTIONS, "k", b"x" * 1000):
-            taken += 1
-        else:
-            refused += 1
-            wait_until(lambda: publisher.stats.spooled + 50 >= taken)
+    results: list[bool] = []
+    while results.count(False) < 10:  # disk and memory fill up, and nothing raises
+        results.append(publisher.publish(Topic.INTERACTIONS, "k", b"x" * 1000))
+        if not results[-1]:
+            wait_until(lambda: publisher.stats.spooled + 50 >= results.count(True))
+    taken, refused = results.count(True), results.count(False)
     stats = publisher.stats
     assert stats.dropped == refused
     assert counter._value.get() - before == refused
