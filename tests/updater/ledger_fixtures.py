@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from daemon.events import (
@@ -20,8 +22,13 @@ from daemon.events import (
     artifact_digest,
 )
 from daemon.stream import Record, Topic
+from updater.credit import why_no_credit
 from updater.ingest import parse, why_untrainable
 from updater.ledger import Ledger, Parsed
+
+MEMORY = Path("/dev/shm")
+FAST_DISK = str(MEMORY) if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None
+"""Where tests put ledgers whose rules they try, thousands of times, not their durability."""
 
 NOW = 1_750_000_000.0
 HOUR = 3600.0
@@ -91,9 +98,13 @@ class Log:
 def parsed(record: Record) -> Parsed:
     """A record, as ingest would hand it to the ledger."""
     found = parse(record, max_event_bytes=100_000)
-    if not isinstance(found.event, Interaction):
-        return found
-    reason = why_untrainable(found.event, VOCABULARY, "assistant", 1000)
+    match found.event:
+        case None:
+            return found
+        case Interaction():
+            reason = why_untrainable(found.event, VOCABULARY, "assistant", 1000)
+        case Feedback():
+            reason = why_no_credit(found.event)
     return Parsed(record, found.event, reason or Reason.NONE)
 
 

@@ -1,0 +1,344 @@
+"""The ledger against any order, repetition and interleaving of events, decisions and restarts."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
+
+from daemon.events import Fate, Feedback, FeedbackKind, Interaction, Reason, SamplingSettings
+from daemon.stream import Topic
+from tests.updater.ledger_fixtures import (
+    FAST_DISK,
+    HORIZON,
+    NOW,
+    Log,
+    interaction,
+    parsed,
+    rating,
+    release,
+)
+from updater.ledger import Ledger, LedgerError, Parsed
+
+END = NOW + 10 * HORIZON
+KEYS = ("a", "b", "c")
+RATERS = ("ann", "bob")
+TIMES = st.sampled_from([NOW + share * HORIZON for share in (0.0, 0.1, 0.9, 1.0, 1.1, 2.2)])
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An event and when the broker got it."""
+
+    event: Interaction | Feedback | bytes
+    at: float
+
+
+@st.composite
+def replies(draw: st.DrawFn) -> Sent:
+    at = draw(TIMES)
+    greedy = SamplingSettings(temperature=0.0)
+    # One content for one key: two servers never give the same id.
+    name = draw(st.sampled_from(KEYS))
+    changes = {"sampling": greedy} if name == "c" else {}
+    return Sent(interaction(name, at=NOW + 5, **changes), at)
+
+
+@st.composite
+def ratings(draw: st.DrawFn) -> Sent:
+    identity = draw(st.integers(0, 99))
+    kind = draw(st.sampled_from([FeedbackKind.THUMBS] * 4 + [FeedbackKind.SIGNAL]))
+    event = rating(
+        draw(st.sampled_from(KEYS)),
+        draw(st.sampled_from([1, -1])),
+        RATERS[identity % 2],
+        at=NOW + draw(st.integers(-3, 3)) + draw(st.sampled_from([0, 5 * HORIZON])),
+        feedback_id=f"fb-{identity:02d}",
+        kind=kind,
+        signal="copied",
+    )
+    return Sent(event, draw(TIMES))
+
+
+def unlike(sent: Sent) -> tuple[str, ...]:
+    """Events with the same answer are repeats of each other."""
+    if isinstance(sent.event, Interaction):
+        return ("reply", sent.event.key)
+    if isinstance(sent.event, Feedback):
+        return ("rating", sent.event.key, sent.event.feedback_id)
+    return (repr(sent.event),)
+
+
+EVENTS = st.tuples(
+    st.lists(replies(), max_size=3, unique_by=unlike),
+    st.lists(ratings(), max_size=8, unique_by=unlike),
+    st.lists(st.just(Sent(b"{", NOW)), max_size=1),
+).map(lambda parts: [sent for part in parts for sent in part])
+
+
+def books(
+    path: Path, order: list[Sent], batches: list[int], until: float | None = None
+) -> tuple[object, ...]:
+    """Read events in this order, in batches of these sizes; the examples and counts after it."""
+    log, sizes, left = Log(partitions=3), iter(batches), list(order)
+    with Ledger(path, horizon_seconds=HORIZON) as ledger:
+        while left:
+            size = next(sizes, len(left))
+            ledger.ingest([log.parsed(s.event, s.at) for s in left[:size]], now=END)
+            left = left[size:]
+        if until is not None:
+            ledger.expire(until)
+        assert ledger.audit() == []
+        accounting = ledger.accounting()
+        assert accounting.balanced
+        assert accounting.total == len(order)
+        examples = ledger.ready_examples(100)
+        assert ledger.count_ready() == len(examples)
+        return examples, accounting.events
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    EVENTS,
+    st.randoms(use_true_random=False),
+    st.lists(st.integers(1, 5), max_size=8),
+    st.booleans(),
+)
+def test_order_repetition_and_batching_do_not_matter(
+    events: list[Sent], random: object, batches: list[int], expire: bool
+) -> None:
+    until = END if expire else None
+    with tempfile.TemporaryDirectory(dir=FAST_DISK) as folder:
+        shuffled = list(events)
+        random.shuffle(shuffled)  # type: ignore[attr-defined]
+        plain = books(Path(folder) / "plain.sqlite", events, [], until)
+        other = books(Path(folder) / "other.sqlite", shuffled, batches, until)
+        assert plain == other
+        repeats = [sent for sent in events for _ in range(3)]
+        random.shuffle(repeats)  # type: ignore[attr-defined]
+        examples, counts = books(Path(folder) / "repeats.sqlite", repeats, batches, until)
+        assert examples == plain[0]
+        # Beyond the repeats themselves, every event ends where it ended without them.
+        readable = sum(not isinstance(sent.event, bytes) for sent in events)
+        total = flat(counts)
+        assert total[Fate.DUPLICATE, Reason.REPEATED_EVENT] == 2 * readable
+        assert total[Fate.DEAD_LETTERED, Reason.MALFORMED_JSON] == 3 * (len(events) - readable)
+        for name, n in flat(plain[1]).items():
+            assert total[name] == (3 * n if name[0] is Fate.DEAD_LETTERED else n)
+
+
+@settings(max_examples=150, deadline=None)
+@given(EVENTS)
+def test_fates_are_those_of_a_second_derivation(events: list[Sent]) -> None:
+    with tempfile.TemporaryDirectory(dir=FAST_DISK) as folder:
+        _, counts = books(Path(folder) / "ledger.sqlite", events, [])
+    assert flat(counts) == derived(events)
+
+
+def flat(counts: object) -> Counter[tuple[Fate, Reason]]:
+    summed: Counter[tuple[Fate, Reason]] = Counter()
+    for by_fate in counts.values():  # type: ignore[attr-defined]
+        for fate, by_reason in by_fate.items():
+            for reason, n in by_reason.items():
+                summed[fate, reason] += n
+    return summed
+
+
+def derived(events: list[Sent]) -> Counter[tuple[Fate, Reason]]:
+    """The rules once more, from the whole set at once."""
+    fates: Counter[tuple[Fate, Reason]] = Counter()
+    known = {s.event.key: s for s in events if isinstance(s.event, Interaction)}
+    for sent in known.values():
+        fates[not_trainable(sent) or (Fate.PENDING, Reason.NONE)] += 1
+    fates[Fate.DEAD_LETTERED, Reason.MALFORMED_JSON] += sum(
+        isinstance(sent.event, bytes) for sent in events
+    )
+    in_time: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for sent in events:
+        if not isinstance(sent.event, Feedback):
+            continue
+        reply = known.get(sent.event.key)
+        if sent.event.kind is FeedbackKind.SIGNAL:
+            fates[Fate.NOT_TRAINABLE, Reason.UNSUPPORTED_KIND] += 1
+        elif reply is None:
+            fates[Fate.PENDING, Reason.NONE] += 1
+        elif reply.at > sent.at + HORIZON:
+            fates[Fate.EXPIRED, Reason.NO_INTERACTION] += 1
+        elif sent.at > min(reply.event.created_at, reply.at) + HORIZON:  # type: ignore[union-attr]
+            fates[Fate.LATE, Reason.NONE] += 1
+        else:
+            voices = in_time.setdefault((sent.event.key, sent.event.rater), [])
+            voices.append((min(sent.event.created_at, sent.at), sent.event.feedback_id))
+    for (key, _), voices in in_time.items():
+        fates[not_trainable(known[key]) or (Fate.PENDING, Reason.NONE)] += 1
+        fates[Fate.DUPLICATE, Reason.SUPERSEDED_RATING] += len(voices) - 1
+    return +fates
+
+
+def not_trainable(sent: Sent) -> tuple[Fate, Reason] | None:
+    assert isinstance(sent.event, Interaction)
+    greedy = sent.event.sampling.temperature == 0.0
+    return (Fate.NOT_TRAINABLE, Reason.GREEDY_SAMPLING) if greedy else None
+
+
+class Updater(RuleBasedStateMachine):
+    """An updater that reads, decides, forgets and restarts as it likes."""
+
+    keys = Bundle("keys")
+    records = Bundle("records")
+    batches = Bundle("batches")
+
+    @initialize()
+    def start(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(dir=FAST_DISK))
+        self.log = Log(partitions=2)
+        self.now = NOW
+        self.consumed = 0
+        self.taught: Counter[tuple[str, str]] = Counter()  # (key, rater) -> releases
+        self.trained_ratings = 0
+        self.epoch = 0
+        self.names = 0
+        self.reopen()
+
+    def reopen(self) -> None:
+        self.ledger = Ledger(self.folder / "ledger.sqlite", horizon_seconds=HORIZON)
+        assert self.ledger.epoch == self.epoch + 1
+        self.epoch = self.ledger.epoch
+
+    def take(self, records: list[Parsed]) -> None:
+        done = self.ledger.ingest(records, now=self.now)
+        assert done.records + done.replayed == len(records)
+        self.consumed += done.records
+
+    def read(self, *events: Interaction | Feedback) -> list[Parsed]:
+        batch = [parsed(self.log.record(event, self.now)) for event in events]
+        self.take(batch)
+        return batch
+
+    @rule(target=keys)
+    def expect(self) -> str:
+        self.names += 1
+        return f"k{self.names}"
+
+    @rule(target=records, key=keys)
+    def serve(self, key: str) -> list[Parsed]:
+        return self.read(interaction(key, at=self.now))
+
+    @rule(
+        target=records,
+        key=keys,
+        rater=st.sampled_from(RATERS),
+        ages=st.lists(st.sampled_from([0, 10, 1000]), min_size=1, max_size=3),
+    )
+    def rate(self, key: str, rater: str, ages: list[int]) -> list[Parsed]:
+        self.names += 1
+        return self.read(
+            *[
+                rating(key, 1, rater, at=self.now - age, feedback_id=f"f{self.names}-{place}")
+                for place, age in enumerate(ages)
+            ]
+        )
+
+    @rule(target=batches, key=keys, rater=st.sampled_from(RATERS))
+    def serve_rate_and_hand_out(self, key: str, rater: str) -> object:
+        self.serve(key)
+        self.rate(key, rater, [0])
+        return self.hand_out(3)
+
+    @rule(batch=records)
+    def read_again(self, batch: list[Parsed]) -> None:
+        before = self.consumed
+        self.take(batch)
+        assert self.consumed == before
+
+    @rule(target=batches, limit=st.integers(1, 3))
+    def hand_out(self, limit: int) -> object:
+        examples = self.ledger.ready_examples(limit)
+        return multiple(examples) if examples else multiple()
+
+    @rule(batch=consumes(batches), publish=st.booleans())
+    def train(self, batch: list[object], publish: bool) -> None:
+        ids = [example.example_id for example in batch]  # type: ignore[attr-defined]
+        version = self.ledger.next_version()
+        try:
+            self.ledger.commit_release(release(self.ledger, ids), ids)
+        except LedgerError as error:
+            self.check_refusal(error)
+            return
+        for example in batch:
+            for one in example.feedback:  # type: ignore[attr-defined]
+                self.taught[one.key, one.rater] += 1
+                self.trained_ratings += 1
+        assert self.ledger.live_version() == version
+        if publish:
+            self.ledger.mark_published(version)
+        assert (version in [r.version for r in self.ledger.unpublished()]) is not publish
+
+    @rule(
+        batch=consumes(batches),
+        reason=st.sampled_from([Reason.GATE_BLOCKED, Reason.NO_ADVANTAGE, Reason.MISMATCH]),
+    )
+    def refuse(self, batch: list[object], reason: Reason) -> None:
+        ids = [example.example_id for example in batch]  # type: ignore[attr-defined]
+        try:
+            if reason is Reason.GATE_BLOCKED:
+                self.ledger.commit_rejection({}, ids, reason, now=self.now)
+            else:
+                self.ledger.set_not_trainable(ids, reason)
+        except LedgerError as error:
+            self.check_refusal(error)
+
+    def check_refusal(self, error: LedgerError) -> None:
+        """Handed out twice, or before a restart, and decided once."""
+        assert "decided before" in str(error)
+
+    @rule(hours=st.sampled_from([1, 13, 25]))
+    def time_passes(self, hours: int) -> None:
+        self.now += hours * 3600.0
+        self.ledger.expire(self.now)
+
+    @rule()
+    def restart(self) -> None:
+        self.ledger.close()
+        self.reopen()
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        assert self.ledger.audit() == []
+        accounting = self.ledger.accounting()
+        assert accounting.balanced
+        assert accounting.total == self.consumed
+
+    @invariant()
+    def a_rating_teaches_once(self) -> None:
+        counted = self.ledger.accounting().fates.get(Topic.FEEDBACK, {}).get(Fate.TRAINED, 0)
+        assert counted == self.trained_ratings
+        assert max(self.taught.values(), default=0) <= 1
+
+    def teardown(self) -> None:
+        if hasattr(self, "ledger"):
+            self.ledger.close()
+            shutil.rmtree(self.folder)
+
+
+TestUpdater = Updater.TestCase
+TestUpdater.settings = settings(
+    max_examples=80,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
