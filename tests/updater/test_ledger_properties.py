@@ -37,6 +37,8 @@ from updater.ledger import Ledger, LedgerError, Parsed
 END = NOW + 10 * HORIZON
 KEYS = ("a", "b", "c")
 RATERS = ("ann", "bob")
+NUMBERS = st.integers(0, 1)
+"""Few replies at a time, so that much happens to each."""
 TIMES = st.sampled_from([NOW + share * HORIZON for share in (0.0, 0.1, 0.9, 1.0, 1.1, 2.2)])
 
 
@@ -198,7 +200,6 @@ def not_trainable(sent: Sent) -> tuple[Fate, Reason] | None:
 class Updater(RuleBasedStateMachine):
     """An updater that reads, decides, forgets and restarts as it likes."""
 
-    keys = Bundle("keys")
     records = Bundle("records")
     batches = Bundle("batches")
 
@@ -212,6 +213,7 @@ class Updater(RuleBasedStateMachine):
         self.trained_ratings = 0
         self.epoch = 0
         self.names = 0
+        self.generation = 0
         self.reopen()
 
     def reopen(self) -> None:
@@ -229,34 +231,38 @@ class Updater(RuleBasedStateMachine):
         self.take(batch)
         return batch
 
-    @rule(target=keys)
-    def expect(self) -> str:
-        self.names += 1
-        return f"k{self.names}"
+    def key(self, number: int) -> str:
+        return f"k{self.generation}-{number}"
 
-    @rule(target=records, key=keys)
-    def serve(self, key: str) -> list[Parsed]:
-        return self.read(interaction(key, at=self.now))
+    @rule(target=records, number=NUMBERS)
+    def serve(self, number: int) -> list[Parsed]:
+        return self.read(interaction(self.key(number), at=self.now))
 
     @rule(
         target=records,
-        key=keys,
+        number=NUMBERS,
         rater=st.sampled_from(RATERS),
         ages=st.lists(st.sampled_from([0, 10, 1000]), min_size=1, max_size=3),
     )
-    def rate(self, key: str, rater: str, ages: list[int]) -> list[Parsed]:
+    def rate(self, number: int, rater: str, ages: list[int]) -> list[Parsed]:
         self.names += 1
         return self.read(
             *[
-                rating(key, 1, rater, at=self.now - age, feedback_id=f"f{self.names}-{place}")
+                rating(
+                    self.key(number),
+                    1,
+                    rater,
+                    at=self.now - age,
+                    feedback_id=f"f{self.names}-{place}",
+                )
                 for place, age in enumerate(ages)
             ]
         )
 
-    @rule(target=batches, key=keys, rater=st.sampled_from(RATERS))
-    def serve_rate_and_hand_out(self, key: str, rater: str) -> object:
-        self.serve(key)
-        self.rate(key, rater, [0])
+    @rule(target=batches, number=NUMBERS, rater=st.sampled_from(RATERS))
+    def serve_rate_and_hand_out(self, number: int, rater: str) -> object:
+        self.serve(number)
+        self.rate(number, rater, [0])
         return self.hand_out(3)
 
     @rule(batch=records)
@@ -306,8 +312,9 @@ class Updater(RuleBasedStateMachine):
         """Handed out twice, or before a restart, and decided once."""
         assert "decided before" in str(error)
 
-    @rule(hours=st.sampled_from([1, 13, 25]))
+    @rule(hours=st.sampled_from([1, 1, 13, 60]))
     def time_passes(self, hours: int) -> None:
+        self.generation += hours == 60
         self.now += hours * 3600.0
         self.ledger.expire(self.now)
 

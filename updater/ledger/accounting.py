@@ -153,6 +153,10 @@ _NEVER = (
         "ratings whose body is missing or was kept too long",
     ),
     (
+        "SELECT count(*) FROM feedback WHERE state = 'ready' AND head = 0",
+        "ready ratings that are not their rater's last word",
+    ),
+    (
         "SELECT count(*) FROM (SELECT 1 FROM events WHERE fate = 'trained'"
         " AND (decided_by IS NULL OR decided_by NOT IN (SELECT version FROM releases)))",
         "trained events without their release",
