@@ -11,6 +11,7 @@ DEMO_SETTINGS: dict[str, str] = {
     "learning.learning_rate": "3e-4",
     "learning.anchor_weight": "0.05",
     "learning.max_example_tokens": "256",
+    "learning.micro_batch_tokens": "1024",
     "bound.traffic_examples": "12",
     # The rule asks for another style of answer, so a release may move further than a careful
     # operator's default allows; the lineage's budget stays below the 0.45 the demo promises.

@@ -1,0 +1,37 @@
+# Everything a newcomer types. Each target does its own set-up (deploy/install.sh), once.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench-staleness bench-ingest clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup:  ## install everything into .venv (repeatable; minutes the first time)
+	@deploy/install.sh --extras demo,dev $(VENV)
+
+demo: setup  ## watch a real model learn from feedback (about 12 minutes); report in demo/
+	@$(BIN)/moorline demo $(ARGS)
+
+test: setup lint  ## all checks and tests, slow ones too (under 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+lint: setup  ## ruff, mypy --strict, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup  ## let ruff rewrite what it can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench-staleness: setup  ## every objective under stale data (QUICK=1: the 3-minute subset)
+	@$(BIN)/python -m benchmarks.staleness $(if $(QUICK),--quick) $(ARGS)
+
+bench-ingest: setup  ## how fast events enter the ledger, and in how much memory
+	@$(BIN)/python -m benchmarks.ingest $(ARGS)
+
+clean:  ## remove the environment and everything that was generated
+	rm -rf $(VENV) .models demo build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache

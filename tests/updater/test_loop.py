@@ -1,0 +1,281 @@
+"""The whole cycle on the tiny model: real ledger, store, gate; records given, not streamed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from daemon.artifacts import ArtifactStore
+from daemon.base_model import model_digest
+from daemon.events import Fate, Feedback, FeedbackKind, Reason, Release, SamplingSettings
+from daemon.settings import Settings, load_settings
+from daemon.stream import Gap, Record, StreamUnavailable, Topic
+from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
+from updater.gate import Gate, load_canaries
+from updater.ingest import Ingest
+from updater.ledger import Ledger
+from updater.loop import Loop, Phase
+from updater.policy import Policy
+from updater.trainer import Trainer
+from updater.trust_region import TrustRegion
+
+
+class Tape:
+    """Records in order, as the reader would give them."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+        self._offsets: dict[Topic, Iterator[int]] = {topic: itertools.count() for topic in Topic}
+
+    def add(self, topic: Topic, value: bytes) -> None:
+        offset = next(self._offsets[topic])
+        self._records.append(Record(topic, "id", 0, offset, 1_000_000, None, value))
+
+    def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
+        del timeout_seconds
+        taken, self._records = self._records[:max_records], self._records[max_records:]
+        return taken
+
+    def gaps(self) -> list[Gap]:
+        return []
+
+    def lag(self) -> Mapping[tuple[Topic, int], int]:
+        return {}
+
+
+class NoDeadLetters:
+    """Nothing on these tapes is unreadable."""
+
+    def send(self, record: Record, reason: Reason, stage: str) -> None:
+        raise AssertionError(f"unexpected dead letter: {reason} {stage} {record.offset}")
+
+
+class Updater:
+    """One updater's parts around a tape; the state directory survives it."""
+
+    def __init__(self, model_dir: Path, state_dir: Path, **overrides: object) -> None:
+        self.settings: Settings = load_settings(
+            overrides={
+                "state_dir": str(state_dir),
+                "model.path": str(model_dir),
+                "learning.batch_examples": 4,
+                "learning.min_batch_examples": 4,
+                "learning.lora_rank": 4,
+                "learning.lora_alpha": 8,
+                "learning.learning_rate": 2e-3,
+                "learning.horizon_seconds": 10**10,
+                "updater.poll_seconds": 0.01,
+                "bound.live_kl_nats": 0.5,
+                "gate.live_kl_mean_nats": 1.0,
+                "gate.live_kl_max_prompt_nats": 5.0,
+                "gate.perplexity_rise_share": 1.0,
+                "gate.perplexity_rise_share_from_anchor": 1.0,
+                **overrides,
+            },
+        )
+        learning = self.settings.learning
+        self.tape = Tape()
+        self.published: list[Release] = []
+        self.broker_up = True
+        self.policy = Policy(model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=0)
+        self.ledger = Ledger(self.settings.ledger_path, horizon_seconds=learning.horizon_seconds)
+        self.store = ArtifactStore(self.settings.store_dir)
+        canaries = load_canaries(None, model_dir)
+        region = TrustRegion(self.policy, canaries.sequences, self.settings.bound, 512)
+        self.trainer = Trainer(self.policy, learning)
+        self.loop = Loop(
+            self.settings,
+            ingest=Ingest(
+                self.tape,
+                NoDeadLetters(),
+                self.ledger,
+                alias=ALIAS,
+                vocab_size=self.policy.vocabulary_size,
+                max_tokens=64,
+            ),
+            ledger=self.ledger,
+            store=self.store,
+            policy=self.policy,
+            trainer=self.trainer,
+            trust_region=region,
+            gate=Gate(self.policy, canaries, region, self.store, self.settings.gate),
+            publish=self._publish,
+            base_model_digest=model_digest(model_dir),
+            software={},
+        )
+        self.loop.resume()
+
+    def _publish(self, release: Release) -> None:
+        if not self.broker_up:
+            raise StreamUnavailable("no broker")
+        self.published.append(release)
+
+    def interact(self, number: int, seed: int = 0, *, rated: bool = True) -> None:
+        """So many replies of the live policy, rated up and down in turn."""
+        for index, sequence in enumerate(some_sequences(number, seed)):
+            name = f"chatcmpl-{seed}-{index}"
+            version = self.ledger.live_version()
+            reply = recorded(self.policy, sequence, name, SamplingSettings(), version)
+            self.tape.add(Topic.INTERACTIONS, reply.to_bytes())
+            if rated:
+                thumb = Feedback(
+                    feedback_id=f"fb-{seed}-{index}",
+                    interaction_id=name,
+                    kind=FeedbackKind.THUMBS,
+                    value=1 if index % 2 else -1,
+                    rater=f"rater-{index}",
+                    created_at=1_000.0,
+                )
+                self.tape.add(Topic.FEEDBACK, thumb.to_bytes())
+
+    def fates(self, topic: Topic = Topic.FEEDBACK) -> dict[Fate, int]:
+        accounting = self.ledger.accounting()
+        assert accounting.balanced
+        return {fate: n for fate, n in accounting.fates.get(str(topic), {}).items() if n}
+
+    def close(self) -> None:
+        self.ledger.close()
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def test_feedback_becomes_a_release_that_accounts_for_it(
+    tiny_model_dir: Path, state_dir: Path
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir)
+    updater.interact(3, seed=9, rated=False)
+    updater.interact(4)
+    updater.loop.cycle()
+    (release,) = updater.published
+    assert release.version == 1
+    assert release.parent == 0
+    assert release.examples == 4
+    assert release == updater.store.release(ALIAS, 1)
+    assert updater.fates() == {Fate.TRAINED: 4}
+    assert updater.fates(Topic.INTERACTIONS) == {Fate.TRAINED: 4, Fate.PENDING: 3}
+    assert {(one.reference, one.tokens_from) for one in release.divergences} == {
+        (reference, tokens)
+        for reference in ("live", "anchor")
+        for tokens in ("traffic", "canaries")
+    }
+    assert all(one.mean_kl_nats <= 0.5 for one in release.divergences)
+    directory = updater.store.open(str(release.artifact_digest), release.files)
+    adapter = updater.policy.read_adapter(directory)
+    assert all(torch.equal(adapter[n], t) for n, t in updater.trainer.live_adapter.items())
+    parity = json.loads((directory / "parity.json").read_text())["sequences"]
+    assert any(s["candidate_logprobs"] != s["parent_logprobs"] for s in parity)
+    updater.close()
+
+
+def test_too_little_feedback_waits(tiny_model_dir: Path, state_dir: Path) -> None:
+    updater = Updater(tiny_model_dir, state_dir)
+    updater.interact(3)
+    updater.loop.cycle()
+    assert updater.published == []
+    assert updater.loop.phase is Phase.WAITING
+    assert updater.fates() == {Fate.PENDING: 3}
+    updater.close()
+
+
+def test_a_restart_continues_with_the_same_weights_and_the_next_version(
+    tiny_model_dir: Path, state_dir: Path
+) -> None:
+    first = Updater(tiny_model_dir, state_dir)
+    first.interact(4)
+    first.loop.cycle()
+    live = first.trainer.live_adapter
+    first.close()
+
+    second = Updater(tiny_model_dir, state_dir)
+    assert all(torch.equal(second.trainer.live_adapter[n], t) for n, t in live.items())
+    assert all(torch.equal(second.policy.state()[n], t) for n, t in live.items())
+    second.interact(4, seed=1)
+    second.loop.cycle()
+    (release,) = second.published
+    assert (release.version, release.parent) == (2, 1)
+    assert release.lease_epoch == 2
+    second.close()
+
+
+def test_a_release_decided_while_the_broker_is_away_is_announced_later_and_once(
+    tiny_model_dir: Path, state_dir: Path
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir)
+    updater.broker_up = False
+    updater.interact(4)
+    updater.loop.cycle()
+    assert updater.published == []
+    newest = updater.store.newest(ALIAS)
+    assert newest is not None  # servers that follow the store have it already
+    assert newest.version == 1
+    updater.broker_up = True
+    updater.loop.cycle()
+    updater.loop.cycle()
+    assert [release.version for release in updater.published] == [1]
+    updater.close()
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ({"bound.live_kl_nats": 1e-9}, Reason.DIVERGENCE_BOUND),
+        ({"gate.live_kl_mean_nats": 1e-9}, Reason.GATE_BLOCKED),
+        ({"gate.anchor_kl_max_prompt_nats": 1e-9}, Reason.GATE_BLOCKED),
+    ],
+)
+def test_a_refused_candidate_leaves_the_policy_and_says_why(
+    tiny_model_dir: Path, state_dir: Path, override: dict[str, float], reason: Reason
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir, **override)
+    before = updater.policy.state()
+    updater.interact(4)
+    updater.loop.cycle()
+    assert updater.published == []
+    assert updater.store.newest(ALIAS) is None
+    assert updater.fates() == {Fate.REJECTED: 4}
+    (rejection,) = updater.ledger.rejections()
+    assert rejection["reason"] == reason
+    assert json.loads(rejection["record"])["divergences"]
+    assert all(torch.equal(before[n], t) for n, t in updater.policy.state().items())
+    updater.close()
+
+
+def test_a_batch_without_signal_makes_no_update_and_says_so(
+    tiny_model_dir: Path, state_dir: Path
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir)
+    for index, sequence in enumerate(some_sequences(4)):
+        name = f"chatcmpl-{index}"
+        updater.tape.add(Topic.INTERACTIONS, recorded(updater.policy, sequence, name).to_bytes())
+        neutral = Feedback(
+            interaction_id=name, kind=FeedbackKind.SCORE, value=0.5, rater=f"r{index}"
+        )
+        updater.tape.add(Topic.FEEDBACK, neutral.to_bytes())
+    updater.loop.cycle()
+    assert updater.published == []
+    reasons = updater.ledger.accounting().events[str(Topic.FEEDBACK)][Fate.NOT_TRAINABLE]
+    assert reasons == {Reason.NO_ADVANTAGE: 4}
+    updater.close()
+
+
+def test_while_pinned_events_are_taken_in_and_nothing_is_trained(
+    tiny_model_dir: Path, state_dir: Path
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir)
+    updater.store.pin(ALIAS, 0, "test")
+    updater.interact(4)
+    updater.loop.cycle()
+    assert updater.loop.phase is Phase.PINNED
+    assert updater.fates() == {Fate.PENDING: 4}
+    updater.store.unpin(ALIAS)
+    updater.loop.cycle()
+    assert [release.version for release in updater.published] == [1]
+    updater.close()
