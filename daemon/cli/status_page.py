@@ -68,7 +68,7 @@ Row = tuple[str, Text]
 
 def _section(title: str, rows: Sequence[Row]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", min_width=16)
+    table.add_column(style="dim", min_width=17)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(f"  {name}", value)
