@@ -8,6 +8,7 @@ a kill in between sends it there twice, with the same origin in its headers.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Source(Protocol):
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]: ...
     def gaps(self) -> list[Gap]: ...
     def lag(self) -> Mapping[tuple[Topic, int], int]: ...
+    def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None: ...
 
 
 class DeadLetterSink(Protocol):
@@ -96,7 +98,8 @@ class Ingest:
         self._held: list[Parsed] = []
         self._held_gaps: list[Gap] = []
         self._acknowledged = 0  # so many of the held ones need no dead-lettering any more
-        self._looked_at = 0.0
+        self._looked_at = -math.inf
+        self._announced: dict[tuple[Topic, int], tuple[str, int]] = {}
         ledger.set_behind(ledger.offsets(), as_of=0.0)  # nothing expires before the first look
 
     def step(self, timeout_seconds: float) -> StepCounts:
@@ -181,8 +184,12 @@ class Ingest:
         lag = self._reader.lag()
         behind = {place for place, events in lag.items() if events > 0}
         behind |= {(held.record.topic, held.record.partition) for held in self._held}
-        behind |= self._ledger.offsets().keys() - lag.keys()
+        offsets = self._ledger.offsets()
+        behind |= offsets.keys() - lag.keys()
         self._ledger.set_behind(behind, as_of)
+        if offsets != self._announced:
+            self._reader.commit(offsets)  # advisory, for lag tools
+            self._announced = offsets
         self._looked_at = time.monotonic()
 
 

@@ -258,8 +258,10 @@ class Ledger(LedgerReader):
         self._forget(example_ids, changes)
         return number
 
-    def set_not_trainable(self, example_ids: Sequence[str], reason: Reason) -> None:
-        """Examples turned out to teach nothing.
+    def set_not_trainable(
+        self, example_ids: Sequence[str], reason: Reason, baselines: Baselines | None = None
+    ) -> None:
+        """Examples turned out to teach nothing; what they say of the baseline may be kept.
 
         A reason that lies in the reply (``mismatch``) also holds for later ratings of it; one that
         lies in the batch (``no_advantage``, ``non_finite_update``) does not.
@@ -272,6 +274,7 @@ class Ledger(LedgerReader):
             fates = Fates(connection)
             outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reason)
             Settlement(connection, fates).settle(claims, outcome)
+            self._settled(connection, baselines)
             changes = fates.by_topic()
         self._forget(example_ids, changes)
 
