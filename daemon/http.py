@@ -32,7 +32,15 @@ class PortUnavailable(RuntimeError):
 
 
 class Unreachable(RuntimeError):
-    """Nothing useful answers at an address; the line says where and why."""
+    """Nothing useful answers at an address; the line says where and why.
+
+    Attributes:
+        why: the cause alone, for a page that shows the address already.
+    """
+
+    def __init__(self, line: str, why: str = "") -> None:
+        super().__init__(line)
+        self.why = why or line
 
 
 class StatusServer:
@@ -180,7 +188,7 @@ def request_json(
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         why = "no answer in time" if isinstance(error, httpx.TimeoutException) else str(error)
         why = re.sub(r"^\[Errno -?\d+\] ", "", why)
-        raise Unreachable(f"nothing answers at {url} ({why}): is it running there?") from None
+        raise Unreachable(f"nothing answers at {url} ({why}): is it running there?", why) from None
     if reply.status_code == 401:
         raise Unreachable(f"{url} wants an API key: set MOORLINE_SERVING__API_KEY")
     try:

@@ -86,11 +86,11 @@ class LineFormatter(logging.Formatter):
         if self._form == "json":
             entry = {"at": at, "level": record.levelname, "process": self._process}
             entry |= {"logger": name, "message": record.getMessage()} | fields
-            line = json.dumps(entry, default=str, ensure_ascii=False)
+            line = json.dumps(entry, default=str)
         else:
-            words = [at, record.levelname, name, _one_line(record.getMessage())]
+            words = [at, record.levelname, name, record.getMessage()]
             words += [f"{key}={_quoted(value)}" for key, value in fields.items()]
-            line = " ".join(words)
+            line = _one_line(" ".join(words))
         for secret in self._secrets:
             line = line.replace(secret, MASK)
         return line
@@ -124,7 +124,13 @@ def describe(error: BaseException) -> str:
 
 
 def _one_line(text: str) -> str:
-    return text.replace("\r", "\\r").replace("\n", "\\n")
+    """Whatever could break a line or play with a terminal, escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def _quoted(value: object) -> str:

@@ -112,7 +112,7 @@ def _look(settings: Settings, server: str | None, updater: str | None) -> dict[s
         try:
             answer = request_json("GET", url + path, api_key=api_key(settings))
         except Unreachable as error:
-            answer, problem = None, str(error)
+            answer, problem = None, error.why
         seen |= {part: answer, f"{part}_url": url, f"{part}_problem": problem}
     embedded = tree is not None and tree.embedded_broker
     kind = " (embedded, in memory)" if embedded else ""

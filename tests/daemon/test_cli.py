@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -330,6 +331,15 @@ def test_up_on_a_state_directory_that_cannot_be_written_is_one_line(
     assert "--state-dir" in text
 
 
+def test_second_up_on_a_state_directory_is_one_line(state: Path, model: Path) -> None:
+    state.mkdir()
+    with (state / "up.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arguments = ["--model", str(model), "--bootstrap", "127.0.0.1:1", "--port", "0"]
+        text = refusal("up", *arguments, state=state)
+    assert "another `moorline up` runs on" in text
+
+
 def test_update_without_a_broker_is_one_line(state: Path, model: Path) -> None:
     assert "--bootstrap" in refusal("update", "--model", str(model), state=state)
 
@@ -372,7 +382,7 @@ def test_status_works_with_one_process_and_fails_with_none(
 ) -> None:
     nobody = {"MOORLINE_SERVING__PORT": free_port(), "MOORLINE_UPDATER__PORT": free_port()}
     text = moorline("status", state=state, **nobody | {"MOORLINE_UPDATER__PORT": str(updater.port)})
-    assert "nothing answers" in text
+    assert "not reachable" in text
     assert "0.0312" in text
     assert "moorline up" in refusal("status", state=state, **nobody)
 
