@@ -72,11 +72,10 @@ class LineFormatter(logging.Formatter):
         super().__init__()
         self._process = process
         self._form = form
-        self._secrets = sorted(
-            (secret for secret in secrets if len(secret) >= _SHORTEST_MASKED_SECRET),
-            key=len,
-            reverse=True,
-        )
+        long = [secret for secret in secrets if len(secret) >= _SHORTEST_MASKED_SECRET]
+        # As it is, and as either form of line would escape it.
+        spellings = {form for s in long for form in (s, _one_line(s), json.dumps(s)[1:-1])}
+        self._secrets = sorted(spellings, key=len, reverse=True)
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
