@@ -314,7 +314,7 @@ class Loop:
     def _parity(self, step: BoundedStep) -> bytes:
         """What a server must compute after a swap: raw logprobs on the canaries, nats."""
         canaries = self._trust_region.canaries
-        parents = self._trust_region.logprobs(self._trainer.live_adapter, canaries)
+        parents = self._trust_region.live_canary_logprobs(self._trainer.live_adapter)
         sequences = [
             {
                 "prompt_token_ids": canary.prompt_token_ids,

@@ -48,11 +48,12 @@ class Updater:
         """
         self._settings = settings
         self._stop = threading.Event()
-        self._snapshot: dict[str, Any] = {"alias": settings.alias, "phase": Phase.STARTING}
+        self._snapshot: dict[str, Any] = {"alias": settings.alias}
+        self._loop: Loop | None = None
         self._server = StatusServer(
             settings.updater.host,
             settings.updater.port,
-            status=lambda: self._snapshot,
+            status=self._shown,
             ready=self._why_not_ready,
         )
         self._server.start()
@@ -75,7 +76,7 @@ class Updater:
             {(Topic(topic), part): at for (topic, part), at in self._ledger.offsets().items()}
         )
         self._dead_letters = DeadLetters(settings.stream)
-        self._loop = Loop(
+        loop = Loop(
             settings,
             ingest=Ingest(
                 self._reader,
@@ -96,22 +97,25 @@ class Updater:
             base_model_digest=model_digest(model_dir),
             software=_software(),
         )
-        self._loop.resume()
+        loop.resume()
+        self._loop = loop
 
     def run(self) -> None:
         """Cycle until SIGTERM or SIGINT; an update that is under way is finished first."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
+        assert self._loop is not None
+        loop = self._loop
         notifier = Notifier()
         notifier.ready("learning")
         topics_exist = False
         while not self._stop.is_set():
             if not topics_exist:
-                topics_exist = self._ensure_topics()
-            self._loop.cycle()
-            self._snapshot = self._status()
+                topics_exist = self._ensure_topics(loop)
+            loop.cycle()
+            self._snapshot = self._status(loop)
             notifier.ping()
-            if self._loop.phase is Phase.STREAM_UNAVAILABLE:
+            if loop.phase is Phase.STREAM_UNAVAILABLE:
                 self._stop.wait(_RETRY_SECONDS)
         notifier.stopping()
         self.close()
@@ -124,26 +128,31 @@ class Updater:
         self._server.close()
         logger.info("stopped")
 
-    def _ensure_topics(self) -> bool:
+    def _ensure_topics(self, loop: Loop) -> bool:
         try:
             ensure_topics(self._settings.stream)
         except StreamUnavailable as error:
             logger.error("stream unavailable, will retry", extra={"cause": str(error)})
-            self._loop.phase = Phase.STREAM_UNAVAILABLE
+            loop.phase = Phase.STREAM_UNAVAILABLE
             return False
         return True
 
-    def _why_not_ready(self) -> str | None:
-        phase = self._snapshot["phase"]
-        return str(phase) if phase in (Phase.STARTING, Phase.STREAM_UNAVAILABLE) else None
+    def _shown(self) -> dict[str, Any]:
+        """The last cycle's numbers under the phase of this moment."""
+        phase = str(self._loop.phase) if self._loop is not None else str(Phase.STARTING)
+        return {**self._snapshot, "phase": phase}
 
-    def _status(self) -> dict[str, Any]:
+    def _why_not_ready(self) -> str | None:
+        phase = self._shown()["phase"]
+        return phase if phase in (Phase.STARTING, Phase.STREAM_UNAVAILABLE) else None
+
+    def _status(self, loop: Loop) -> dict[str, Any]:
         """What ``/status`` shows until the next cycle."""
         version = self._ledger.live_version()
         release = self._ledger.release(version) if version else None
         shown: dict[str, Any] = {
             "alias": self._settings.alias,
-            "phase": str(self._loop.phase),
+            "phase": str(loop.phase),
             "live_version": version,
             "pinned": _version_of(self._store.pinned(self._settings.alias)),
             "ready_examples": self._ledger.count_ready(),

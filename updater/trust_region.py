@@ -62,6 +62,7 @@ class TrustRegion:
         self._micro_batch_tokens = micro_batch_tokens
         self.canaries = list(canaries)
         self.anchor_canary_logprobs = self.logprobs(None, self.canaries)
+        self._live: tuple[AdapterState, list[Tensor]] | None = None
 
     def logprobs(
         self, adapter: AdapterState | None, sequences: Sequence[TokenSequence]
@@ -69,6 +70,12 @@ class TrustRegion:
         """Full-vocabulary log-probabilities under an adapter (None: the anchor)."""
         with self._policy.using(adapter):
             return self._policy.full_logprobs(sequences, self._micro_batch_tokens)
+
+    def live_canary_logprobs(self, live: AdapterState) -> list[Tensor]:
+        """The live policy's answers to the canaries; computed once for each live policy."""
+        if self._live is None or self._live[0] is not live:
+            self._live = (live, self.logprobs(live, self.canaries))
+        return self._live[1]
 
     def largest_step(
         self, live: AdapterState, proposed: AdapterState, traffic: Sequence[TokenSequence]
@@ -79,7 +86,7 @@ class TrustRegion:
             traffic: recent replies that the batch at hand does not contain.
         """
         references = [
-            _Reference("live", "canaries", self.logprobs(live, self.canaries)),
+            _Reference("live", "canaries", self.live_canary_logprobs(live)),
             _Reference("anchor", "canaries", self.anchor_canary_logprobs),
         ]
         if traffic:

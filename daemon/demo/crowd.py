@@ -25,6 +25,8 @@ LATE_SHARE = 0.15
 TWICE_SHARE = 0.10
 SILENT_SHARE = 0.15
 LATE_BY_RELEASES = 2
+THINKING_SECONDS = 6.0
+"""Between one person's questions, while the updater is busy: two cores serve and train."""
 
 _POLICY_NAME = re.compile(r"^[A-Za-z0-9._-]+@v(\d{6,})$")
 
@@ -90,12 +92,17 @@ class Crowd:
 
     # --- one person -------------------------------------------------------------------------
 
-    async def live(self, stop: asyncio.Event, may_ask: Callable[[], bool]) -> None:
-        """One person after another, until ``stop``; waits while ``may_ask`` says no."""
+    async def live(self, stop: asyncio.Event, pause_seconds: Callable[[], float | None]) -> None:
+        """One person after another, until ``stop``.
+
+        Args:
+            pause_seconds: how long to think before the next question; None: ask nothing now.
+        """
         while not stop.is_set():
             await self._rate_what_is_due()
-            if not may_ask():
-                await asyncio.sleep(0.2)
+            pause = pause_seconds()
+            await asyncio.sleep(0.2 if pause is None else pause)
+            if pause is None:
                 continue
             question = next(self._questions)
             rater = f"person-{self._random.randrange(40):02d}"

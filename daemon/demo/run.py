@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 
 from daemon.artifacts import ArtifactStore
-from daemon.demo.crowd import Crowd
+from daemon.demo.crowd import THINKING_SECONDS, Crowd
 from daemon.demo.display import Display
 from daemon.demo.model import ModelUnavailable, prepare_model
 from daemon.demo.people import held_out_questions, is_good, training_questions
@@ -129,7 +129,7 @@ class Demo:
         with Live(self.display, console=self._console, refresh_per_second=4):
             await self._evaluate(crowd, 0)
             people = [
-                asyncio.create_task(crowd.live(stop, self._admission(number, status)))
+                asyncio.create_task(crowd.live(stop, self._pace(number, status)))
                 for number in range(PEOPLE)
             ]
             try:
@@ -148,16 +148,17 @@ class Demo:
         await crowd.close()
         self._report(crowd, status)
 
-    def _admission(self, number: int, status: dict[str, Any]) -> Callable[[], bool]:
-        """All people ask while feedback is wanted; a few go on while the updater is busy."""
+    def _pace(self, number: int, status: dict[str, Any]) -> Callable[[], float | None]:
+        """Everybody asks while feedback is wanted; a few go on, slowly, while the updater works."""
 
-        def may_ask() -> bool:
+        def pause_seconds() -> float | None:
             busy = status["updater"].get("phase") in ("training", "measuring", "gating")
             ready = status["updater"].get("ready_examples", 0)
-            enough = ready >= int(DEMO_SETTINGS["learning.batch_examples"])
-            return number < PEOPLE_WHILE_TRAINING or not (busy or enough)
+            if not busy and ready < int(DEMO_SETTINGS["learning.batch_examples"]):
+                return 0.0
+            return THINKING_SECONDS if number < PEOPLE_WHILE_TRAINING else None
 
-        return may_ask
+        return pause_seconds
 
     def _finished(self) -> bool:
         if self._elapsed() >= self._options.minutes * 60:

@@ -77,7 +77,7 @@ class Gate:
         candidate = self._trust_region.logprobs(adapter, sequences)
         if not all(torch.isfinite(logprobs).all() for logprobs in candidate):
             return (_failed("finite", "a logprob on the canaries is NaN or infinite"),)
-        before = self._trust_region.logprobs(live, sequences)
+        before = self._trust_region.live_canary_logprobs(live)
         anchor = self._trust_region.anchor_canary_logprobs
         return (
             Check(name="hash", measured=None, limit=None, passed=True),
