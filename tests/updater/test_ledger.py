@@ -569,6 +569,34 @@ def test_a_full_disk_changes_nothing_and_passes(ledger: Ledger) -> None:
     assert ledger.ingest(batch, now=NOW).records == 200
 
 
+def test_no_step_of_a_cycle_reads_a_whole_table(ledger: Ledger) -> None:
+    connection = ledger._database._connection
+    statements: set[str] = set()
+    connection.set_trace_callback(statements.add)
+    log = Log()
+    feed(ledger, log, rating("a"), *[interaction(name) for name in "abc"], rating("a"))
+    feed(ledger, log, rating("a", -1), rating("b"), rating("b", 1, "bob"))
+    ledger.ready_examples(1)
+    feed(ledger, log, rating("a", -1, at=NOW + 1), at=NOW + 1, now=NOW + 1)
+    ids = [example.example_id for example in ledger.ready_examples(1)]
+    ledger.held_out_traffic(5, exclude=ids)
+    ledger.commit_release(release(ledger, ids), ids)
+    train(ledger)
+    for name in ("count_ready", "oldest_ready_at", "offsets", "accounting", "unpublished"):
+        getattr(ledger, name)()
+    ledger.expire(NOW + 3 * HORIZON)
+    connection.set_trace_callback(None)
+    small = ("positions", "p", "t", "gaps", "meta")  # a row for each partition, fate, gap
+    asked = [sql for sql in statements if sql.startswith(("SELECT", "UPDATE", "DELETE"))]
+    assert len(asked) > 20
+    for sql in asked:
+        for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {sql}"):
+            if step.startswith("SCAN"):
+                assert "INDEX" in step or step.split()[1] in small, f"{step}: {sql}"
+            if "TEMP B-TREE" in step:  # sorting is for few rows: partitions, one reply's ratings
+                assert "positions" in sql or "f.interaction =" in sql, f"{step}: {sql}"
+
+
 def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LedgerUnavailable, match="choose another state_dir"):

@@ -99,7 +99,7 @@ def read_traffic(
     ).fetchall()
     rated = connection.execute(
         "SELECT id, tokens, measurable FROM interactions INDEXED BY interactions_ready"
-        " WHERE open_ratings > 0 AND state = 'pending' ORDER BY event_time DESC, key LIMIT ?",
+        " WHERE open_ratings > 0 AND state = 'pending' ORDER BY event_time DESC, key DESC LIMIT ?",
         (scan,),
     ).fetchall()
     chosen = [
