@@ -34,6 +34,8 @@ def main() -> int:
     except (SettingsError, ServerError, UnsafeModel) as error:
         print(f"moorline serve: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # asked to stop before it listened
+        logger.info("stopped", extra={"while": "starting"})
     return 0
 
 

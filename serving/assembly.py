@@ -15,6 +15,7 @@ from vllm.entrypoints.launchers.app import build_app
 from daemon.artifacts import ArtifactStore
 from daemon.settings import Settings
 from serving.context import Admission, Pseudonyms, RequestMiddleware
+from serving.door import Door
 from serving.feedback import feedback_router
 from serving.mechanisms import AdapterFlip, Mechanism, WeightReload
 from serving.models import LivePolicy, PolicyModels
@@ -59,6 +60,7 @@ async def assemble(
             record_user=settings.serving.record_user_field,
         )
     )
+    app.user_middleware.insert(0, Middleware(Door))
     app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
     recorder = Recorder(engine, settings.alias, outbox.interaction, lambda: live.version)
     recorder.install()

@@ -186,20 +186,22 @@ class WeightReload:
         self._admission.close()
         try:
             await asyncio.sleep(NAMED_TO_SUBMITTED_SECONDS)
-            start = time.monotonic()
-            await self._engine.pause_generation(mode="keep", clear_cache=True)
-            failpoint("swap.paused")
-            try:
-                await self._call("moorline_load_prepared")
-            except Exception as error:
-                raise EnginePoisoned(f"a weight reload broke off: {error}") from error
-            failpoint("swap.reloaded")
-            self._live.policy = target
-            await self._engine.update_weight_version(self._live.name)
-            await self._engine.resume_generation()
-            return time.monotonic() - start
+            return await self._load_paused(target)
+        except Exception as error:  # the engine is paused, or its weights are half of each
+            raise EnginePoisoned(f"a weight reload broke off: {error}") from error
         finally:
             self._admission.open()
+
+    async def _load_paused(self, target: Policy) -> float:
+        start = time.monotonic()
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        failpoint("swap.paused")
+        await self._call("moorline_load_prepared")
+        failpoint("swap.reloaded")
+        self._live.policy = target
+        await self._engine.update_weight_version(self._live.name)
+        await self._engine.resume_generation()
+        return time.monotonic() - start
 
     async def _call(self, method: str, *arguments: Any) -> None:
         await asyncio.wait_for(

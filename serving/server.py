@@ -16,12 +16,15 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daemon.base_model import check_model_dir, model_digest
 from daemon.http import base_url, port_problem
 from daemon.settings import Settings
 from daemon.stream import Publisher, SpoolInUse
+
+if TYPE_CHECKING:
+    from serving.assembly import Parts
 
 logger = logging.getLogger("moorline.serving")
 
@@ -164,7 +167,7 @@ async def serve(settings: Settings) -> None:
     bound = bind(settings.serving.host, settings.serving.port)
     port = bound.getsockname()[1]
     mode = swap_mode(settings)
-    stopping = _stop_on_signals()
+    signal.signal(signal.SIGTERM, _interrupt)
     publisher = Publisher(settings.stream, settings.spool_dir)
     try:
         publisher.start()
@@ -173,18 +176,16 @@ async def serve(settings: Settings) -> None:
         raise ServerError(f"the spool cannot be used: {error}") from None
     try:
         async with _engine(vllm_arguments(settings, model_dir, port, mode)) as (engine, args):
-            await _serve_engine(settings, model_dir, mode, engine, args, bound, publisher, stopping)
+            await _serve_engine(settings, model_dir, mode, engine, args, bound, publisher)
     finally:
         bound.close()
         await asyncio.to_thread(publisher.close, PUBLISHER_CLOSE_SECONDS)
     logger.info("stopped")
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    return stopping
+def _interrupt(*_: object) -> None:
+    """A SIGTERM before the event loop can take it: the engine's start blocks for half a minute."""
+    raise KeyboardInterrupt
 
 
 @contextlib.asynccontextmanager
@@ -210,14 +211,12 @@ async def _serve_engine(
     args: Any,
     bound: socket.socket,
     publisher: Publisher,
-    stopping: asyncio.Event,
 ) -> None:
-    import uvicorn
-
+    from serving.announcements import announcements
     from serving.assembly import assemble
     from serving.outbox import Outbox
 
-    await engine.collective_rpc("moorline_install_sampler")
+    await engine.collective_rpc("moorline_install")
     parts = await assemble(
         settings,
         engine,
@@ -231,38 +230,46 @@ async def _serve_engine(
     await parts.swaps.settle()
     parts.readiness.why_not = None
 
+    host, port = bound.getsockname()[:2]
+    logger.info("listening", extra={"url": base_url(host, port), "policy": parts.live.name})
+    print(f"moorline serving {parts.live.name} on {base_url(host, port)}", flush=True)
+    with announcements(settings, parts.swaps.wake):
+        await _listen(parts, bound, engine, settings.serving.drain_seconds)
+
+
+async def _listen(parts: Parts, bound: socket.socket, engine: Any, drain_seconds: float) -> None:
+    """Answer until a signal; then let the running replies end. A broken engine ends it at once."""
+    import uvicorn
+
     server = uvicorn.Server(
         uvicorn.Config(
             parts.app,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(settings.serving.drain_seconds),
+            timeout_graceful_shutdown=int(drain_seconds),
         )
     )
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-    host, port = bound.getsockname()[:2]
-    logger.info("listening", extra={"url": base_url(host, port), "policy": parts.live.name})
-    print(f"moorline serving {parts.live.name} on {base_url(host, port)}", flush=True)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     http = asyncio.create_task(server.serve(sockets=[bound]))
     watchers = [
         asyncio.create_task(stopping.wait()),
         asyncio.create_task(parts.swaps.follow()),
         asyncio.create_task(_until_broken(engine)),
-        http,
     ]
-    try:
-        done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        parts.readiness.why_not = "stopping"
-        server.should_exit = True
-        await asyncio.wait([http], timeout=settings.serving.drain_seconds + 2)
-        for task in watchers:
-            task.cancel()
-    for task in done:
-        error = task.exception()
-        if error is not None:
-            raise ServerError(f"the engine cannot go on ({error}): restarting is the remedy")
+    done, _ = await asyncio.wait([http, *watchers], return_when=asyncio.FIRST_COMPLETED)
+    failure = next((error for task in done if (error := task.exception())), None)
+    parts.readiness.why_not = "stopping"
+    logger.info("stopping", extra={"requests_in_flight": parts.admission.in_flight})
+    server.should_exit = True
+    server.force_exit = failure is not None
+    await asyncio.wait([http], timeout=drain_seconds + 2)
+    for task in (http, *watchers):
+        task.cancel()
+    if failure is not None:
+        raise ServerError(f"the engine cannot go on ({failure}): restarting is the remedy")
 
 
 async def _until_broken(engine: Any) -> None:

@@ -23,7 +23,7 @@ from daemon.artifacts import ArtifactStore, PinUnreadable, StoreError
 from daemon.events import Release, ReleaseKind
 from daemon.failpoints import failpoint
 from daemon.logs import describe
-from serving.mechanisms import Mechanism, PolicyUnusable
+from serving.mechanisms import EnginePoisoned, Mechanism, PolicyUnusable
 from serving.models import LivePolicy, Policy
 from serving.parity import Generate, Logprobs, ParityBatch, ParityError, compare, score
 
@@ -102,8 +102,13 @@ class SwapController:
             EnginePoisoned: the process must restart.
         """
         while True:
-            await self.settle()
             self._wake.clear()
+            try:
+                await self.settle()
+            except EnginePoisoned:
+                raise
+            except Exception:  # a store that cannot be listed, for instance: serve on
+                logger.exception("swap_loop_failed")
             try:
                 await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
             except TimeoutError:
@@ -179,7 +184,7 @@ class SwapController:
         async def check(lora_request: Any) -> None:
             if batch is None or expected is None or before is None:
                 return
-            served = await score(self._generate, batch, lora_request)
+            served = await self._score(batch, lora_request)
             measured["parity_nats"] = compare(served, expected, before, self._tolerance_nats)
 
         measured["pause_seconds"] = await self._mechanism.swap(policy, check)
@@ -202,7 +207,13 @@ class SwapController:
         return batch, batch.parent, await self._score_live(batch)
 
     async def _score_live(self, batch: ParityBatch) -> Logprobs:
-        return await score(self._generate, batch, self._mechanism.live_adapter)
+        return await self._score(batch, self._mechanism.live_adapter)
+
+    async def _score(self, batch: ParityBatch, lora_request: Any) -> Logprobs:
+        try:
+            return await score(self._generate, batch, lora_request)
+        except Exception as error:  # too long a sequence, a token that the model does not have
+            raise ParityError(f"the parity batch cannot be scored ({describe(error)})") from error
 
     def _child_of_base(self) -> Policy | None:
         for version in self._store.versions(self._alias):

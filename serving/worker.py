@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,16 @@ class WorkerExtension:
     _moorline_prepared: Any = None
     """Base directory and changes, between the two calls of a reload."""
 
-    def moorline_install_sampler(self) -> None:
-        """Replace the sampler by one that picks the logprob convention row by row."""
+    def moorline_install(self) -> None:
+        """Replace the sampler by one that picks the logprob convention row by row.
+
+        Also: Ctrl-C in a terminal reaches the whole process group, and a worker that dies of it
+        would cut the replies that the server is about to drain. The server stops its workers.
+        """
         from serving.sampler import install
 
         install(self.model_runner)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def moorline_prepare(self, base_dir: str, adapter_dir: str | None) -> int:
         """Read and check an adapter while requests go on; None is the base model.

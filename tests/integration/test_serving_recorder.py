@@ -1,4 +1,4 @@
-"""What is recorded is what was sampled, and the client sees no difference. Real vLLM, real broker."""
+"""What is recorded is what was sampled, and the client sees no difference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import Served
 from tests.serving.make_release import completion_logits, reference_model
 from tests.serving.server_process import wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me about rivers."}]
 
@@ -115,7 +115,12 @@ def test_a_streamed_reply_is_recorded_token_for_token(reload_server: Served) -> 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_every_choice_is_recorded_under_its_index(reload_server: Served, streamed: bool) -> None:
     client = reload_server.server.openai()
-    arguments: dict[str, Any] = {"model": "assistant", "messages": MESSAGES, "max_tokens": 8, "n": 3}
+    arguments: dict[str, Any] = {
+        "model": "assistant",
+        "messages": MESSAGES,
+        "max_tokens": 8,
+        "n": 3,
+    }
     if streamed:
         chunks = list(client.chat.completions.create(stream=True, **arguments))
         reply_id = chunks[0].id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -47,7 +48,7 @@ class ServerProcess:
         """Start without waiting."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                ["nice", "-n", "10", sys.executable, "-m", "serving"],
+                [sys.executable, "-m", "serving"],
                 env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -74,10 +75,8 @@ class ServerProcess:
         try:
             return self.process.wait(timeout_seconds)
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def openai(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120, **options)
@@ -87,6 +86,11 @@ class ServerProcess:
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=30)
+
+    def get_authorized(self, path: str, key: str) -> httpx.Response:
+        return httpx.get(
+            f"{self.url}{path}", headers={"authorization": f"Bearer {key}"}, timeout=30
+        )
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, timeout=120, **options)

@@ -1,0 +1,132 @@
+"""A server whose surroundings fail: no broker, damaged releases, refused starts."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from daemon.broker import free_port
+from tests.serving.policies import MESSAGES, Lineage
+from tests.serving.server_process import ServerProcess, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+KEY = "a-long-test-key"
+AUTHORIZED = {"authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def lonely(
+    server_factory: Callable[..., ServerProcess],
+    tiny_model_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ServerProcess:
+    """No broker; in its store a good release, one with foreign parity, and a corrupt newest one."""
+    server = server_factory(
+        "lonely",
+        SERVING__SWAP_MODE="reload",
+        SERVING__API_KEY=KEY,
+        STREAM__BOOTSTRAP=f"127.0.0.1:{free_port()}",
+        STREAM__CONNECT_TIMEOUT_SECONDS="0.5",
+    )
+    lineage = Lineage(server, tiny_model_dir, tmp_path_factory.mktemp("lineage"))
+    lineage.release()
+    lineage.release(parity=lineage.parity_of(lineage.adapter("other", seed=99), 1))
+    corrupt = server.store.release("assistant", lineage.release())
+    directory = server.store.open(corrupt.artifact_digest or "", corrupt.files)
+    (directory / "parity.json").write_bytes(b"{}")
+    server.launch()
+    server.wait_listening()
+    return server
+
+
+def test_it_starts_on_the_last_good_release(lonely: ServerProcess) -> None:
+    status = lonely.get_authorized("/v1/moorline/status", KEY).json()
+    assert status["policy_version"] == 1
+    assert status["refused_versions"] == {"3": "corrupt", "2": "parity_failed"}
+    assert lonely.get("/readyz").json() == {"ready": True, "why_not": None, "policy_version": 1}
+
+
+def test_replies_do_not_need_a_broker_and_events_are_kept_on_disk(lonely: ServerProcess) -> None:
+    body = {"model": "assistant", "messages": MESSAGES, "max_tokens": 8}
+    reply = lonely.post("/v1/chat/completions", body, headers=AUTHORIZED)
+    assert reply.status_code == 200
+    rating = {"id": reply.json()["id"], "value": 1}
+    assert lonely.post("/v1/feedback", rating, headers=AUTHORIZED).status_code == 202
+    wait_for(lambda: lonely.metric("moorline_spooled_events") >= 2)
+    assert lonely.metric("moorline_broker_connected") == 0
+
+
+def test_the_key_guards_what_learns_and_not_what_watches(lonely: ServerProcess) -> None:
+    rating = {"id": "chatcmpl-1", "value": 1}
+    assert lonely.post("/v1/feedback", rating).status_code == 401
+    assert lonely.get("/v1/moorline/status").status_code == 401
+    for path in ("/healthz", "/readyz", "/metrics"):
+        assert lonely.get(path).status_code == 200
+
+
+def test_no_route_changes_weights_or_runs_code(lonely: ServerProcess) -> None:
+    routes = ("pause", "sleep", "collective_rpc", "update_weights", "scale_elastic_ep", "tokenize")
+    for path in (*(f"/{route}" for route in routes), "/v1/load_lora_adapter"):
+        assert lonely.post(path, {}, headers=AUTHORIZED).status_code == 404
+
+
+def test_the_key_cannot_be_walked_around(lonely: ServerProcess) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 1}
+    assert lonely.post("/invocations", body).status_code == 404
+    for path in ("//v1/chat/completions", "/x/../v1/chat/completions", "/v1/chat/completions"):
+        assert lonely.post(path, body).status_code in (401, 404)
+
+
+def test_one_page_has_vllms_metrics_and_ours(lonely: ServerProcess) -> None:
+    page = lonely.get("/metrics").text
+    assert "vllm:num_requests_running" in page
+    assert "moorline_policy_version" in page
+
+
+def test_stopping_is_clean_and_leaves_no_process(lonely: ServerProcess) -> None:
+    assert lonely.process is not None
+    group = lonely.process.pid
+    assert lonely.stop() == 0
+    listed = subprocess.run(["ps", "-o", "pid=", "-g", str(group)], capture_output=True, text=True)
+    assert listed.stdout.split() == []
+
+
+def refusal(server: ServerProcess) -> str:
+    """Runs a server that cannot start; its one line."""
+    server.launch()
+    assert server.process is not None
+    assert server.process.wait(120) == 1
+    return server.log.read_text().strip().splitlines()[-1]
+
+
+def test_a_busy_port_is_one_line(server_factory: Callable[..., ServerProcess]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal(server_factory("busy", SERVING__PORT=str(port)))
+    assert f"port {port}" in line
+    assert "serving.port" in line
+
+
+def test_a_missing_model_is_one_line(
+    server_factory: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    assert "config.json" in refusal(server_factory("missing", model_dir=tmp_path))
+
+
+def test_pickled_weights_are_refused(
+    server_factory: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "pickled" in refusal(server_factory("pickled", model_dir=tmp_path))
+
+
+def test_too_little_memory_is_one_line(server_factory: Callable[..., ServerProcess]) -> None:
+    line = refusal(server_factory("memory", SERVING__KV_CACHE_GIB="100000"))
+    assert "too little memory" in line
+    assert "serving.kv_cache_gib" in line

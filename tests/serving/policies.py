@@ -1,0 +1,115 @@
+"""Policies for swap tests: an adapter, its release, and the model that a trainer would run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import torch
+
+from daemon.events import Interaction
+from tests.serving.make_release import (
+    make_release,
+    parity_json,
+    random_adapter,
+    raw_logprobs,
+    reference_model,
+)
+from tests.serving.server_process import ServerProcess
+
+MESSAGES: Any = [{"role": "user", "content": "Tell me about rivers."}]
+LONG_TOKENS = 1500
+
+
+@dataclass
+class Lineage:
+    """The releases of one server's store, and the reference model of each version."""
+
+    server: ServerProcess
+    model_dir: Path
+    work_dir: Path
+
+    def __post_init__(self) -> None:
+        self.adapters: dict[int, Path | None] = {0: None}
+        self._references: dict[int, torch.nn.Module] = {}
+
+    def reference(self, version: int) -> torch.nn.Module:
+        if version not in self._references:
+            self._references[version] = reference_model(self.model_dir, self.adapters[version])
+        return self._references[version]
+
+    def adapter(self, name: str, seed: int, size: float = 0.05) -> Path:
+        return random_adapter(self.model_dir, self.work_dir / name, seed, size)
+
+    def release(self, size: float = 0.05, **changes: Any) -> int:
+        """Release one more version; ``changes`` override what an honest release would say."""
+        version = max(self.adapters) + 1
+        parent = self.server.status()["policy_version"] if self.server.url else version - 1
+        adapter = changes.pop("adapter_dir", None) or self.adapter(f"v{version}", version, size)
+        self.adapters[version] = adapter
+        make_release(
+            self.server.store,
+            self.model_dir,
+            adapter,
+            version,
+            parent=parent,
+            parent_adapter_dir=self.adapters[parent],
+            **changes,
+        )
+        return version
+
+    def parity_of(self, candidate_dir: Path | None, parent: int) -> bytes:
+        return parity_json(reference_model(self.model_dir, candidate_dir), self.reference(parent))
+
+    def mean_difference_nats(self, event: Interaction) -> float:
+        """Mean |recorded - recomputed| over a reply at temperature 1, each span by its version."""
+        differences: list[float] = []
+        for span in event.policy_spans:
+            expected = raw_logprobs(
+                self.reference(span.version), event.prompt_token_ids, event.completion_token_ids
+            )
+            for position in range(span.start, span.end):
+                recorded = event.completion_logprobs[position]
+                assert recorded is not None
+                differences.append(abs(recorded - expected[position]))
+        return sum(differences) / len(differences)
+
+
+@dataclass
+class StreamedReply:
+    """What a streaming client saw."""
+
+    reply_id: str = ""
+    tokens: int = 0
+    model: str = ""
+    finish_reason: str | None = None
+
+
+async def read_stream(client: openai.AsyncOpenAI, max_tokens: int = LONG_TOKENS) -> StreamedReply:
+    """Ask for a reply of exactly ``max_tokens`` and read it to its end."""
+    seen = StreamedReply()
+    stream = await client.chat.completions.create(
+        model="assistant",
+        messages=MESSAGES,
+        temperature=1.0,
+        max_tokens=max_tokens,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    async for chunk in stream:
+        seen.reply_id, seen.model = chunk.id, chunk.model
+        if chunk.usage is not None:
+            seen.tokens = chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            seen.finish_reason = choice.finish_reason or seen.finish_reason
+    return seen
+
+
+def one_reply(server: ServerProcess, **options: Any) -> Any:
+    """A short reply at temperature 1."""
+    return server.openai().chat.completions.create(
+        model="assistant", messages=MESSAGES, max_tokens=16, temperature=1.0, **options
+    )
