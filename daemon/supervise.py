@@ -30,6 +30,7 @@ logger = logging.getLogger("moorline.supervise")
 
 EXIT_CONFIG = 78  # sysexits.h: the settings are wrong; trying again cannot help
 _TICK_SECONDS = 0.05
+_STARTING_GRACE_SECONDS = 5.0
 
 
 class NoticeKind(StrEnum):
@@ -238,7 +239,9 @@ class Supervisor:
                 continue
             self._say(NoticeKind.STOPPING, slot)
             process.terminate()
-            deadline = time.monotonic() + slot.child.grace_seconds
+            # What never was ready has nothing to bring to an end.
+            grace = slot.child.grace_seconds if process.ready else _STARTING_GRACE_SECONDS
+            deadline = time.monotonic() + min(grace, slot.child.grace_seconds)
             while process.poll() is None and time.monotonic() < deadline and self._signals < 2:
                 self._service.ping()
                 time.sleep(_TICK_SECONDS)
