@@ -46,25 +46,33 @@ class ApacheKafka:
     options: list[str] = field(default_factory=list)
     bootstrap: str = ""
     secure: dict[str, str] | None = None
+    running: bool = False
 
     def start(self) -> ApacheKafka:
+        """Start it, unless it runs."""
+        if self.running:
+            return self
         done = self._call("start", *self.options)
         answer = json.loads(done.stdout)
         self.bootstrap, self.secure = answer["bootstrap"], answer["secure"]
-        wait_until(lambda: self._answers(), 30)
+        self.running = True
+        wait_until(self._answers, 30)
         return self
 
     def stop(self) -> None:
         self._call("stop")
+        self.running = False
 
     def kill(self) -> None:
         self._call("kill")
+        self.running = False
 
     def pause(self) -> None:
         self._call("pause")
 
     def resume(self) -> None:
-        self._call("resume")
+        if self.running:
+            self._call("resume")
 
     def admin(self) -> Any:
         """An admin client on the plaintext listener, where everything is allowed."""
@@ -84,10 +92,10 @@ class ApacheKafka:
 
     def _call(self, action: str, *options: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [str(self.program), action, str(self.directory), *options],
+            [str(self.program), action, str(self.directory), "--timeout", "200", *options],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -151,21 +159,26 @@ def make_apache_kafka() -> Iterator[Callable[..., ApacheKafka]]:
 
 
 @pytest.fixture(scope="session")
-def apache_kafka(request: pytest.FixtureRequest) -> str:
-    """``host:port`` of a real Apache Kafka that nobody stops."""
-    given = os.environ.get(TEST_KAFKA_VARIABLE)
-    if given:
-        return given
-    make = request.getfixturevalue("make_apache_kafka")
-    return str(make().bootstrap)
+def started_apache_kafka(make_apache_kafka: Callable[..., ApacheKafka]) -> ApacheKafka:
+    """One broker for the session (starting one takes seconds), with Kafka's own default of making
+    a topic for whoever asks about it.
+    """
+    return make_apache_kafka("--set", "auto.create.topics.enable=true")
 
 
 @pytest.fixture
-def own_apache_kafka(make_apache_kafka: Callable[..., ApacheKafka]) -> Iterator[ApacheKafka]:
-    """A real Apache Kafka of this test's own, to kill, pause and start again."""
-    broker = make_apache_kafka()
-    yield broker
-    broker.kill()
+def apache_kafka(request: pytest.FixtureRequest) -> str:
+    """``host:port`` of a real Apache Kafka, to use under one's own topic prefix."""
+    given = os.environ.get(TEST_KAFKA_VARIABLE)
+    return given or str(request.getfixturevalue("started_apache_kafka").bootstrap)
+
+
+@pytest.fixture
+def stoppable_apache_kafka(started_apache_kafka: ApacheKafka) -> Iterator[ApacheKafka]:
+    """The session's broker, to kill, pause and start again; it runs again after the test."""
+    yield started_apache_kafka
+    started_apache_kafka.resume()
+    started_apache_kafka.start()
 
 
 @pytest.fixture(scope="session")

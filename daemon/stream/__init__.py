@@ -8,7 +8,8 @@ by ``ReleaseFollower``.
 from daemon.stream.client import StreamRefused, StreamUnavailable
 from daemon.stream.dead_letters import DeadLetters
 from daemon.stream.publisher import Publisher, PublisherStats
-from daemon.stream.reader import Gap, GapCause, Position, Reader, Record
+from daemon.stream.reader import Reader
+from daemon.stream.records import Gap, GapCause, Position, Record
 from daemon.stream.releases import ReleaseFollower, publish_release
 from daemon.stream.spool import SpoolInUse
 from daemon.stream.topics import Topic, dlq_name, ensure_topics, topic_name

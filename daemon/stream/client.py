@@ -59,6 +59,9 @@ class _WatchedManager(KafkaConnectionManager):  # type: ignore[misc]
     def __init__(self, net: Any, **configs: Any) -> None:
         self.cause: BaseException | None = None
         super().__init__(net, **configs)
+        # The library does not hand this setting down, and Kafka's default is to make a topic for
+        # whoever asks about it: with one partition, uncompacted.
+        self.cluster.config["allow_auto_create_topics"] = False
 
     def get_connection(self, node_id: Any, *args: Any, **options: Any) -> Any:
         if self.cause is not None and is_final(self.cause) and not self.bootstrapped:
@@ -70,6 +73,11 @@ class _WatchedManager(KafkaConnectionManager):  # type: ignore[misc]
             connection.init_future.add_callback(self._forget)
         return connection
 
+    async def _build_transport(self, node: Any, timeout_at: float | None = None) -> Any:
+        transport = await super()._build_transport(node, timeout_at=timeout_at)
+        _answer_before_the_end(self._net, transport)
+        return transport
+
     def _remember(self, error: BaseException) -> None:
         # Closing a half-open connection fails its future with an empty error: not a cause.
         if str(error) not in ("", "KafkaConnectionError"):
@@ -77,6 +85,24 @@ class _WatchedManager(KafkaConnectionManager):  # type: ignore[misc]
 
     def _forget(self, _: object) -> None:
         self.cause = None
+
+
+def _answer_before_the_end(net: Any, transport: Any) -> None:
+    """Have a broker's last words heard.
+
+    A broker says why it refuses a login and hangs up. When both arrive together, the library throws
+    away the answer and sees only the end.
+    """
+    receive = transport._sock_recv
+
+    def receive_all() -> tuple[bytes, BaseException | None]:
+        data, error = receive()
+        if data and error is not None:
+            net.call_later(0.05, lambda: transport.abort(error))
+            return data, None
+        return data, error
+
+    transport._sock_recv = receive_all
 
 
 class _WatchedClient(KafkaNetClient):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from daemon.stream.client import (
     connect,
     explained,
 )
-from daemon.stream.reader import Record
+from daemon.stream.records import Record
 from daemon.stream.topics import (
     DEAD_LETTER_MAX_BYTES,
     Headers,

@@ -14,11 +14,12 @@ from daemon.settings import StreamSettings
 from daemon.stream.client import (
     Connection,
     StreamUnavailable,
+    admin_session,
     close_producer,
     connect,
     explain,
 )
-from daemon.stream.topics import ensure_topics
+from daemon.stream.topics import Topic, describe, ensure_topics
 
 logger = logging.getLogger("moorline.stream")
 
@@ -127,14 +128,19 @@ class Link:
     def _probe(self, silence_seconds: float) -> None:
         """Is the broker away, or is it this client that is of no use?"""
         try:
-            created = ensure_topics(self.settings)
+            with admin_session(self.settings) as admin:
+                states = describe(admin, self.settings, tuple(Topic))
         except StreamUnavailable as error:
             self._say(error)
             return
-        if created:
-            self._broken = StreamUnavailable("the topics were gone and were made again")
+        if len(states) < len(Topic):
+            # Made again only by `_connect`, when this client is closed: it would deliver what the
+            # next one delivers too.
+            self._broken = StreamUnavailable("topics are gone from the broker: making them again")
         elif silence_seconds > REBUILD_SECONDS:
             self._broken = StreamUnavailable("the broker answers, but acknowledges no event")
+        if self._broken is not None:
+            self.wake.set()
 
     def _later(self) -> None:
         self._retry_at = time.monotonic() + self._retry_seconds

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
-import struct
 import threading
 import time
 import uuid
@@ -30,6 +28,7 @@ from daemon import metrics
 from daemon.failpoints import failpoint
 from daemon.settings import StreamSettings
 from daemon.stream.link import Link
+from daemon.stream.outgoing import OutgoingEvent
 from daemon.stream.spool import Frame, Position, Spool
 from daemon.stream.topics import Headers, Topic, cloud_event_headers, topic_name
 
@@ -71,43 +70,6 @@ class PublisherStats:
     """Why it is not connected; one line."""
 
 
-@dataclass(eq=False)
-class _Event:
-    topic: Topic
-    key: str
-    value: bytes
-    event_id: str
-    timestamp_ms: int
-    frame: Frame | None = None
-    """Its copy in the spool."""
-    safe: Future[bool] | None = None
-    """Set when it is delivered or on disk (True), or dropped (False)."""
-    sent_at: float = 0.0
-    acknowledged: bool = False
-    error: BaseException | None = None
-
-    def settle(self, kept: bool) -> None:
-        if self.safe is not None and not self.safe.done():
-            with contextlib.suppress(Exception):  # cancelled by its reader meanwhile
-                self.safe.set_result(kept)
-
-
-_ENVELOPE = struct.Struct(">I")
-
-
-def _encode(event: _Event) -> bytes:
-    envelope = json.dumps([event.topic.value, event.key, event.event_id, event.timestamp_ms])
-    raw = envelope.encode()
-    return _ENVELOPE.pack(len(raw)) + raw + event.value
-
-
-def _decode(payload: bytes) -> _Event:
-    (length,) = _ENVELOPE.unpack_from(payload)
-    start = _ENVELOPE.size
-    topic, key, event_id, timestamp_ms = json.loads(payload[start : start + length])
-    return _Event(Topic(topic), key, payload[start + length :], event_id, int(timestamp_ms))
-
-
 class Publisher:
     """Publishes events from any thread, without ever blocking the caller.
 
@@ -121,9 +83,9 @@ class Publisher:
         self._spool_dir = spool_dir
         self._source = source
         self._spool: Spool | None = None
-        self._queue: deque[_Event] = deque()
+        self._queue: deque[OutgoingEvent] = deque()
         self._queue_bytes = 0
-        self._window: deque[_Event] = deque()
+        self._window: deque[OutgoingEvent] = deque()
         self._window_bytes = 0
         # Delivered behind one that was not, and the client failed: not to be sent again.
         self._delivered_early: set[Position] = set()
@@ -216,10 +178,10 @@ class Publisher:
         if self._dropped:
             logger.warning("events were dropped", extra={"events": self._dropped})
 
-    def _event(self, topic: Topic, key: str, value: bytes) -> _Event:
-        return _Event(topic, key, value, uuid.uuid4().hex, int(time.time() * 1000))
+    def _event(self, topic: Topic, key: str, value: bytes) -> OutgoingEvent:
+        return OutgoingEvent(topic, key, value, uuid.uuid4().hex, int(time.time() * 1000))
 
-    def _accept(self, event: _Event) -> bool:
+    def _accept(self, event: OutgoingEvent) -> bool:
         size = len(event.value)
         with self._lock:
             fits = (
@@ -241,7 +203,7 @@ class Publisher:
             self._wake.set()
         return True
 
-    def _drop(self, event: _Event) -> None:
+    def _drop(self, event: OutgoingEvent) -> None:
         """Lose an event that was accepted."""
         with self._lock:
             self._dropped += 1
@@ -249,7 +211,7 @@ class Publisher:
         metrics.EVENTS_DROPPED.labels(event.topic.value).inc()
         event.settle(kept=False)
 
-    def _deliver(self, event: _Event) -> None:
+    def _deliver(self, event: OutgoingEvent) -> None:
         with self._lock:
             self._delivered += 1
             self._outstanding -= 1
@@ -321,7 +283,7 @@ class Publisher:
         if failure is not None:
             self._take_back(failure)
 
-    def _refuse(self, event: _Event) -> None:
+    def _refuse(self, event: OutgoingEvent) -> None:
         event.acknowledged = True  # done with; counted as dropped, not as delivered
         logger.error(
             "the broker refuses an event for what it is",
@@ -381,11 +343,11 @@ class Publisher:
                 self._put_in_window(event)
                 return
 
-    def _next_event(self) -> _Event | None:
+    def _next_event(self) -> OutgoingEvent | None:
         while self._spool is not None and (frame := self._spool.next()) is not None:
             try:
-                event = _decode(frame.payload or b"")
-            except (ValueError, struct.error):
+                event = OutgoingEvent.from_bytes(frame.payload or b"")
+            except ValueError:
                 self._spool.release(frame)
                 with self._lock:
                     self._dropped += frame.count
@@ -401,7 +363,7 @@ class Publisher:
             self._queue_bytes -= len(event.value)
             return event
 
-    def _send(self, producer: KafkaProducer, event: _Event) -> None:
+    def _send(self, producer: KafkaProducer, event: OutgoingEvent) -> None:
         failpoint("publisher.before_send")
         headers: Headers = cloud_event_headers(
             event.topic, event.event_id, self._source, event.timestamp_ms
@@ -427,7 +389,7 @@ class Publisher:
         future.add_callback(on_success)
         future.add_errback(on_failure)
 
-    def _put_in_window(self, event: _Event) -> None:
+    def _put_in_window(self, event: OutgoingEvent) -> None:
         self._window.append(event)
         self._window_bytes += len(event.value)
 
@@ -436,14 +398,14 @@ class Publisher:
         spool = self._spool
         if spool is None or time.monotonic() - self._disk_failed_at < 1.0:
             return
-        written: list[_Event] = []
+        written: list[OutgoingEvent] = []
         try:
             loose = [event for event in self._window if event.frame is None]
             # Only when the spool has nothing unread were events of the window taken from the queue.
             for event in loose:
                 if event.acknowledged:
                     continue
-                event.frame = spool.append(_encode(event))
+                event.frame = spool.append(event.to_bytes())
                 if event.frame is None:
                     return
                 spool.skip()
@@ -453,7 +415,7 @@ class Publisher:
                     if not self._queue:
                         break
                     event = self._queue[0]
-                if spool.append(_encode(event)) is None:
+                if spool.append(event.to_bytes()) is None:
                     return
                 with self._lock:
                     self._queue.popleft()
@@ -466,7 +428,7 @@ class Publisher:
             if written:
                 self._sync(spool, written)
 
-    def _sync(self, spool: Spool, written: list[_Event]) -> None:
+    def _sync(self, spool: Spool, written: list[OutgoingEvent]) -> None:
         try:
             failpoint("publisher.before_spool_sync")
             spool.sync()

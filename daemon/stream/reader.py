@@ -10,8 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
@@ -29,8 +27,8 @@ from daemon.stream.client import (
     connect,
     explained,
 )
+from daemon.stream.records import Gap, GapCause, Record, record_from
 from daemon.stream.topics import (
-    Headers,
     Topic,
     TopicState,
     check_partitions,
@@ -46,47 +44,6 @@ GROUP = "moorline-updater"
 LOOK_SECONDS = 5.0
 """How often the topics are looked at while nothing arrives."""
 FETCH_ROOM_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record as it came from the broker."""
-
-    topic: Topic
-    topic_id: str
-    partition: int
-    offset: int
-    timestamp_ms: int
-    key: bytes | None
-    value: bytes | None
-    headers: Headers = ()
-
-
-@dataclass(frozen=True)
-class Position:
-    """A partition of one incarnation of a topic."""
-
-    topic: Topic
-    topic_id: str
-    partition: int
-
-
-class GapCause(StrEnum):
-    RETENTION = "retention"
-    """The broker had deleted the records before they were read."""
-    TOPIC_RECREATED = "topic_recreated"
-    """The topic was deleted and made again (and the operator accepted it)."""
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Offsets that nobody can read any more."""
-
-    topic: Topic
-    partition: int
-    expected_offset: int
-    resumed_offset: int
-    cause: GapCause
 
 
 class Reader:
@@ -395,7 +352,7 @@ class Reader:
         for partition, batch in batches.items():
             topic = by_name[partition.topic]
             topic_id = self._states[topic].topic_id
-            records += [_record(topic, topic_id, raw) for raw in batch]
+            records += [record_from(topic, topic_id, raw) for raw in batch]
         with self._lock:
             for record in records:
                 key = (record.topic, record.partition)
@@ -478,16 +435,3 @@ class Reader:
                     connection.client.close(**options)
                 except (kafka_errors.KafkaError, OSError, RuntimeError) as error:
                     logger.debug("close failed", extra={"error": type(error).__name__})
-
-
-def _record(topic: Topic, topic_id: str, raw: Any) -> Record:
-    return Record(
-        topic=topic,
-        topic_id=topic_id,
-        partition=raw.partition,
-        offset=raw.offset,
-        timestamp_ms=raw.timestamp,
-        key=raw.key,
-        value=raw.value,
-        headers=tuple(raw.headers or ()),
-    )

@@ -23,10 +23,10 @@ from kafka.admin import (
     ResourcePattern,
     ResourceType,
 )
-from kafka.errors import CoordinatorNotAvailableError
+from kafka.errors import KafkaError
 from pydantic import SecretStr
 
-from daemon.events import Reason
+from daemon.events import Reason, Release
 from daemon.settings import StreamSettings
 from daemon.stream import (
     DeadLetters,
@@ -44,6 +44,7 @@ from daemon.stream import (
     publish_release,
     topic_name,
 )
+from daemon.stream.topics import describe
 from tests.integration.test_kafka_reader import positions_after, read_raw, release, take
 from tests.kafka_fixtures import ApacheKafka, wait_until
 
@@ -102,50 +103,65 @@ def with_admin(bootstrap: str | None, work: Callable[[KafkaAdminClient], Any]) -
 
 
 def test_kill_nine_of_the_broker_loses_and_doubles_nothing(
-    own_apache_kafka: ApacheKafka, start: Start
+    stoppable_apache_kafka: ApacheKafka, topic_prefix: str, start: Start
 ) -> None:
-    settings = StreamSettings(bootstrap=own_apache_kafka.bootstrap, connect_timeout_seconds=3)
+    settings = StreamSettings(
+        bootstrap=stoppable_apache_kafka.bootstrap,
+        topic_prefix=topic_prefix,
+        connect_timeout_seconds=3,
+    )
     publisher = start(settings)
     put(publisher, Topic.INTERACTIONS, range(500))
     assert publisher.flush(30)
-    own_apache_kafka.kill()
+    stoppable_apache_kafka.kill()
     put(publisher, Topic.INTERACTIONS, range(500, 1500))
     wait_until(lambda: publisher.stats.spooled == 1000)
     assert not publisher.stats.connected
-    own_apache_kafka.start()
+    stoppable_apache_kafka.start()
     put(publisher, Topic.INTERACTIONS, range(1500, 1600))
     assert publisher.flush(60)
     assert read_numbers(settings, Topic.INTERACTIONS, 1600) == list(range(1600))
     assert publisher.stats.spooled_bytes == 0
 
 
-def test_a_silent_broker_gets_every_event_once(own_apache_kafka: ApacheKafka, start: Start) -> None:
-    settings = StreamSettings(bootstrap=own_apache_kafka.bootstrap, connect_timeout_seconds=2)
+def test_a_silent_broker_gets_every_event_once(
+    stoppable_apache_kafka: ApacheKafka, topic_prefix: str, start: Start
+) -> None:
+    settings = StreamSettings(
+        bootstrap=stoppable_apache_kafka.bootstrap,
+        topic_prefix=topic_prefix,
+        connect_timeout_seconds=2,
+    )
     publisher = start(settings)
     put(publisher, Topic.INTERACTIONS, range(100))
     assert publisher.flush(30)
-    own_apache_kafka.pause()
+    stoppable_apache_kafka.pause()
     put(publisher, Topic.INTERACTIONS, range(100, 600))
     wait_until(lambda: publisher.stats.spooled == 500)
-    time.sleep(8)  # longer than it takes to look at a silent broker
-    own_apache_kafka.resume()
+    time.sleep(7)  # longer than it takes to look at a silent broker
+    stoppable_apache_kafka.resume()
     assert publisher.flush(60)
     assert read_numbers(settings, Topic.INTERACTIONS, 600) == list(range(600))
     assert publisher.stats.delivered == 600
 
 
-def test_reading_goes_on_after_a_crash_of_the_broker(
-    own_apache_kafka: ApacheKafka, start: Start
+def test_reading_and_following_go_on_after_a_crash_of_the_broker(
+    stoppable_apache_kafka: ApacheKafka, topic_prefix: str, start: Start
 ) -> None:
-    settings = StreamSettings(bootstrap=own_apache_kafka.bootstrap, connect_timeout_seconds=3)
+    settings = StreamSettings(
+        bootstrap=stoppable_apache_kafka.bootstrap,
+        topic_prefix=topic_prefix,
+        connect_timeout_seconds=3,
+    )
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(100))
     put(publisher, Topic.INTERACTIONS, range(1))
     assert publisher.flush(30)
+    publish_release(settings, release(1))
     reader = Reader(settings, BOTH)
     seen = reader.poll(40, 10)
-    own_apache_kafka.kill()
-    own_apache_kafka.start()
+    stoppable_apache_kafka.kill()
+    stoppable_apache_kafka.start()
 
     def read_on() -> bool:
         with contextlib.suppress(StreamUnavailable):
@@ -157,20 +173,11 @@ def test_reading_goes_on_after_a_crash_of_the_broker(
     places = [(record.topic, record.partition, record.offset) for record in seen]
     assert len(places) == len(set(places)) == 101
     assert reader.gaps() == []
-
-
-def test_a_release_published_before_a_crash_is_told_after_it(
-    own_apache_kafka: ApacheKafka,
-) -> None:
-    settings = StreamSettings(bootstrap=own_apache_kafka.bootstrap, connect_timeout_seconds=3)
-    publish_release(settings, release(1))
-    own_apache_kafka.kill()
-    own_apache_kafka.start()
     follower = ReleaseFollower(settings, "assistant")
-    seen: list[Any] = []
-    wait_until(lambda: bool(seen.__iadd__(follower.poll(0.5))), 40)
+    told: list[Release] = []
+    wait_until(lambda: bool(told.__iadd__(follower.poll(0.5))), 40)
     follower.close()
-    assert [found.version for found in seen] == [1]
+    assert [found.version for found in told] == [1]
 
 
 # --- what is gone ------------------------------------------------------------------------------
@@ -236,41 +243,6 @@ def test_retention_that_passes_while_reading_is_an_explicit_gap(
     assert {gap.cause for gap in gaps} == {GapCause.RETENTION}
 
 
-def test_real_retention_by_time_is_an_explicit_gap(settings: StreamSettings, start: Start) -> None:
-    publisher = start(settings)
-    put(publisher, Topic.FEEDBACK, range(50))
-    assert publisher.flush(30)
-    reader = Reader(settings, BOTH)
-    first = reader.poll(5, 10)
-    reader.close()
-    name = topic_name(settings, Topic.FEEDBACK)
-    short = {"retention.ms": "1000", "segment.ms": "1000"}
-    resource = ConfigResource(ConfigResourceType.TOPIC, name, configs=short)
-    with_admin(settings.bootstrap, lambda admin: admin.alter_configs([resource]))
-    partitions = [TopicPartition(name, number) for number in range(4)]
-
-    def all_gone() -> bool:
-        put(publisher, Topic.FEEDBACK, range(1000, 1020))  # rolls the old segments
-        publisher.flush(10)
-
-        starts = with_admin(
-            settings.bootstrap,
-            lambda admin: admin.list_partition_offsets(
-                dict.fromkeys(partitions, OffsetSpec.EARLIEST)
-            ),
-        )
-        return all(starts[partition].offset > 10 for partition in partitions)
-
-    wait_until(all_gone, 90)
-    later = Reader(settings, BOTH)
-    later.seek(positions_after(first))
-    later.poll(10, 1)
-    gaps = later.gaps()
-    later.close()
-    assert gaps
-    assert {gap.cause for gap in gaps} == {GapCause.RETENTION}
-
-
 def test_a_topic_made_again_is_refused_and_then_accepted_by_the_operator(
     settings: StreamSettings, start: Start
 ) -> None:
@@ -312,9 +284,36 @@ def test_the_publisher_follows_a_topic_that_was_made_again(
     assert publisher.flush(30)
     name = topic_name(settings, Topic.FEEDBACK)
     with_admin(settings.bootstrap, lambda admin: admin.delete_topics([name]))
+
+    def gone(admin: KafkaAdminClient) -> bool:
+        return Topic.FEEDBACK not in describe(admin, settings, BOTH)
+
+    wait_until(lambda: bool(with_admin(settings.bootstrap, gone)))
     put(publisher, Topic.FEEDBACK, range(100, 200))
     assert publisher.flush(90)
-    assert set(read_numbers(settings, Topic.FEEDBACK, 100)) >= set(range(100, 200))
+    assert read_numbers(settings, Topic.FEEDBACK, 100) == list(range(100, 200))
+
+
+def test_no_client_of_ours_makes_a_topic_by_asking_for_it(
+    settings: StreamSettings, start: Start
+) -> None:
+    publisher = start(settings)
+    put(publisher, Topic.FEEDBACK, range(10))
+    assert publisher.flush(30)
+    reader, follower = Reader(settings, BOTH), ReleaseFollower(settings)
+    assert take(reader, 10)
+    assert follower.poll(0.2) == []
+    publisher.close()
+    names = [topic_name(settings, topic) for topic in Topic]
+    with_admin(settings.bootstrap, lambda admin: admin.delete_topics(names))
+    wait_until(lambda: not with_admin(settings.bootstrap, lambda a: describe(a, settings, BOTH)))
+    for _ in range(4):
+        with contextlib.suppress(StreamUnavailable):
+            reader.poll(10, 0.5)
+        follower._poll_once(0.5)  # without its own pause and making of topics
+    assert not with_admin(settings.bootstrap, lambda a: describe(a, settings, BOTH))
+    reader.close()
+    follower.close()
 
 
 def test_a_stored_offset_past_the_end_is_refused(settings: StreamSettings, start: Start) -> None:
@@ -425,7 +424,7 @@ def test_lag_and_committed_offsets_are_right(settings: StreamSettings, start: St
             groups = with_admin(
                 settings.bootstrap, lambda admin: admin.list_group_offsets(reader.group)
             )
-        except CoordinatorNotAvailableError:
+        except KafkaError:
             return 0
         return sum(found.offset for found in groups[reader.group].values())
 
@@ -483,6 +482,41 @@ def test_a_dead_letter_that_is_too_large_is_kept_in_part(settings: StreamSetting
     (letter,) = read_raw(settings, name)
     assert dict(letter.headers)["moorline_truncated_from_bytes"] == b"1000000"  # type: ignore[attr-defined]
     assert letter.value == b"y" * 500_000  # type: ignore[attr-defined]
+
+
+def test_real_retention_by_time_is_an_explicit_gap(settings: StreamSettings, start: Start) -> None:
+    publisher = start(settings)
+    put(publisher, Topic.FEEDBACK, range(50))
+    assert publisher.flush(30)
+    reader = Reader(settings, BOTH)
+    first = reader.poll(5, 10)
+    reader.close()
+    name = topic_name(settings, Topic.FEEDBACK)
+    short = {"retention.ms": "1000", "segment.ms": "1000"}
+    resource = ConfigResource(ConfigResourceType.TOPIC, name, configs=short)
+    with_admin(settings.bootstrap, lambda admin: admin.alter_configs([resource]))
+    partitions = [TopicPartition(name, number) for number in range(4)]
+
+    def all_gone() -> bool:
+        put(publisher, Topic.FEEDBACK, range(1000, 1020))  # rolls the old segments
+        publisher.flush(10)
+
+        starts = with_admin(
+            settings.bootstrap,
+            lambda admin: admin.list_partition_offsets(
+                dict.fromkeys(partitions, OffsetSpec.EARLIEST)
+            ),
+        )
+        return all(starts[partition].offset > 10 for partition in partitions)
+
+    wait_until(all_gone, 90)
+    later = Reader(settings, BOTH)
+    later.seek(positions_after(first))
+    later.poll(10, 1)
+    gaps = later.gaps()
+    later.close()
+    assert gaps
+    assert {gap.cause for gap in gaps} == {GapCause.RETENTION}
 
 
 # --- logins and permissions --------------------------------------------------------------------
