@@ -216,11 +216,10 @@ def releases_table(
 ) -> Table:
     """One line a release, newest first."""
     table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=False)
-    table.add_column("version")
-    table.add_column("")
-    table.add_column("released")
+    for heading in ("version", "", "released"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("parent", "examples", "KL live", "KL anchor", "step", "gate", "size"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for release in reversed(releases):
         marks = [
             word
@@ -232,7 +231,7 @@ def releases_table(
         ]
         checks = release.verdict.checks if release.verdict else ()
         table.add_row(
-            Text(release.name, style="bold cyan" if marks else ""),
+            Text(f"v{release.version:06d}", style="bold cyan" if marks else ""),
             Text(" ".join(marks), style="green"),
             ago(release.created_at),
             MISSING if release.parent is None else f"v{release.parent:06d}",
