@@ -326,10 +326,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     console = Console()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had them ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         return Demo(options, console).run()
     except KeyboardInterrupt:
-        console.print("stopped by Ctrl-C; everything was shut down")
+        console.print("stopped; everything was shut down")
         return 130
     except (DemoError, ModelUnavailable) as error:
         Console(stderr=True).print(f"moorline demo: {error}", highlight=False)
