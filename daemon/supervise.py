@@ -256,11 +256,8 @@ class Supervisor:
     def _say(self, kind: NoticeKind, slot: _Slot, text: str = "") -> None:
         serious = {NoticeKind.CRASHED, NoticeKind.GAVE_UP, NoticeKind.KILLED}
         level = logging.WARNING if kind in serious else logging.INFO
-        logger.log(
-            level,
-            f"child {kind}",
-            extra={"child": slot.child.name} | ({"detail": text} if text else {}),
-        )  # noqa: G004 - kind is a closed vocabulary
+        extra = {"child": slot.child.name} | ({"detail": text} if text else {})
+        logger.log(level, f"child {kind}", extra=extra)  # noqa: G004 - a closed vocabulary
         self._service.status(f"{slot.child.name} {kind}")
         if self._notify is not None:
             with contextlib.suppress(OSError):  # the terminal may be gone; the tree is not

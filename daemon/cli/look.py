@@ -207,7 +207,7 @@ def config(
             {name: {"value": value, "origin": origin} for name, (value, origin) in rows.items()}
         )
         return
-    table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("setting")
     table.add_column("value", overflow="fold")
     table.add_column("set by", overflow="fold")

@@ -200,7 +200,7 @@ def accounting_table(accounting: Mapping[str, Any]) -> Table:
         if isinstance(counts, Mapping) and counts and set(counts) <= set(Fate)
     }
     fates = [fate for fate in Fate if any(counts.get(fate) for counts in topics.values())]
-    table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=True)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=True)
     table.add_column("topic")
     for fate in fates:
         table.add_column(fate.replace("_", " "), justify="right")
@@ -215,7 +215,7 @@ def releases_table(
     releases: Sequence[Release], unreadable: Sequence[int], served: int | None, pinned: int | None
 ) -> Table:
     """One line a release, newest first."""
-    table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for heading in ("version", "", "released"):
         table.add_column(heading, no_wrap=True)
     for heading in ("parent", "examples", "KL live", "KL anchor", "step", "gate", "size"):
