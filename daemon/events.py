@@ -80,8 +80,6 @@ class Reason(StrEnum):
     """Prompt and completion exceed what the updater trains on."""
     ABORTED = "aborted"
     """The reply was cut by the client or by a fault; what a rating means is unknown."""
-    MIXED_POLICY = "mixed_policy"
-    """A weight swap fell inside the reply; its tokens come from more than one policy."""
     UNSUPPORTED_KIND = "unsupported_kind"
     UNKNOWN_POLICY = "unknown_policy"
     """The alias or the policy version is not one of ours."""

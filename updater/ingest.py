@@ -266,10 +266,6 @@ def why_untrainable(
         (lambda: len(interaction.prompt_token_ids) + length > max_tokens, Reason.TOO_LONG),
         (lambda: interaction.finish_reason in _ABORTED, Reason.ABORTED),
         (lambda: not _spans_cover(interaction, length), Reason.LENGTH_MISMATCH),
-        (
-            lambda: len({span.version for span in interaction.policy_spans}) > 1,
-            Reason.MIXED_POLICY,
-        ),
         (lambda: interaction.sampling.temperature == 0.0, Reason.GREEDY_SAMPLING),
         (lambda: bool(interaction.sampling.altered_by), Reason.ALTERED_SAMPLING),
         (lambda: _logprobs_missing(interaction), Reason.NO_LOGPROBS),

@@ -26,7 +26,7 @@ from daemon.stream import StreamUnavailable
 from updater.credit import Baselines, assign_credit
 from updater.gate import Gate
 from updater.ingest import Ingest
-from updater.ledger import Ledger, examples_digest
+from updater.ledger import Ledger, LedgerUnavailable, examples_digest
 from updater.policy import OPTIMIZER_STATE, Policy
 from updater.trainer import NonFiniteUpdate, Proposal, Trainer, optimizer_bytes
 from updater.trust_region import BoundedStep, Refused, TrustRegion
@@ -49,6 +49,12 @@ class Phase(StrEnum):
     PINNED = "pinned"
     """An operator has pinned a version: events are taken in, nothing is trained."""
     STREAM_UNAVAILABLE = "stream_unavailable"
+    DISK_UNAVAILABLE = "disk_unavailable"
+    """The ledger's disk is full or broken; nothing is lost, intake waits."""
+
+
+UNAVAILABLE = (Phase.STREAM_UNAVAILABLE, Phase.DISK_UNAVAILABLE)
+"""Not ready: something outside must come back first."""
 
 
 class Loop:
@@ -102,14 +108,26 @@ class Loop:
         self._show_version(version)
 
     def cycle(self) -> None:
-        """Take in what there is; learn from it if it is enough; announce what was decided."""
+        """Take in what there is; learn from it if it is enough; announce what was decided.
+
+        A disk that refuses pauses the updater: nothing was committed, the next cycle tries again.
+        """
+        try:
+            self._cycle()
+        except LedgerUnavailable as error:
+            if self.phase is not Phase.DISK_UNAVAILABLE:
+                logger.error("ledger unavailable, will retry", extra={"cause": str(error)})
+            self.phase = Phase.DISK_UNAVAILABLE
+            self._trainer.restore()
+
+    def _cycle(self) -> None:
         self._take_in()
         self._announce()
         if self._store.pinned(self._settings.alias) is not None:
             self.phase = Phase.PINNED
             return
         if not self._enough():
-            self.phase = Phase.WAITING if self.phase is not Phase.STREAM_UNAVAILABLE else self.phase
+            self.phase = self.phase if self.phase in UNAVAILABLE else Phase.WAITING
             return
         start = time.monotonic()
         outcome = self._learn()
@@ -120,11 +138,12 @@ class Loop:
     # --- the verbs --------------------------------------------------------------------------
 
     def _take_in(self) -> None:
-        """Stream to ledger, until nothing is waiting; then apply the horizon."""
+        """Stream to ledger, until nothing is waiting or a batch is full; then the horizon."""
         try:
             while self._ingest.step(self._settings.updater.poll_seconds).records:
-                pass
-            if self.phase is Phase.STREAM_UNAVAILABLE:
+                if self._ledger.count_ready() >= self._settings.learning.batch_examples:
+                    break
+            if self.phase in UNAVAILABLE:
                 self.phase = Phase.WAITING
         except StreamUnavailable as error:
             if self.phase is not Phase.STREAM_UNAVAILABLE:
@@ -148,7 +167,7 @@ class Loop:
         self.phase = Phase.TRAINING
         batch, baselines = self._next_batch()
         if not batch.has_signal:
-            self._ledger.set_not_trainable(batch.example_ids, Reason.NO_ADVANTAGE)
+            self._ledger.set_not_trainable(batch.example_ids, Reason.NO_ADVANTAGE, baselines)
             return self._say("no update", batch, Reason.NO_ADVANTAGE)
         try:
             proposal = self._trainer.propose(batch)

@@ -26,7 +26,7 @@ from daemon.systemd import Notifier
 from updater.gate import Gate, load_canaries
 from updater.ingest import Ingest
 from updater.ledger import Ledger
-from updater.loop import Loop, Phase
+from updater.loop import UNAVAILABLE, Loop, Phase
 from updater.policy import Policy
 from updater.trainer import Trainer
 from updater.trust_region import TrustRegion
@@ -115,7 +115,7 @@ class Updater:
             loop.cycle()
             self._snapshot = self._status(loop)
             notifier.ping()
-            if loop.phase is Phase.STREAM_UNAVAILABLE:
+            if loop.phase in UNAVAILABLE:
                 self._stop.wait(_RETRY_SECONDS)
         notifier.stopping()
         self.close()
@@ -144,7 +144,7 @@ class Updater:
 
     def _why_not_ready(self) -> str | None:
         phase = self._shown()["phase"]
-        return phase if phase in (Phase.STARTING, Phase.STREAM_UNAVAILABLE) else None
+        return phase if phase in (Phase.STARTING, *UNAVAILABLE) else None
 
     def _status(self, loop: Loop) -> dict[str, Any]:
         """What ``/status`` shows until the next cycle."""

@@ -273,7 +273,7 @@ SPAN = PolicySpan(version=0, start=0, end=3)
                     PolicySpan(version=1, start=1, end=3),
                 )
             },
-            Reason.MIXED_POLICY,
+            None,  # a swap fell inside: each token's own behaviour probability is recorded
         ),
         ({"sampling": SamplingSettings(temperature=0.0)}, Reason.GREEDY_SAMPLING),
         ({"sampling": SamplingSettings(altered_by=("logit_bias",))}, Reason.ALTERED_SAMPLING),
