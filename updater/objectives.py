@@ -403,6 +403,46 @@ def why_unusable(log_p: Tensor, log_q: Tensor, advantage: Tensor, mask: Tensor) 
 
 
 @torch.no_grad()
+def measure_batches(
+    log_p: Tensor,  # [..., batch, time]
+    log_q: Tensor,  # [..., batch, time]
+    advantage: Tensor,  # [..., batch, time] or [..., batch, 1]
+    mask: Tensor,  # [..., batch, time] bool
+    kept: Tensor,  # [..., batch, time] bool
+) -> dict[str, Tensor]:  # each [...]
+    """Each batch's distance from the policies that wrote it; nats where the name says so.
+
+    ``masked_share_*``: share of the tokens of that kind that the objective dropped, 0 where there
+    are none of that kind.
+    """
+    q, p = (torch.where(mask, t, t.new_zeros(())).double() for t in (log_q, log_p))
+    ratio = divergence.log_ratio(q, p).exp()
+    rare, advantage = q.exp() < RARE_PROBABILITY, advantage.expand_as(mask)
+
+    def mean(values: Tensor, of: Tensor) -> Tensor:
+        counted = torch.where(of, values, values.new_zeros(()))
+        return counted.sum(dim=(-2, -1)) / of.sum(dim=(-2, -1)).clamp_min(1)
+
+    def dropped(of: Tensor) -> Tensor:
+        return mean((~kept).double(), of & mask)
+
+    return {
+        "k1_nats": mean(divergence.k1(q, p), mask),
+        "k3_nats": mean(divergence.k3(q, p), mask),
+        "binary_kl_nats": mean(divergence.binary_kl(q, p), mask),
+        "chi2": mean(divergence.sampled_chi2(q, p), mask),
+        "tv": mean(divergence.sampled_tv(q, p), mask),
+        "ess_share": divergence.ess_share(q.flatten(-2), p.flatten(-2), mask.flatten(-2)),
+        "mean_ratio": mean(ratio, mask),
+        "max_ratio": (ratio * mask).amax(dim=(-2, -1)),
+        "masked_share": dropped(mask),
+        "masked_share_rare": dropped(rare),
+        "masked_share_common": dropped(~rare),
+        "masked_share_positive": dropped(advantage > 0),
+        "masked_share_negative": dropped(advantage < 0),
+    }
+
+
 def measure(
     log_p: Tensor,  # [batch, time]
     log_q: Tensor,  # [batch, time]
@@ -410,31 +450,6 @@ def measure(
     mask: Tensor,  # [batch, time] bool
     kept: Tensor,  # [batch, time] bool
 ) -> dict[str, float]:
-    """One batch's distance from the policies that wrote it; nats where the name says so.
-
-    ``masked_share_*``: share of the tokens of that kind that the objective dropped, 0 where there
-    are none of that kind.
-    """
-    q, p = log_q[mask].double(), log_p[mask].double()
-    a, dropped = advantage.expand_as(mask)[mask], ~kept[mask]
-    ratio = divergence.log_ratio(q, p).exp()
-    rare = q.exp() < RARE_PROBABILITY
-
-    def share(of: Tensor) -> float:
-        return float((dropped & of).sum() / of.sum().clamp_min(1))
-
-    return {
-        "k1_nats": float(divergence.k1(q, p).mean()),
-        "k3_nats": float(divergence.k3(q, p).mean()),
-        "binary_kl_nats": float(divergence.binary_kl(q, p).mean()),
-        "chi2": float(divergence.sampled_chi2(q, p).mean()),
-        "tv": float(divergence.sampled_tv(q, p).mean()),
-        "ess_share": float(divergence.ess_share(q, p, torch.ones_like(rare))),
-        "mean_ratio": float(ratio.mean()),
-        "max_ratio": float(ratio.max()) if ratio.numel() else 1.0,
-        "masked_share": share(torch.ones_like(rare)),
-        "masked_share_rare": share(rare),
-        "masked_share_common": share(~rare),
-        "masked_share_positive": share(a > 0),
-        "masked_share_negative": share(a < 0),
-    }
+    """``measure_batches`` of one batch, as numbers."""
+    batches = measure_batches(log_p, log_q, advantage, mask, kept)
+    return {name: float(value) for name, value in batches.items()}

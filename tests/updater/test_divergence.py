@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, kl_divergence
@@ -44,18 +44,21 @@ def at_least(larger: Tensor, smaller: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("measure", EXACT)
+@settings(deadline=None)
 @given(q=logits, p=logits)
 def test_never_negative(measure: Measure, q: list[float], p: list[float]) -> None:
     assert measure(distribution(q), distribution(p)) >= 0
 
 
 @pytest.mark.parametrize("measure", EXACT)
+@settings(deadline=None)
 @given(q=logits)
 def test_zero_between_equals(measure: Measure, q: list[float]) -> None:
     assert measure(distribution(q), distribution(q)) <= 1e-12
 
 
 @pytest.mark.parametrize("measure", EXACT)
+@settings(deadline=None)
 @given(q=logits, token=tokens, shift=st.floats(0.05, 5))
 def test_positive_between_different(
     measure: Measure, q: list[float], token: int, shift: float
@@ -68,6 +71,7 @@ def test_positive_between_different(
         assert measure(log_q, log_p) > 0
 
 
+@settings(deadline=None)
 @given(q=logits, p=logits)
 def test_pinsker_and_its_relatives(q: list[float], p: list[float]) -> None:
     log_q, log_p = distribution(q), distribution(p)
@@ -81,6 +85,7 @@ def test_pinsker_and_its_relatives(q: list[float], p: list[float]) -> None:
 
 
 @pytest.mark.parametrize(("exact", "binary"), list(zip(EXACT, BINARY, strict=True)))
+@settings(deadline=None)
 @given(q=mild_logits, p=mild_logits, token=tokens, k=st.integers(1, VOCABULARY - 1))
 def test_coarser_views_never_see_more(
     exact: Measure, binary: Measure, q: list[float], p: list[float], token: int, k: int
@@ -91,6 +96,7 @@ def test_coarser_views_never_see_more(
     assert at_least(seen_by_k, binary(log_q[token], log_p[token]))
 
 
+@settings(deadline=None)
 @given(q=logits, p=logits, token=tokens, k=st.integers(1, VOCABULARY - 1))
 def test_top_k_bins_are_distributions(q: list[float], p: list[float], token: int, k: int) -> None:
     for bins in dv.top_k_bins(distribution(q), distribution(p), k, torch.tensor(token)):
@@ -120,6 +126,7 @@ def test_recorded_top_logprobs_get_the_same_tail() -> None:
 
 
 @pytest.mark.parametrize("measure", [dv.exact_tv, dv.exact_js])
+@settings(deadline=None)
 @given(q=logits, p=logits)
 def test_symmetric_where_due(measure: Measure, q: list[float], p: list[float]) -> None:
     log_q, log_p = distribution(q), distribution(p)
@@ -132,6 +139,7 @@ def test_kl_and_chi2_have_a_direction() -> None:
     assert dv.binary_chi2(log_q, log_p) > 5 * dv.binary_chi2(log_p, log_q)
 
 
+@settings(deadline=None)
 @given(q=logits, p=logits)
 def test_agrees_with_torch_distributions(q: list[float], p: list[float]) -> None:
     log_q, log_p = distribution(q), distribution(p)
@@ -139,6 +147,7 @@ def test_agrees_with_torch_distributions(q: list[float], p: list[float]) -> None
     torch.testing.assert_close(dv.exact_kl(log_q, log_p), reference, rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(q=st.floats(1e-6, 1 - 1e-6), p=st.floats(1e-6, 1 - 1e-6))
 def test_binary_agrees_with_bernoulli(q: float, p: float) -> None:
     bernoulli = [Bernoulli(torch.tensor(x, dtype=torch.float64)) for x in (q, p)]
@@ -196,6 +205,7 @@ def test_nan_is_not_hidden() -> None:
     assert dv.binary_kl(log(0.5), torch.tensor(math.nan, dtype=torch.float64)).isnan()
 
 
+@settings(deadline=None)
 @given(p=probabilities)
 def test_log_complement(p: float) -> None:
     assert dv.log_complement(log(p)).item() == pytest.approx(math.log1p(-p), rel=1e-6, abs=1e-12)
@@ -242,6 +252,7 @@ def test_sampled_estimators_are_unbiased() -> None:
         torch.testing.assert_close((q * sampled(log_q, log_p)).sum(), exact(log_q, log_p))
 
 
+@settings(deadline=None)
 @given(log_r=st.lists(st.floats(-30, 30), min_size=1, max_size=20))
 def test_ess_is_a_share(log_r: list[float]) -> None:
     log_p = torch.tensor(log_r, dtype=torch.float64)

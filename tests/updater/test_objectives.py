@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -184,6 +184,7 @@ DERIVED: dict[str, Callable[[float, float, float], float]] = {
 
 
 @pytest.mark.parametrize("name", TOKENWISE)
+@settings(deadline=None)
 @given(q=probabilities, p=probabilities, advantage=advantages)
 def test_gradient_agrees_with_its_derivation(
     name: str, q: float, p: float, advantage: float
@@ -192,6 +193,7 @@ def test_gradient_agrees_with_its_derivation(
     assert slope.item() == pytest.approx(DERIVED[name](q, p, advantage), rel=1e-6, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(probabilities, probabilities, advantages), min_size=1, max_size=12))
 def test_m2po_agrees_with_removing_one_by_one(rows: list[tuple[float, float, float]]) -> None:
     squares = {
@@ -207,6 +209,7 @@ def test_m2po_agrees_with_removing_one_by_one(rows: list[tuple[float, float, flo
     torch.testing.assert_close(slope, torch.where(kept, -a * p / q, torch.zeros_like(q)))
 
 
+@settings(deadline=None)
 @given(
     log_r=st.lists(st.floats(-1e-3, 1e-3), min_size=1, max_size=6),
     advantage=advantages.filter(lambda a: abs(a) > 1e-3),
@@ -224,6 +227,7 @@ def test_gspo_agrees_with_its_derivation(log_r: list[float], advantage: float) -
 
 
 @pytest.mark.parametrize("name", BEHAVIOUR_ANCHORED)
+@settings(deadline=None)
 @given(rows=st.lists(st.tuples(st.floats(1e-9, 1.0), advantages), min_size=1, max_size=8))
 def test_on_policy_all_are_the_policy_gradient(name: str, rows: list[tuple[float, float]]) -> None:
     p, a = (tensor(*column) for column in zip(*rows, strict=True))
@@ -287,6 +291,7 @@ def test_only_the_policy_gets_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dppo_kl", "dppo_tv", "drpo", "m2po"])
+@settings(deadline=None)
 @given(q=probabilities, p=probabilities, advantage=advantages)
 def test_never_pushes_a_token_further_once_it_is_outside(
     name: str, q: float, p: float, advantage: float
