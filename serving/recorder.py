@@ -181,13 +181,8 @@ class Recorder:
                 choice = recording.choices[index]
                 choice.finish_reason = "abort"
                 state = recording.states.get(index)
-                starts = list(state.weight_version_starts) if state is not None else []
-                ends = [start for _, start in starts[1:]] + [len(choice.token_ids)]
-                choice.weight_versions = [
-                    (version, start, min(end, len(choice.token_ids)))
-                    for (version, start), end in zip(starts, ends, strict=True)
-                    if start < len(choice.token_ids)
-                ]
+                starts = [] if state is None else list(state.weight_version_starts)
+                choice.weight_versions = spans_of(starts, len(choice.token_ids))
                 self._finish(recording, index)
         except Exception as error:
             _failed(error)
@@ -278,6 +273,16 @@ class _Recording:
             for completion in output.outputs:
                 completion.logprobs = None
                 completion.cumulative_logprob = None
+
+
+def spans_of(starts: list[tuple[str, int]], length: int) -> list[tuple[str, int, int]]:
+    """(version, start, end) over the first ``length`` tokens, from where each version began."""
+    ends = [*(start for _, start in starts), length][1:]
+    return [
+        (version, start, min(end, length))
+        for (version, start), end in zip(starts, ends, strict=True)
+        if start < length
+    ]
 
 
 def sampled_logprobs(token_ids: list[int], logprobs: Any) -> list[float | None]:

@@ -230,9 +230,6 @@ async def _serve_engine(
     await parts.swaps.settle()
     parts.readiness.why_not = None
 
-    host, port = bound.getsockname()[:2]
-    logger.info("listening", extra={"url": base_url(host, port), "policy": parts.live.name})
-    print(f"moorline serving {parts.live.name} on {base_url(host, port)}", flush=True)
     with announcements(settings, parts.swaps.wake):
         await _listen(parts, bound, engine, settings.serving.drain_seconds)
 
@@ -254,6 +251,11 @@ async def _listen(parts: Parts, bound: socket.socket, engine: Any, drain_seconds
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     http = asyncio.create_task(server.serve(sockets=[bound]))
+    while not (server.started or http.done()):
+        await asyncio.sleep(0.01)
+    url = base_url(*bound.getsockname()[:2])
+    logger.info("listening", extra={"url": url, "policy": parts.live.name})
+    print(f"moorline serving {parts.live.name} on {url}", flush=True)
     watchers = [
         asyncio.create_task(stopping.wait()),
         asyncio.create_task(parts.swaps.follow()),
