@@ -102,7 +102,7 @@ class ApacheKafka:
         return done
 
 
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60.0) -> None:
     """Poll until true; fails the test when time runs out."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():

@@ -45,6 +45,8 @@ class Link:
     _retry_at: float = 0.0
     _retry_seconds: float = RETRY_SECONDS[0]
     _probed_at: float = 0.0
+    _answers_since: float | None = None
+    """When the broker began to answer, while our events still wait."""
     _broken: BaseException | None = None
     _closed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -67,11 +69,13 @@ class Link:
         if self._work is not None and self._work.is_alive():
             return None
         now = time.monotonic()
+        if silence_seconds <= PROBE_SECONDS:
+            self._answers_since = None
         if self._connection is None and now >= self._retry_at:
             self._start(self._connect)
         elif silence_seconds > PROBE_SECONDS and now - self._probed_at > PROBE_SECONDS:
             self._probed_at = now
-            self._start(lambda: self._probe(silence_seconds))
+            self._start(self._probe)
         return None
 
     def fail(self, error: BaseException) -> None:
@@ -125,19 +129,22 @@ class Link:
         self._retry_seconds = RETRY_SECONDS[0]
         self.wake.set()
 
-    def _probe(self, silence_seconds: float) -> None:
+    def _probe(self) -> None:
         """Is the broker away, or is it this client that is of no use?"""
         try:
             with admin_session(self.settings) as admin:
                 states = describe(admin, self.settings, tuple(Topic))
         except StreamUnavailable as error:
+            self._answers_since = None
             self._say(error)
             return
+        now = time.monotonic()
+        self._answers_since = self._answers_since or now
         if len(states) < len(Topic):
             # Made again only by `_connect`, when this client is closed: it would deliver what the
             # next one delivers too.
             self._broken = StreamUnavailable("topics are gone from the broker: making them again")
-        elif silence_seconds > REBUILD_SECONDS:
+        elif now - self._answers_since > REBUILD_SECONDS:
             self._broken = StreamUnavailable("the broker answers, but acknowledges no event")
         if self._broken is not None:
             self.wake.set()

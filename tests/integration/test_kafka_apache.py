@@ -112,14 +112,14 @@ def test_kill_nine_of_the_broker_loses_and_doubles_nothing(
     )
     publisher = start(settings)
     put(publisher, Topic.INTERACTIONS, range(500))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     stoppable_apache_kafka.kill()
     put(publisher, Topic.INTERACTIONS, range(500, 1500))
     wait_until(lambda: publisher.stats.spooled == 1000)
     assert not publisher.stats.connected
     stoppable_apache_kafka.start()
     put(publisher, Topic.INTERACTIONS, range(1500, 1600))
-    assert publisher.flush(60)
+    assert publisher.flush(90)
     assert read_numbers(settings, Topic.INTERACTIONS, 1600) == list(range(1600))
     assert publisher.stats.spooled_bytes == 0
 
@@ -134,13 +134,13 @@ def test_a_silent_broker_gets_every_event_once(
     )
     publisher = start(settings)
     put(publisher, Topic.INTERACTIONS, range(100))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     stoppable_apache_kafka.pause()
     put(publisher, Topic.INTERACTIONS, range(100, 600))
     wait_until(lambda: publisher.stats.spooled == 500)
     time.sleep(7)  # longer than it takes to look at a silent broker
     stoppable_apache_kafka.resume()
-    assert publisher.flush(60)
+    assert publisher.flush(90)
     assert read_numbers(settings, Topic.INTERACTIONS, 600) == list(range(600))
     assert publisher.stats.delivered == 600
 
@@ -156,7 +156,7 @@ def test_reading_and_following_go_on_after_a_crash_of_the_broker(
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(100))
     put(publisher, Topic.INTERACTIONS, range(1))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     publish_release(settings, release(1))
     reader = Reader(settings, BOTH)
     seen = reader.poll(40, 10)
@@ -175,7 +175,7 @@ def test_reading_and_following_go_on_after_a_crash_of_the_broker(
     assert reader.gaps() == []
     follower = ReleaseFollower(settings, "assistant")
     told: list[Release] = []
-    wait_until(lambda: bool(told.__iadd__(follower.poll(0.5))), 40)
+    wait_until(lambda: bool(told.__iadd__(follower.poll(0.5))))
     follower.close()
     assert [found.version for found in told] == [1]
 
@@ -195,7 +195,7 @@ def test_retention_that_passed_the_reader_is_an_explicit_gap(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(200))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     first = reader.poll(20, 10)
     reader.close()
@@ -222,7 +222,7 @@ def test_retention_that_passes_while_reading_is_an_explicit_gap(
     assert reader.poll(1, 0.1) == []
     for number in range(80):  # more than the reader fetches ahead
         assert publisher.publish(Topic.FEEDBACK, f"k{number}", b"%d " % number + b"x" * 200_000)
-    assert publisher.flush(60)
+    assert publisher.flush(90)
     ends = dict.fromkeys(range(4), -1)  # -1: up to the end
     delete_before(settings, Topic.FEEDBACK, ends)
     put(publisher, Topic.FEEDBACK, range(100, 120))
@@ -248,14 +248,14 @@ def test_a_topic_made_again_is_refused_and_then_accepted_by_the_operator(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(100))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     old = take(reader, 100)
     name = topic_name(settings, Topic.FEEDBACK)
     with_admin(settings.bootstrap, lambda admin: admin.delete_topics([name]))
     wait_until(lambda: ensure_topics(settings))
     put(publisher, Topic.FEEDBACK, range(1000, 1400))  # old offsets exist in the new topic too
-    assert publisher.flush(60)
+    assert publisher.flush(90)
 
     def refused() -> bool:
         try:
@@ -264,7 +264,7 @@ def test_a_topic_made_again_is_refused_and_then_accepted_by_the_operator(
             return "MOORLINE_STREAM__ACCEPT_NEW_TOPICS=true" in str(error)
         return False
 
-    wait_until(refused, 30)
+    wait_until(refused)
     reader.close()
     accepting = Reader(settings.model_copy(update={"accept_new_topics": True}), BOTH)
     accepting.seek(positions_after(old))
@@ -281,7 +281,7 @@ def test_the_publisher_follows_a_topic_that_was_made_again(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(10))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     name = topic_name(settings, Topic.FEEDBACK)
     with_admin(settings.bootstrap, lambda admin: admin.delete_topics([name]))
 
@@ -299,7 +299,7 @@ def test_no_client_of_ours_makes_a_topic_by_asking_for_it(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(10))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     reader, follower = Reader(settings, BOTH), ReleaseFollower(settings)
     assert take(reader, 10)
     assert follower.poll(0.2) == []
@@ -319,7 +319,7 @@ def test_no_client_of_ours_makes_a_topic_by_asking_for_it(
 def test_a_stored_offset_past_the_end_is_refused(settings: StreamSettings, start: Start) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(20))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     records = take(reader, 20)
     positions = positions_after(records)
@@ -344,7 +344,7 @@ def test_partitions_that_are_added_to_both_topics_are_read(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(50))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     seen = take(reader, 50)
 
@@ -412,7 +412,7 @@ def test_a_releases_topic_that_forgets_is_warned_of(
 def test_lag_and_committed_offsets_are_right(settings: StreamSettings, start: Start) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(100))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     records = reader.poll(30, 10)
     assert sum(reader.lag().values()) == 100 - len(records)
@@ -439,7 +439,7 @@ def test_offsets_that_somebody_resets_on_the_broker_move_nothing(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(40))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     positions = positions_after(take(reader, 40))
     reader.commit({key: (topic_id, 0) for key, (topic_id, _) in positions.items()})
@@ -450,31 +450,29 @@ def test_offsets_that_somebody_resets_on_the_broker_move_nothing(
     later.close()
 
 
+def make_small(settings: StreamSettings, name: str, partitions: int, max_bytes: int) -> None:
+    """Make a topic that takes only small records."""
+    configs = {"max.message.bytes": str(max_bytes)}
+    options = {"num_partitions": partitions, "replication_factor": 1, "configs": configs}
+    with_admin(settings.bootstrap, lambda admin: admin.create_topics({name: options}))
+
+
 def test_an_event_that_the_broker_finds_too_large_is_dropped_and_stops_nothing(
     settings: StreamSettings, start: Start
 ) -> None:
-    ensure_topics(settings)
-    name = topic_name(settings, Topic.FEEDBACK)
-    resource = ConfigResource(
-        ConfigResourceType.TOPIC, name, configs={"max.message.bytes": "50000"}
-    )
-    with_admin(settings.bootstrap, lambda admin: admin.alter_configs([resource]))
+    make_small(settings, topic_name(settings, Topic.FEEDBACK), settings.partitions, 50_000)
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(10))
     assert publisher.publish(Topic.FEEDBACK, "k", b"x" * 200_000)
     put(publisher, Topic.FEEDBACK, range(10, 20))
-    assert publisher.flush(60)
+    assert publisher.flush(90)
     assert publisher.stats.dropped == 1
     assert set(read_numbers(settings, Topic.FEEDBACK, 20)) == set(range(20))
 
 
 def test_a_dead_letter_that_is_too_large_is_kept_in_part(settings: StreamSettings) -> None:
-    ensure_topics(settings)
     name = dlq_name(settings, Topic.FEEDBACK)
-    resource = ConfigResource(
-        ConfigResourceType.TOPIC, name, configs={"max.message.bytes": "600000"}
-    )
-    with_admin(settings.bootstrap, lambda admin: admin.alter_configs([resource]))
+    make_small(settings, name, 1, 600_000)
     letters = DeadLetters(settings)
     record = Record(Topic.FEEDBACK, "id", 0, 0, 1, b"k", b"y" * 1_000_000)
     letters.send(record, Reason.TOO_LARGE, "ingest")
@@ -487,7 +485,7 @@ def test_a_dead_letter_that_is_too_large_is_kept_in_part(settings: StreamSetting
 def test_real_retention_by_time_is_an_explicit_gap(settings: StreamSettings, start: Start) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(50))
-    assert publisher.flush(30)
+    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     first = reader.poll(5, 10)
     reader.close()
@@ -628,7 +626,7 @@ def test_missing_permissions_are_said_and_work_when_they_are_granted(
     wait_until(lambda: "kafka-acls.sh" in publisher.stats.last_error)
 
     allow_all(secure_apache_kafka, secure)
-    assert publisher.flush(40)
+    assert publisher.flush(90)
     records: list[Record] = []
 
     def read_on() -> bool:
@@ -656,10 +654,10 @@ def test_describe_without_write_is_said_and_works_when_write_is_granted(
     )
     publisher = start(secure)
     put(publisher, Topic.FEEDBACK, range(100))
-    wait_until(lambda: "kafka-acls.sh" in publisher.stats.last_error, 30)
-    wait_until(lambda: publisher.stats.spooled == 100, 30)
+    wait_until(lambda: "kafka-acls.sh" in publisher.stats.last_error)
+    wait_until(lambda: publisher.stats.spooled == 100)
     allow_all(secure_apache_kafka, secure)
-    assert publisher.flush(60)
+    assert publisher.flush(90)
     assert read_numbers(secure, Topic.FEEDBACK, 100) == list(range(100))
     assert publisher.stats.dropped == 0
 

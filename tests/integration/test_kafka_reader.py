@@ -60,7 +60,7 @@ def reader(stream_settings: StreamSettings) -> Iterator[Reader]:
 def put(publisher: Publisher, topic: Topic, count: int, start: int = 0) -> None:
     for number in range(start, start + count):
         assert publisher.publish(topic, f"k{number}", b"%d" % number)
-    assert publisher.flush(20)
+    assert publisher.flush(90)
 
 
 def take(reader: Reader, count: int) -> list[Record]:
@@ -381,7 +381,7 @@ def test_a_follower_never_raises_and_comes_back(own_tansu: EmbeddedBroker) -> No
     own_tansu.start()
     publish_release(settings, release(1))
     seen: list[Release] = []
-    wait_until(lambda: bool(seen.__iadd__(follower.poll(0.5))), 40)
+    wait_until(lambda: bool(seen.__iadd__(follower.poll(0.5))))
     assert seen[0].version == 1
     follower.close()
 
