@@ -1,0 +1,1 @@
+"""Every objective under stale data: ``python -m benchmarks.staleness`` (see report.py)."""
