@@ -12,6 +12,8 @@ from daemon.settings import Settings, child_environment
 from daemon.supervise import Child
 
 _STOP_MARGIN_SECONDS = 15.0
+_YIELDING = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""The updater's idle threads sleep instead of spinning: the server wants those cores."""
 _UPDATE_TO_END_SECONDS = 60.0
 """The updater finishes the update that is under way; if it cannot, the next start makes it anew."""
 
@@ -66,7 +68,7 @@ def plan(settings: Settings) -> Tree:
         Child(
             name="updater",
             argv=(sys.executable, "-m", "updater"),
-            environment=environment,
+            environment=environment | _YIELDING,
             ready_url=f"{updater}/readyz",
             alive_url=f"{updater}/healthz",
             grace_seconds=_UPDATE_TO_END_SECONDS + _STOP_MARGIN_SECONDS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from daemon.artifacts import StoreError
@@ -21,6 +22,7 @@ def main() -> int:
     try:
         settings = load_settings()
         setup_logging(settings, "updater")
+        os.nice(settings.updater.niceness)
         Updater(settings).run()
     except (
         SettingsError,

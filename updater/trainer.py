@@ -122,6 +122,7 @@ class Trainer:
                 for minibatch in _chunks(batch.examples, self._settings.minibatch_examples):
                     look = first_look if number == 0 else None
                     gradient_norms.append(self._step(minibatch, look))
+                    first_look.from_live = False
         except NonFiniteUpdate:
             self.restore()
             raise
@@ -198,9 +199,11 @@ class Trainer:
 
 
 class _FirstLook:
-    """What the batch looks like from the live policy: gathered in the first pass over it."""
+    """What the batch looks like: gathered in the first pass over it, minibatch by minibatch."""
 
     def __init__(self, batch: Batch, now: float) -> None:
+        self.from_live = True
+        """Until the first optimiser step, the policy that looks is the live one."""
         self._live_version = batch.live_version
         interactions = [credited.example.interaction for credited in batch.examples]
         self._staleness_versions = [
@@ -230,6 +233,8 @@ class _FirstLook:
         log_q: Sequence[Tensor],
     ) -> None:
         """At lag 0 server and trainer are one policy: what differs is numerical noise or a bug."""
+        if not self.from_live:
+            return
         for credited, recomputed, recorded in zip(examples, log_p, log_q, strict=True):
             spans = credited.example.interaction.policy_spans
             if all(span.version == self._live_version for span in spans):

@@ -28,6 +28,8 @@ HELD_OUT_TOPICS = (
     "sharks", "potatoes", "airplanes", "butterflies", "mirrors", "waterfalls", "trains", "olives",
     "guitars", "robots", "horses", "diamonds", "umbrellas", "caves", "tomatoes", "lighthouses",
     "parrots", "cotton", "clocks", "monsoons", "bananas", "rockets", "cameras", "swans",
+    "eagles", "carrots", "crystals", "squirrels", "windows", "geysers", "ships", "lemons",
+    "drums", "computers", "donkeys", "pearls", "balloons", "canyons", "onions", "tunnels",
 )  # fmt: skip
 
 QUESTIONS = (

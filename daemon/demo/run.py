@@ -34,7 +34,7 @@ from daemon.http import Unreachable, request_json
 
 ALIAS = "assistant"
 PEOPLE = 8
-PEOPLE_WHILE_TRAINING = 2
+PEOPLE_WHILE_TRAINING = 1
 HELD_OUT_CONCURRENCY = 12
 SAMPLES_SHOWN = 4
 DRAIN_SECONDS = 30.0
@@ -145,6 +145,9 @@ class Demo:
                 await asyncio.gather(*people)
             self.display.say("people have gone home; waiting until every event has its fate")
             await self._drain(server, updater, status, crowd)
+            version = status["server"].get("policy_version", 0)
+            if version > self.evaluations[-1].version:
+                await self._evaluate(crowd, version)
         await crowd.close()
         self._report(crowd, status)
 

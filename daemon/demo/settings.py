@@ -8,11 +8,12 @@ DEMO_SETTINGS: dict[str, str] = {
     # A learner in minutes, not days: small batches, each one a release.
     "learning.batch_examples": "24",
     "learning.min_batch_examples": "24",
-    "learning.learning_rate": "3e-4",
+    "learning.minibatch_examples": "12",
+    "learning.learning_rate": "8e-4",
     "learning.anchor_weight": "0.05",
     "learning.max_example_tokens": "256",
     "learning.micro_batch_tokens": "1024",
-    "bound.traffic_examples": "12",
+    "bound.traffic_examples": "8",
     # The rule asks for another style of answer, so a release may move further than a careful
     # operator's default allows; the lineage's budget stays below the 0.45 the demo promises.
     "bound.live_kl_nats": "0.10",
