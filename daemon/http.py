@@ -144,9 +144,12 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no event; anything else is one line."""
+        """A client that went away is one line for who looks for it; anything else is an error."""
         del request, client_address
-        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+        error = sys.exc_info()[1]
+        if isinstance(error, ConnectionError | TimeoutError):
+            logger.debug("status client went away", extra={"cause": type(error).__name__})
+        else:
             logger.error("status connection failed", exc_info=sys.exc_info())
 
 

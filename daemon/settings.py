@@ -11,22 +11,30 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.settings_sources import (
     CONFIG_VARIABLE,
     ENVIRONMENT_PREFIX,
+    NESTING,
     NOT_SETTINGS,
+    Arguments,
     SettingsError,
-    collect,
     explain,
+    nested,
+    read_sources,
     to_environment,
 )
 
 __all__ = ["Settings", "SettingsError", "child_environment", "load_settings"]
+
+# What ``load_settings`` found, strongest first; ``Settings(...)`` alone reads nothing.
+_found: ContextVar[tuple[PydanticBaseSettingsSource, ...]] = ContextVar("found", default=())
 
 
 class _Section(BaseModel):
@@ -71,7 +79,7 @@ class ServingSettings(_Section):
     record_user_field: bool = True
     """Record a keyed hash of the request's `user` field."""
     feedback_max_bytes: int = Field(default=65_536, ge=1024)
-    vllm_args: tuple[str, ...] = ()
+    vllm_args: Arguments = ()
     """Further arguments for vLLM, verbatim (tensor parallelism, quantisation, ...)."""
 
 
@@ -172,10 +180,18 @@ class UpdaterSettings(_Section):
     """/metrics, /healthz, /readyz, /status."""
     host: str = "127.0.0.1"
     poll_seconds: float = Field(default=0.5, gt=0)
+    niceness: int = Field(default=5, ge=0, le=19)
+    """CPU priority below the server's, so that replies go first where both share a machine."""
 
 
-class Settings(_Section):
+class Settings(BaseSettings, _Section):
     """Moorline's settings."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter=NESTING,
+        enable_decoding=False,  # the type of a setting reads its text, whichever source it is from
+    )
 
     alias: str = Field(default="assistant", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """The model's public name; clients ask for it, replies carry `alias@v000042`."""
@@ -193,6 +209,18 @@ class Settings(_Section):
     updater: UpdaterSettings = UpdaterSettings()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **_others: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The values in code (of the command line), then what was found; no ``.env``."""
+        del settings_cls
+        return init_settings, *_found.get()
 
     @property
     def store_dir(self) -> Path:
@@ -238,12 +266,17 @@ def load_settings(
     environment = os.environ if environment is None else environment
     if config is None and environment.get(CONFIG_VARIABLE):
         config = Path(environment[CONFIG_VARIABLE])
-    sources = collect(Settings, config, environment, overrides or {})
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    sources, origins = read_sources(Settings, config, environment)
+    origins |= dict.fromkeys(given, "command line")
+    token = _found.set(sources)
     try:
-        settings = Settings.model_validate(sources.nested())
+        settings = Settings(**nested(Settings, given))
     except ValidationError as error:
-        raise SettingsError(explain(error, Settings, sources)) from None
-    settings._origins.update(sources.origins)
+        raise SettingsError(explain(error, Settings, origins)) from None
+    finally:
+        _found.reset(token)
+    settings._origins.update(origins)
     return settings
 
 

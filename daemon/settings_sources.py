@@ -1,9 +1,8 @@
-"""Where settings come from: command line, environment, TOML file; and back into an environment.
+"""What pydantic-settings leaves to us: names that nobody knows, one-line errors, who set what.
 
-Generic over a tree of pydantic models, so that ``daemon/settings.py`` stays a list of settings. A
-setting has a dotted name (``serving.port``), which is also its place in the TOML file, and a
-variable (``MOORLINE_SERVING__PORT``). Values of variables are read as pydantic reads strings;
-a tuple is a JSON list. A secret may be given as a file: ``MOORLINE_SERVING__API_KEY_FILE``.
+A setting has a dotted name (``serving.port``), which is also its place in the TOML file, and a
+variable (``MOORLINE_SERVING__PORT``). Values of variables are read as pydantic reads strings; a
+tuple is a JSON list. A secret may be given as a file: ``MOORLINE_SERVING__API_KEY_FILE``.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
 
 ENVIRONMENT_PREFIX = "MOORLINE_"
 CONFIG_VARIABLE = "MOORLINE_CONFIG"
@@ -35,28 +36,16 @@ class SettingsError(ValueError):
     """A setting is unknown or has a bad value; the one line says which and what is allowed."""
 
 
-@dataclass
-class Sources:
-    """What was given, by dotted name, and who gave it."""
+def _read_list(value: Any) -> Any:
+    if isinstance(value, str):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        if not isinstance(value, list):
+            raise ValueError('must be a JSON list, such as ["--flag","value"]')
+    return value
 
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
 
-    def take(self, name: str, value: Any, origin: str) -> None:
-        """Keep a value; a later call overrules an earlier one."""
-        self.values[name] = value
-        self.origins[name] = origin
-
-    def nested(self) -> dict[str, Any]:
-        """The values as the tree that the model validates."""
-        tree: dict[str, Any] = {}
-        for name, value in self.values.items():
-            *sections, leaf = name.split(".")
-            branch = tree
-            for section in sections:
-                branch = branch.setdefault(section, {})
-            branch[leaf] = value
-        return tree
+Arguments = Annotated[tuple[str, ...], BeforeValidator(_read_list)]
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -73,85 +62,73 @@ def variable_of(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper().replace(".", NESTING)
 
 
-def collect(
-    model: type[BaseModel],
-    config: Path | None,
-    environment: Mapping[str, str],
-    overrides: Mapping[str, Any],
-) -> Sources:
-    """Everything that was set, the strongest source last.
-
-    Args:
-        overrides: dotted name -> value, from the command line; None means not given.
-
-    Raises:
-        SettingsError: an unknown name, an unreadable file, a tuple that is not a JSON list.
-    """
-    sources = Sources()
+def nested(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted name as the tree that the model takes; an unknown name is refused."""
     known = dict(leaves(model))
-    if config is not None:
-        _take_toml(sources, known, config)
-    _take_environment(sources, known, environment)
-    for name, value in overrides.items():
-        if value is None:
-            continue
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
         if name not in known:
             raise SettingsError(f"unknown setting {name!r}{_did_you_mean(name, known)}")
-        if isinstance(value, str):
-            value = _from_text(known[name], value, name)
-        sources.take(name, value, "command line")
-    return sources
+        *sections, leaf = name.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[leaf] = value
+    return tree
 
 
-def _take_toml(sources: Sources, known: Mapping[str, FieldInfo], path: Path) -> None:
+def read_sources(
+    model: type[BaseSettings], config: Path | None, environment: Mapping[str, str]
+) -> tuple[tuple[EnvSettingsSource | TomlConfigSettingsSource, ...], dict[str, str]]:
+    """The environment and the file as sources, strongest first, and who gave each name.
+
+    Raises:
+        SettingsError: an unreadable file, an unknown variable, a secret given twice.
+    """
+    variables = EnvSettingsSource(model)
+    variables.env_vars, origins = _known_variables(model, environment)
+    if config is None:
+        return (variables,), origins
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        config.stat()
+        if not config.is_file():  # the library passes over it in silence
+            raise SettingsError(f"cannot read settings file {config}: not a regular file")
+        file = TomlConfigSettingsSource(model, config.absolute())  # it would expand a leading ~
     except OSError as error:
-        raise SettingsError(f"cannot read settings file {path}: {error.strerror}") from None
+        raise SettingsError(f"cannot read settings file {config}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"settings file {path} is not valid TOML: {error}") from None
-
-    sections = {name.rpartition(".")[0] for name in known} - {""}
-
-    def walk(prefix: str, table: Mapping[str, Any]) -> None:
-        for key, value in table.items():
-            name = prefix + key
-            if name in known:
-                sources.take(name, value, f"file {path}")
-            elif name in sections and isinstance(value, Mapping):
-                walk(name + ".", value)
-            elif name in sections:
-                raise SettingsError(f"{name!r} in {path} is a table of settings: write [{name}]")
-            else:
-                hint = _did_you_mean(name, [*known, *sections])
-                raise SettingsError(f"unknown setting {name!r} in {path}{hint}")
-
-    walk("", tree)
+        raise SettingsError(f"settings file {config} is not valid TOML: {error}") from None
+    return (variables, file), dict.fromkeys(_names(file.toml_data), f"file {config}") | origins
 
 
-def _take_environment(
-    sources: Sources, known: Mapping[str, FieldInfo], environment: Mapping[str, str]
-) -> None:
-    variables = {variable_of(name): name for name in known}
-    secret_files = {
-        variable_of(name) + SECRET_FILE_SUFFIX: name
-        for name, info in known.items()
-        if is_secret(info)
-    }
+def _names(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{prefix}{key}.")
+
+
+def _known_variables(
+    model: type[BaseModel], environment: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Text by variable, in the lower case that the library wants, and variable by dotted name."""
+    known = {variable_of(name): name for name, _ in leaves(model)}
+    secrets = [variable_of(name) for name, info in leaves(model) if is_secret(info)]
+    known |= {secret + SECRET_FILE_SUFFIX: known[secret] for secret in secrets}
+    texts: dict[str, str] = {}
+    origins: dict[str, str] = {}
     for variable, text in sorted(environment.items()):
-        if variable in variables:
-            name = variables[variable]
-            sources.take(name, _from_text(known[name], text, variable), variable)
-        elif variable in secret_files:
-            if variable.removesuffix(SECRET_FILE_SUFFIX) in environment:
-                raise SettingsError(
-                    f"{variable} and {variable.removesuffix(SECRET_FILE_SUFFIX)} are both set: "
-                    "keep one of them"
-                )
-            sources.take(secret_files[variable], _read_secret(variable, text), variable)
+        name = known.get(variable)
+        if name in origins:
+            raise SettingsError(f"{variable} and {origins[name]} are both set: keep one of them")
+        if name is not None:
+            origins[name] = variable
+            plain = variable_of(name)
+            texts[plain.lower()] = text if variable == plain else _read_secret(variable, text)
         elif _is_ours(variable, text):
-            hint = _did_you_mean(variable, [*variables, *secret_files])
+            hint = _did_you_mean(variable, known)
             raise SettingsError(f"unknown environment variable {variable}{hint}")
+    return texts, origins
 
 
 def _is_ours(variable: str, text: str) -> bool:
@@ -166,19 +143,6 @@ def _read_secret(variable: str, path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError(f"{variable} names {path}, which cannot be read: {why}") from None
-
-
-def _from_text(info: FieldInfo, text: str, source: str) -> Any:
-    """A string as the field wants it: JSON for a tuple, else as it is (pydantic reads the rest)."""
-    if get_origin(info.annotation) is not tuple:
-        return text
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, list):
-        raise SettingsError(f'{source} must be a JSON list, such as ["--flag","value"]')
-    return value
 
 
 def is_secret(info: FieldInfo) -> bool:
@@ -197,40 +161,41 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {ours[found[0]]}?" if found else "; `moorline config` lists them all"
 
 
-def explain(error: ValidationError, model: type[BaseModel], sources: Sources) -> str:
+def explain(error: ValidationError, model: type[BaseModel], origins: Mapping[str, str]) -> str:
     """One line: the setting, what is allowed, what was given and by whom (secrets withheld)."""
     first, *others = error.errors()
     known = dict(leaves(model))
     parts = [str(part) for part in first["loc"]]
     names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     name = next((candidate for candidate in names if candidate in known), ".".join(parts))
+    origin = origins.get(name)
+    where = f" (set by {origin})" if origin else ""
+    more = f"; and {len(others)} more" if others else ""
+    if first["type"] == "extra_forbidden":
+        hint = _did_you_mean(name, [*known, *model.model_fields])
+        return f"unknown setting {name!r} in {origin}{hint}{more}"
+    if first["type"] == "model_type":
+        return f"{name!r} is a table of settings: write [{name}]{where}{more}"
     rule = re.sub(r"^(Input|String|Value|Tuple)\b.*? should ", "must ", first["msg"])
     rule = rule.removeprefix("Value error, ")
     rule = re.sub(r", unable to (parse|interpret) .*", "", rule)
     given = ""
-    if name in known and not is_secret(known[name]):
+    # Arguments that are no JSON list may hold a token of some service.
+    if name in known and not is_secret(known[name]) and first["type"] != "value_error":
         text = repr(first["input"])
         given = f", not {text if len(text) <= 60 else text[:57] + '...'}"
-    origin = sources.origins.get(name)
-    where = f" (set by {origin})" if origin else ""
-    more = f"; and {len(others)} more" if others else ""
     return f"{name} {rule}{given}{where}{more}".replace("\n", " ")
 
 
 def to_environment(settings: BaseModel) -> dict[str, str]:
-    """Every setting that is not None as variables that ``collect`` reads back to the same value."""
+    """Every setting that is not None as variables that are read back to the same value."""
     variables: dict[str, str] = {}
     for name, _ in leaves(type(settings)):
-        value: Any = settings
-        for part in name.split("."):
-            value = getattr(value, part)
-        if value is None:
-            continue
+        value = attrgetter(name)(settings)
         if isinstance(value, SecretStr):
-            text = value.get_secret_value()
+            value = value.get_secret_value()
         elif isinstance(value, tuple):
-            text = json.dumps(value)
-        else:
-            text = str(value)
-        variables[variable_of(name)] = text
+            value = json.dumps(value)
+        if value is not None:
+            variables[variable_of(name)] = str(value)
     return variables

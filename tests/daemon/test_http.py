@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +61,24 @@ def test_broken_status_does_not_end_the_server(server: StatusServer, process: Pr
     process.state = {}
     with pytest.raises(Unreachable, match="answered 500"):
         request_json("GET", f"{server.url}/status")
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_client_that_resets_is_one_debug_line(
+    server: StatusServer, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="moorline.http")
+    with socket.create_connection((server.host, server.port)) as client:
+        client.sendall(b"GET /status")
+        # Lingering for 0 s makes close() send RST instead of FIN.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    deadline = time.monotonic() + 30
+    while not caplog.records and time.monotonic() < deadline:
+        time.sleep(0.01)
+    [record] = [record for record in caplog.records if record.name == "moorline.http"]
+    assert (record.levelno, record.getMessage()) == (logging.DEBUG, "status client went away")
+    assert record.exc_info is None
+    assert "Traceback" not in capsys.readouterr().err
     assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 

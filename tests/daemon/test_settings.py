@@ -103,6 +103,18 @@ def test_command_line_beats_environment_beats_file_beats_default(tmp_path: Path)
     assert loaded.origin_of("serving.kv_cache_gib") == "default"
 
 
+def test_nothing_is_read_that_was_not_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").write_text("MOORLINE_ALIAS=dotenv\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_settings().alias == "assistant"
+    monkeypatch.setenv("MOORLINE_ALIAS", "process")
+    assert load_settings().alias == "process"
+    assert load_settings(environment={}).alias == "assistant"
+    assert Settings().alias == "assistant"
+
+
 def test_environment_can_name_the_file(tmp_path: Path) -> None:
     config = tmp_path / "moorline.toml"
     config.write_text("alias = 'mine'")
@@ -157,6 +169,7 @@ def test_bad_variable_is_one_line_that_says_what_is_allowed(
         ("alais = 'x'", "unknown setting 'alais' in"),
         ("[serving]\nprot = 1", "did you mean serving.port?"),
         ("port = 1", "did you mean serving.port?"),
+        ("[servng]\nport = 1", "unknown setting 'servng' in"),
         ("serving = 1", "write [serving]"),
         ("[serving", "is not valid TOML"),
         ("[serving]\nport = 'x'", "serving.port must be a valid integer, not 'x' (set by file"),
@@ -174,8 +187,19 @@ def test_missing_file_is_said() -> None:
     assert "cannot read settings file nowhere.toml" in error_of(config=Path("nowhere.toml"))
 
 
+def test_what_is_no_file_is_not_passed_over(tmp_path: Path) -> None:
+    assert "not a regular file" in error_of(config=tmp_path)
+
+
 def test_unknown_override_is_refused() -> None:
     assert "did you mean serving.port?" in error_of(overrides={"serving.prot": 1})
+    assert "unknown setting 'serving'" in error_of(overrides={"serving": 1})
+
+
+def test_list_is_json_from_the_command_line_too() -> None:
+    loaded = load_settings(overrides={"serving.vllm_args": '["--flag"]'}, environment={})
+    assert loaded.serving.vllm_args == ("--flag",)
+    assert "hunter2" not in error_of(overrides={"serving.vllm_args": "--hf-token hunter2"})
 
 
 def test_several_mistakes_are_counted() -> None:
