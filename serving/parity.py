@@ -9,7 +9,6 @@ load that silently did nothing fails, however small the step).
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -132,14 +131,12 @@ Generate = Callable[..., AsyncGenerator[Any, None]]
 
 async def score(generate: Generate, batch: ParityBatch, lora_request: Any = None) -> Logprobs:
     """Raw logprobs of the batch's completion tokens under what the engine serves now, nats."""
-    scored = await asyncio.gather(
-        *(
-            _score_one(
-                generate, sequence.prompt_token_ids, sequence.completion_token_ids, lora_request
-            )
-            for sequence in batch.sequences
+    scored = [  # one by one: each is a piece of prefill that running replies wait for
+        await _score_one(
+            generate, sequence.prompt_token_ids, sequence.completion_token_ids, lora_request
         )
-    )
+        for sequence in batch.sequences
+    ]
     return _joined(scored)
 
 

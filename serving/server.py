@@ -47,6 +47,10 @@ MEMORY_BESIDE_WEIGHTS_BYTES = 1.5 * 2**30
 """Two Python processes with torch and vLLM, measured on CPU."""
 PUBLISHER_CLOSE_SECONDS = 5.0
 """To deliver the last events; what is left stays in the spool."""
+ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What Moorline's adapters change; the parity check catches one that changes more. Without the list
+vLLM also wraps the output head, which on CPU costs most of the speed, and a request for prompt
+logprobs beside any other request then kills the engine (einsum in ``punica_cpu``)."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -104,6 +108,7 @@ def vllm_arguments(settings: Settings, model_dir: Path, port: int, mode: str) ->
     if mode == "adapter":
         rank = next(rank for rank in LORA_RANKS if rank >= settings.learning.lora_rank)
         words += ["--enable-lora", f"--max-loras={serving.max_loras}", f"--max-lora-rank={rank}"]
+        words += ["--lora-target-modules", *ADAPTED_MODULES]
     if serving.api_key is not None:
         words.append(f"--api-key={serving.api_key.get_secret_value()}")
     return [*words, *serving.vllm_args]
@@ -266,7 +271,8 @@ async def _listen(parts: Parts, bound: socket.socket, engine: Any, drain_seconds
     parts.readiness.why_not = "stopping"
     logger.info("stopping", extra={"requests_in_flight": parts.admission.in_flight})
     server.should_exit = True
-    server.force_exit = failure is not None
+    if failure is not None:
+        server.config.timeout_graceful_shutdown = 1
     await asyncio.wait([http], timeout=drain_seconds + 2)
     for task in (http, *watchers):
         task.cancel()

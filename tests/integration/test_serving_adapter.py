@@ -12,7 +12,7 @@ from tests.conftest import Served
 from tests.serving.policies import LONG_TOKENS, MESSAGES, Lineage, one_reply, read_stream
 from tests.serving.server_process import wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CLOSE_NATS = 0.02
 
@@ -100,6 +100,18 @@ def test_a_release_that_serves_something_else_is_never_flipped_to(
     version = lineage.release(parity=lineage.parity_of(other, live))
     wait_for(lambda: str(version) in served.server.status()["refused_versions"])
     assert one_reply(served.server).model == f"assistant@v{live:06d}"
+
+
+async def test_prompt_logprobs_beside_other_requests_do_not_hurt_the_engine(
+    served: Served,
+) -> None:
+    client = served.server.openai_async()
+    streams = [asyncio.create_task(read_stream(client, 100)) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    body = {"model": "assistant", "messages": MESSAGES, "max_tokens": 1, "prompt_logprobs": 0}
+    scored = await asyncio.to_thread(served.server.post, "/v1/chat/completions", body)
+    assert scored.status_code == 200
+    assert [reply.tokens for reply in await asyncio.gather(*streams)] == [100] * 3
 
 
 def test_pinning_the_base_model_and_back(served: Served, lineage: Lineage) -> None:

@@ -13,7 +13,7 @@ from daemon.broker import free_port
 from tests.serving.policies import MESSAGES, Lineage
 from tests.serving.server_process import ServerProcess, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 KEY = "a-long-test-key"
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}
@@ -30,7 +30,7 @@ def lonely(
         "lonely",
         SERVING__SWAP_MODE="reload",
         SERVING__API_KEY=KEY,
-        STREAM__BOOTSTRAP=f"127.0.0.1:{free_port()}",
+        STREAM__BOOTSTRAP=f"127.0.0.1:{free_port('127.0.0.1')}",
         STREAM__CONNECT_TIMEOUT_SECONDS="0.5",
     )
     lineage = Lineage(server, tiny_model_dir, tmp_path_factory.mktemp("lineage"))

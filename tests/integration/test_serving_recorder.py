@@ -15,7 +15,7 @@ from tests.conftest import Served
 from tests.serving.make_release import completion_logits, reference_model
 from tests.serving.server_process import wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me about rivers."}]
 

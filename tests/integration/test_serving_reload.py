@@ -11,7 +11,7 @@ from tests.conftest import Served
 from tests.serving.policies import LONG_TOKENS, Lineage, one_reply, read_stream
 from tests.serving.server_process import wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CLOSE_NATS = 0.02
 

@@ -20,7 +20,7 @@ from tests.serving.make_release import (
 from tests.serving.server_process import ServerProcess
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me about rivers."}]
-LONG_TOKENS = 1500
+LONG_TOKENS = 800
 
 
 @dataclass

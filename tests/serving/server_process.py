@@ -20,7 +20,7 @@ from daemon.events import Feedback, Interaction
 from daemon.settings import StreamSettings
 from daemon.stream import Reader, Topic
 
-START_SECONDS = 240.0
+START_SECONDS = 600.0
 ALIAS = "assistant"
 
 
@@ -38,7 +38,7 @@ class ServerProcess:
             "MOORLINE_MODEL__PATH": str(model_dir),
             "MOORLINE_SERVING__PORT": "0",
             "MOORLINE_SERVING__KV_CACHE_GIB": "0.25",
-            "MOORLINE_SERVING__DRAIN_SECONDS": "10",
+            "MOORLINE_SERVING__DRAIN_SECONDS": "30",
             **settings,
         }
         self.url = ""
