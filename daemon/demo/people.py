@@ -1,8 +1,8 @@
 """Simulated people: what they ask, and the visible rule by which they rate.
 
-The rule: a good reply is *one complete sentence, finished within 40 tokens, that names the topic
-asked about*. SmolLM2 rarely does that by itself (it likes to lecture), so there is something to
-learn, and anyone can check a rating by reading the reply.
+The rule: a good reply is *a complete sentence within 40 tokens that names the topic asked about*.
+SmolLM2 rarely does that by itself (it likes to lecture), so there is something to learn, and anyone
+can check a rating by reading the reply.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ QUESTIONS = (
     "Tell me about {topic}.",
     "Briefly, what are {topic}?",
     "Name one fact about {topic}.",
-    "Give me a short fact about {topic}.",
+    "Explain {topic} to me.",
 )
 _UNCOUNTABLE = {
     "coffee", "honey", "opera", "chess", "bread", "lightning", "glass", "paper", "silk", "tea",
@@ -75,23 +75,21 @@ def held_out_questions() -> list[Question]:
 
 
 def _stem(topic: str) -> str:
-    for plural, singular in (("ies", ""), ("wolves", "wol"), ("shes", "sh"), ("s", "")):
-        if topic.endswith(plural) and not topic.endswith("ss"):
-            return topic.removesuffix(plural) + singular if plural != "wolves" else singular
-    return topic
+    """What singular and plural of a topic share."""
+    for plural, stem in (("ves", ""), ("ies", ""), ("oes", "o"), ("sses", "ss")):
+        if topic.endswith(plural):
+            return topic.removesuffix(plural) + stem
+    return topic if topic.endswith("ss") else topic.removesuffix("s")
 
 
 def is_good(question: Question, reply: str, finish_reason: str | None) -> bool:
-    """The rule: one complete sentence, ended by itself inside the limit, that names the topic.
+    """The rule: the reply ends by itself inside the limit, as a sentence does, and names the topic.
 
     Args:
         finish_reason: ``stop`` when the model ended the reply itself; the request's ``max_tokens``
             is ``MAX_REPLY_TOKENS``, so a longer reply ends with ``length``.
     """
     text = reply.strip()
-    if finish_reason != "stop" or not re.search(r"[.!?][\"')]?$", text):
-        return False
-    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9*\"])", text)
-    if len(sentences) != 1 or "\n" in text or len(text.split()) < 4:
-        return False
-    return _stem(question.topic) in text.lower()
+    ended = finish_reason == "stop" and re.search(r"[.!?][\"')]?$", text) is not None
+    is_sentence = len(text.split()) >= 4 and "\n" not in text
+    return ended and is_sentence and _stem(question.topic) in text.lower()

@@ -39,7 +39,7 @@ HELD_OUT_CONCURRENCY = 12
 SAMPLES_SHOWN = 4
 DRAIN_SECONDS = 30.0
 START_SECONDS = 300.0
-RULE = "one complete sentence, finished within 40 tokens, that names the topic asked about"
+RULE = "a complete sentence within 40 tokens that names the topic asked about"
 
 
 class DemoError(RuntimeError):
@@ -214,6 +214,11 @@ class Demo:
                 replies=len(answered),
                 samples=samples,
             )
+        )
+        last = self.evaluations[-1]
+        self._console.print(
+            f"{last.at_seconds / 60:5.1f} min  v{last.version}: {last.reward:.2f} of "
+            f"{last.replies} held-out replies are good"
         )
         self.display.say("")
 
