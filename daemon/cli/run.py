@@ -111,6 +111,8 @@ def up(
     _check_model(settings)
     if settings.stream.bootstrap is None:
         _check_embedded_broker()
+    else:
+        _check_broker(settings)
     with _only_one(settings.state_dir):
         planned = tree.plan(settings)
         run_file = RunFile(
@@ -222,6 +224,21 @@ def _check_model(settings: Settings) -> None:
     except ValueError as error:
         hint = " (--model DIR)" if settings.model.path is None else ""
         raise CommandError(f"{error}{hint}") from None
+
+
+def _check_broker(settings: Settings) -> None:
+    """A person who starts everything is told at once; `serve` and `update` wait and try again.
+
+    Raises:
+        CommandError: the configured broker does not answer, or refuses us.
+    """
+    from daemon.stream.client import StreamUnavailable, admin_session
+
+    try:
+        with admin_session(settings.stream):
+            pass
+    except StreamUnavailable as error:
+        raise CommandError(str(error)) from None
 
 
 def _check_embedded_broker() -> None:
