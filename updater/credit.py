@@ -33,8 +33,10 @@ from daemon.events import Feedback, FeedbackKind, Reason
 from updater.values import CreditedExample, Example
 
 HALF_LIFE_NATS = 0.06
-KEEP_LEAST = 0.5
-KEEP_MOST = 0.95
+KEEP_LEAST = 0.3
+KEEP_MOST = 0.6
+"""Of the counts, from batch to batch. A policy that learns leaves an older mean behind: a baseline
+that lags praises everything, which moves the policy and teaches nothing."""
 PRIOR_COUNT = 8.0
 STD_FLOOR = 0.5
 """Of rewards in [-1, 1]: a batch of nearly equal ratings is not blown up to full size."""

@@ -111,10 +111,10 @@ def up(
     _check_model(settings)
     if settings.stream.bootstrap is None:
         _check_embedded_broker()
-    else:
-        _check_broker(settings)
     with _only_one(settings.state_dir):
         planned = tree.plan(settings)
+        if not planned.embedded_broker:
+            _check_broker(settings)
         run_file = RunFile(
             pid=os.getpid(),
             server=planned.server,

@@ -8,7 +8,7 @@ DEMO_SETTINGS: dict[str, str] = {
     # A learner in minutes, not days: small batches, each one a release.
     "learning.batch_examples": "24",
     "learning.min_batch_examples": "24",
-    "learning.learning_rate": "6e-4",
+    "learning.learning_rate": "5e-4",
     "learning.anchor_weight": "0.05",
     "learning.max_example_tokens": "256",
     "learning.micro_batch_tokens": "1024",
