@@ -321,6 +321,14 @@ def test_up_on_a_busy_port_is_one_line(state: Path, model: Path) -> None:
     assert "serving.port" in text
 
 
+def test_up_with_a_broker_that_does_not_answer_is_one_line(state: Path, model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dead = listener.getsockname()[1]
+    arguments = ["--model", str(model), "--port", "0", "--set", "updater.port=0"]
+    text = refusal("up", *arguments, "--bootstrap", f"127.0.0.1:{dead}", state=state)
+    assert f"127.0.0.1:{dead}" in text
+
+
 def test_up_on_a_state_directory_that_cannot_be_written_is_one_line(
     tmp_path: Path, model: Path
 ) -> None:

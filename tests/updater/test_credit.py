@@ -122,7 +122,7 @@ def test_memory_shortens_as_the_policy_moves() -> None:
         return after.cell("").ratings - 1.0
 
     assert remembered(0.0) == pytest.approx(200 * KEEP_MOST)
-    assert remembered(0.03) == pytest.approx(200 * 2**-0.5)
+    assert remembered(0.06) == pytest.approx(200 * 0.5)
     assert remembered(9.0) == pytest.approx(200 * KEEP_LEAST)
 
 
