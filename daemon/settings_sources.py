@@ -25,7 +25,14 @@ ENVIRONMENT_PREFIX = "MOORLINE_"
 CONFIG_VARIABLE = "MOORLINE_CONFIG"
 NESTING = "__"
 SECRET_FILE_SUFFIX = "_FILE"
-NOT_SETTINGS = frozenset({CONFIG_VARIABLE, "MOORLINE_FAILPOINTS", "MOORLINE_TEST_KAFKA"})
+NOT_SETTINGS = frozenset(
+    {
+        CONFIG_VARIABLE,
+        "MOORLINE_FAILPOINTS",
+        "MOORLINE_TEST_KAFKA",
+        "MOORLINE_TEST_REQUIRE_KAFKA",
+    }
+)
 
 # Kubernetes puts these into every container beside a Service named moorline or moorline-*.
 _KUBERNETES_SERVICE = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?$")

@@ -25,6 +25,8 @@ from daemon.broker import EmbeddedBroker
 from daemon.settings import StreamSettings
 
 TEST_KAFKA_VARIABLE = "MOORLINE_TEST_KAFKA"
+REQUIRE_KAFKA_VARIABLE = "MOORLINE_TEST_REQUIRE_KAFKA"
+"""Set in CI: a missing Apache Kafka fails instead of skipping."""
 SKIPPED = "no Apache Kafka: no ../shared/kafka/broker, no java, or no MOORLINE_TEST_KAFKA=host:port"
 
 
@@ -143,6 +145,8 @@ def make_apache_kafka() -> Iterator[Callable[..., ApacheKafka]]:
     """Starts brokers of one's own; all are stopped at the end of the session."""
     program = find_broker_program()
     if program is None or shutil.which("java") is None:
+        if os.environ.get(REQUIRE_KAFKA_VARIABLE):
+            pytest.fail(f"{SKIPPED}; and {REQUIRE_KAFKA_VARIABLE} is set")
         pytest.skip(SKIPPED)
     root = Path(tempfile.mkdtemp(prefix="moorline-kafka-"))
     made: list[ApacheKafka] = []
