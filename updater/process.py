@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from daemon.artifacts import ArtifactStore
 from daemon.base_model import check_model_dir, model_digest
@@ -63,6 +64,7 @@ class Updater:
         model_dir = check_model_dir(settings.model.path)
         self._ledger = Ledger(settings.ledger_path, horizon_seconds=learning.horizon_seconds)
         self._store = ArtifactStore(settings.store_dir)
+        disable_progress_bar()  # a log is no terminal
         policy = Policy(
             model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=learning.seed
         )
