@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import sys
 
 from daemon.base_model import UnsafeModel
@@ -35,6 +36,9 @@ def main() -> int:
         print(f"moorline serve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # asked to stop before it listened
+        for child in multiprocessing.active_children():
+            child.kill()  # an engine that waits for our answer would wait five minutes
+            child.join()
         logger.info("stopped", extra={"while": "starting"})
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,11 +89,19 @@ def test_one_page_has_vllms_metrics_and_ours(lonely: ServerProcess) -> None:
 
 
 def test_stopping_is_clean_and_leaves_no_process(lonely: ServerProcess) -> None:
-    assert lonely.process is not None
-    group = lonely.process.pid
-    assert lonely.stop() == 0
-    listed = subprocess.run(["ps", "-o", "pid=", "-g", str(group)], capture_output=True, text=True)
-    assert listed.stdout.split() == []
+    assert lonely.terminate() == 0
+    wait_for(lonely.group_is_empty)
+
+
+def test_a_stop_during_the_start_is_clean_too(
+    server_factory: Callable[..., ServerProcess],
+) -> None:
+    server = server_factory("early", SERVING__SWAP_MODE="reload")
+    server.launch()
+    wait_for(lambda: "engine_starting" in server.log.read_text(errors="replace"), 600)
+    time.sleep(3)
+    assert server.terminate() == 0
+    wait_for(server.group_is_empty)
 
 
 def refusal(server: ServerProcess) -> str:

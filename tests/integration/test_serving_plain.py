@@ -108,6 +108,8 @@ def test_the_same_request_gets_the_same_reply(
         "temperature": temperature,
         "top_p": 0.9,
     } | extra
+    if temperature == 0.0:
+        arguments.pop("n", None)  # vLLM refuses several greedy choices
     plain = openai.OpenAI(base_url=f"{plain_url}/v1", api_key="none", timeout=120)
     expected = visible(plain.chat.completions.create(**arguments))
     found = visible(base_server.server.openai().chat.completions.create(**arguments))

@@ -67,13 +67,27 @@ class ServerProcess:
                     self.url = line.split()[-1]
             time.sleep(0.1)
 
-    def stop(self, timeout_seconds: float = 60.0) -> int:
+    def terminate(self, timeout_seconds: float = 120.0) -> int:
         """SIGTERM, as an operator does it; the exit code."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout_seconds)
+
+    def group_is_empty(self) -> bool:
+        """Whether no process that the server started is left."""
+        assert self.process is not None
         try:
-            return self.process.wait(timeout_seconds)
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    def stop(self) -> None:
+        """End it in any case, with everything it started."""
+        assert self.process is not None
+        try:
+            self.terminate()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
