@@ -117,15 +117,15 @@ A policy of {task.parameter_count():,} parameters answers {task.PROMPTS} prompts
 {task.STRUCTURAL_PROBABILITY:.0%}), one is the pivot (at {task.PIVOT_PROBABILITY:.0%}), so the base
 policy is right {base:.1%} of the time. Every update learns from {config.batch_replies} replies, one
 sample for each prompt drawn, that were generated S updates ago; the queue starts with S batches
-from the base policy. A reply's log-probabilities are stored when it is generated. The advantage is the
-reward minus a decayed mean of its prompt's rewards, divided by the batch's rms; Adam, gradient
+from the base policy. A reply's log-probabilities are stored when it is generated. The advantage is
+the reward minus a decayed mean of its prompt's rewards, divided by the batch's rms; Adam, gradient
 clip 1, {config.updates} updates.
 
 All methods have the same budget: learning rates {rates}; {len(config.seeds)} seeds, paired (same
 base policy, same prompts, same random numbers). For each method and lag the rate with the best
-mean AUC is shown; every other run is in the appendix. The reward is exact: the policy's probability of the
-right reply, averaged over all prompts. Limits of the objectives are their sources' defaults, not
-tuned. "±" is the standard error over seeds."""
+mean AUC is shown; every other run is in the appendix. The reward is exact: the policy's
+probability of the right reply, averaged over all prompts. Limits of the objectives are their
+sources' defaults, not tuned. "±" is the standard error over seeds."""
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
