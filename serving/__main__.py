@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import sys
 
 from daemon.base_model import UnsafeModel
@@ -35,10 +34,7 @@ def main() -> int:
     except (SettingsError, ServerError, UnsafeModel) as error:
         print(f"moorline serve: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # asked to stop before it listened
-        for child in multiprocessing.active_children():
-            child.kill()  # an engine that waits for our answer would wait five minutes
-            child.join()
+    except KeyboardInterrupt:  # before anything was started
         logger.info("stopped", extra={"while": "starting"})
     return 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -172,7 +173,8 @@ async def serve(settings: Settings) -> None:
     bound = bind(settings.serving.host, settings.serving.port)
     port = bound.getsockname()[1]
     mode = swap_mode(settings)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _abandon_start)
     publisher = Publisher(settings.stream, settings.spool_dir)
     try:
         publisher.start()
@@ -188,9 +190,17 @@ async def serve(settings: Settings) -> None:
     logger.info("stopped")
 
 
-def _interrupt(*_: object) -> None:
-    """A SIGTERM before the event loop can take it: the engine's start blocks for half a minute."""
-    raise KeyboardInterrupt
+def _abandon_start(*_: object) -> None:
+    """A stop before the event loop can take it: the engine's start blocks for half a minute.
+
+    Nothing is served yet and the spool is safe at any moment, so the half-started engine is killed
+    and the process ends here. (An exception raised from a signal handler can be swallowed by
+    whatever code it happens to land in.)
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
+    logger.info("stopped", extra={"while": "starting"})
+    os._exit(0)
 
 
 @contextlib.asynccontextmanager
