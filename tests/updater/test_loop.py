@@ -47,6 +47,9 @@ class Tape:
     def lag(self) -> Mapping[tuple[Topic, int], int]:
         return {}
 
+    def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
+        del positions  # advisory
+
 
 class NoDeadLetters:
     """Nothing on these tapes is unreadable."""
@@ -58,7 +61,9 @@ class NoDeadLetters:
 class Updater:
     """One updater's parts around a tape; the state directory survives it."""
 
-    def __init__(self, model_dir: Path, state_dir: Path, **overrides: object) -> None:
+    def __init__(
+        self, model_dir: Path, state_dir: Path, tape: Tape | None = None, **overrides: object
+    ) -> None:
         self.settings: Settings = load_settings(
             overrides={
                 "state_dir": str(state_dir),
@@ -79,7 +84,7 @@ class Updater:
             },
         )
         learning = self.settings.learning
-        self.tape = Tape()
+        self.tape = tape or Tape()
         self.published: list[Release] = []
         self.broker_up = True
         self.policy = Policy(model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=0)
@@ -194,7 +199,7 @@ def test_a_restart_continues_with_the_same_weights_and_the_next_version(
     live = first.trainer.live_adapter
     first.close()
 
-    second = Updater(tiny_model_dir, state_dir)
+    second = Updater(tiny_model_dir, state_dir, first.tape)
     assert all(torch.equal(second.trainer.live_adapter[n], t) for n, t in live.items())
     assert all(torch.equal(second.policy.state()[n], t) for n, t in live.items())
     second.interact(4, seed=1)

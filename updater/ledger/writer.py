@@ -179,8 +179,15 @@ class Ledger(LedgerReader):
         """
         with self._database.snapshot() as connection:
             found = read_ready(connection, limit)
+        # Of one reply only the newest hand-out can be decided: an older one may hold a rating that
+        # has been replaced since, and both together would teach twice.
+        handed_out = {claim.interaction for _, claim in found}
+        self._claims = {
+            name: claim
+            for name, claim in self._claims.items()
+            if claim.interaction not in handed_out
+        }
         for example, claim in found:
-            self._claims.pop(example.example_id, None)
             self._claims[example.example_id] = claim
         while len(self._claims) > max(_CLAIMS_KEPT, len(found)):
             self._claims.pop(next(iter(self._claims)))
