@@ -106,6 +106,7 @@ def vllm_arguments(settings: Settings, model_dir: Path, port: int, mode: str) ->
     words.append("--no-use-tqdm-on-load")
     if runs_on_cpu():
         words += ["--enforce-eager", f"--kv-cache-memory-bytes={int(serving.kv_cache_gib * 2**30)}"]
+        words.append("--distributed-executor-backend=serving.executor.QuietExecutor")
     if mode == "adapter":
         rank = next(rank for rank in LORA_RANKS if rank >= settings.learning.lora_rank)
         words += ["--enable-lora", f"--max-loras={serving.max_loras}", f"--max-lora-rank={rank}"]
