@@ -184,6 +184,20 @@ def test_examples_come_oldest_first_and_stay_until_decided(ledger: Ledger) -> No
     assert ledger.oldest_ready_at() == NOW
 
 
+def test_of_one_reply_only_the_newest_hand_out_can_be_decided(ledger: Ledger) -> None:
+    log = Log()
+    feed(ledger, log, interaction("a"), rating("a", 1, rater="bob", at=NOW - 2))
+    (older,) = ledger.ready_examples(1)
+    feed(ledger, log, rating("a", -1, rater="bob", at=NOW - 1))
+    (newer,) = ledger.ready_examples(1)
+    assert newer.example_id != older.example_id
+    ledger.commit_release(release(ledger, [newer]), [newer.example_id])
+    with pytest.raises(LedgerError, match="decided before"):
+        ledger.commit_release(release(ledger, [older]), [older.example_id])
+    assert ledger.accounting().fates[RATINGS][Fate.TRAINED] == 1
+    assert ledger.audit() == []
+
+
 def test_held_out_traffic_is_recent_fit_and_not_of_the_batch(ledger: Ledger) -> None:
     log = Log()
     feed(
