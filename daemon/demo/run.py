@@ -223,13 +223,15 @@ class Demo:
         self.display.say("")
 
     async def _drain(self, server: str, updater: str, status: dict[str, Any], crowd: Crowd) -> None:
-        """Until the updater has read everything and is idle, or for so long."""
+        """Until everything is read, the updater is idle and its last release served, or so long."""
         deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline:
             await self._refresh(server, updater, status, crowd)
             lag = sum(status["updater"].get("lag_events", {}).values())
             unsent = status["server"].get("publisher", {}).get("queued", 0)
-            if lag == 0 and unsent == 0 and status["updater"].get("phase") == "waiting":
+            served = status["server"].get("policy_version") == status["updater"].get("live_version")
+            idle = status["updater"].get("phase") == "waiting"
+            if lag == 0 and unsent == 0 and idle and served:
                 return
             await asyncio.sleep(1.0)
 
