@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,12 @@ CLOSE_NATS = 0.02
 @pytest.fixture(scope="module")
 def lineage(
     reload_server: Served, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Lineage:
-    return Lineage(reload_server.server, tiny_model_dir, tmp_path_factory.mktemp("lineage"))
+) -> Iterator[Lineage]:
+    """Releases on the shared server, which is given back serving the base model."""
+    server = reload_server.server
+    yield Lineage(server, tiny_model_dir, tmp_path_factory.mktemp("lineage"))
+    server.store.pin("assistant", 0, "the swap tests are over")
+    server.wait_version(0)
 
 
 def refused(served: Served, version: int) -> str:
