@@ -8,9 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The same examples in every run: what fails once fails again. Search anew with
+# `pytest -p no:cacheprovider --hypothesis-profile=search`.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 pytest_plugins = ("tests.kafka_fixtures",)
 
