@@ -148,6 +148,7 @@ class Demo:
             version = status["server"].get("policy_version", 0)
             if version > self.evaluations[-1].version:
                 await self._evaluate(crowd, version)
+            await self._refresh(server, updater, status, crowd)  # the last swap is in its history
         await crowd.close()
         self._report(crowd, status)
 
