@@ -194,11 +194,7 @@ def _brief(update: Mapping[str, Any]) -> str:
 
 def accounting_table(accounting: Mapping[str, Any]) -> Table:
     """Fate by topic, with totals; columns that are all zero are left out."""
-    topics = {
-        topic: counts
-        for topic, counts in accounting.items()
-        if isinstance(counts, Mapping) and counts and set(counts) <= set(Fate)
-    }
+    topics = accounting.get("topics") or {}
     fates = [fate for fate in Fate if any(counts.get(fate) for counts in topics.values())]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=True)
     table.add_column("topic")

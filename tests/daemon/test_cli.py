@@ -95,8 +95,10 @@ UPDATER_STATUS = {
     "anchor_budget_left_nats": 0.399,
     "lag_events": {"interactions.v1": 4, "feedback.v1": 0},
     "accounting": {
-        "interactions.v1": {"trained": 48, "pending": 9},
-        "feedback.v1": {"trained": 48, "duplicate": 3, "dead_lettered": 1},
+        "topics": {
+            "interactions.v1": {"trained": 48, "pending": 9},
+            "feedback.v1": {"trained": 48, "duplicate": 3, "dead_lettered": 1},
+        },
         "reasons": {"feedback.v1": {"dead_lettered": {"malformed_json": 1}}},
         "consumed": {"interactions.v1": 57, "feedback.v1": 52},
         "missed": {"interactions.v1": 0},

@@ -162,10 +162,10 @@ def test_ratings_by_http_and_by_any_kafka_client_become_a_release_that_is_served
     status = up.command("status")
     assert status.returncode == 0, status.stderr
     assert "assistant@v000001" in status.stdout
-    wait_for(lambda: up.updater()["accounting"]["feedback.v1"] == {"trained": BATCH}, 60)
+    wait_for(lambda: up.updater()["accounting"]["topics"]["feedback.v1"] == {"trained": BATCH}, 60)
     accounting = up.updater()["accounting"]
     assert accounting["balanced"]
-    assert accounting["interactions.v1"]["trained"] == BATCH
+    assert accounting["topics"]["interactions.v1"]["trained"] == BATCH
     release = ArtifactStore(up.state_dir / "store").release("assistant", 1)
     assert release.verdict is not None
     # At lag 0 the server and the updater are one policy (temperature 0.7, float32).
@@ -184,13 +184,13 @@ def test_an_operator_rolls_back_and_resumes_with_one_command_each(up: Running) -
 
 
 def test_unreadable_events_are_dead_lettered_and_counted(up: Running) -> None:
-    before = up.updater()["accounting"]["feedback.v1"].get("dead_lettered", 0)
+    before = up.updater()["accounting"]["topics"]["feedback.v1"].get("dead_lettered", 0)
     producer = KafkaProducer(bootstrap_servers=up.addresses["bootstrap"])
     for value in (b"{not json", b"", json.dumps({"interaction_id": "x", "value": 7}).encode()):
         producer.send("feedback.v1", value=value).get(20)
     producer.close()
     wait_for(
-        lambda: up.updater()["accounting"]["feedback.v1"].get("dead_lettered", 0) == before + 3, 60
+        lambda: up.updater()["accounting"]["topics"]["feedback.v1"].get("dead_lettered", 0) == before + 3, 60
     )
     assert up.updater()["accounting"]["balanced"]
 

@@ -123,7 +123,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert run(folder / "ledger.sqlite", folder / "outbox") == 0
     found = outcome(folder / "ledger.sqlite", folder / "outbox")
     fates = found["accounting"]
-    assert set(fates["feedback.v1"]) == {
+    assert set(fates["topics"]["feedback.v1"]) == {
         *("trained", "rejected", "not_trainable", "duplicate", "late", "expired"),
         *("dead_lettered", "pending"),
     }

@@ -43,9 +43,16 @@ class Accounting:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: ``{topic: {fate: n}, "reasons": ..., "consumed": ..., "total": n, ...}``."""
+        """For JSON: ``{"fates": {every fate: n}, "topics": {topic: {fate: n}}, "total": n...}``."""
+        by_topic = self.fates
         return {
-            **{topic: {str(fate): n for fate, n in f.items()} for topic, f in self.fates.items()},
+            "fates": {
+                str(fate): sum(fates.get(fate, 0) for fates in by_topic.values()) for fate in Fate
+            },
+            "topics": {
+                topic: {str(fate): n for fate, n in fates.items()}
+                for topic, fates in by_topic.items()
+            },
             "reasons": {
                 topic: {
                     str(fate): {str(reason): n for reason, n in reasons.items()}
