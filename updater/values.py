@@ -16,7 +16,31 @@ class Example:
     example_id: str
     interaction: Interaction
     feedback: tuple[Feedback, ...]
-    """At most one per rater: the last."""
+    """Of each rater the last word on each topic (``Feedback.topic``)."""
+    rejected: Mapping[str, Interaction] = field(default_factory=dict)
+    """By interaction key: the replies that its preferences name as ``over``."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The text that somebody wanted instead of this reply."""
+
+    feedback_id: str
+    rater: str
+    text: str
+    weight: float
+    """In (0, 1]: caps on raters and tenants are in it."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Somebody preferred this reply over another one to the same prompt."""
+
+    feedback_id: str
+    rater: str
+    rejected: Interaction
+    weight: float
+    """In (0, 1]: caps on raters and tenants are in it."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +48,18 @@ class CreditedExample:
     """An example with what it teaches."""
 
     example: Example
-    reward: float
-    """In [-1, 1]: the mean of its ratings."""
+    reward: float | None
+    """In [-1, 1]: the mean of its ratings; None: nobody rated it."""
     advantage: float
-    """Reward minus baseline, normalised over the batch; the same for all its tokens."""
+    """Reward minus baseline, normalised over the batch; the same for all its tokens. 0.0 where
+    nobody rated it: then it teaches only by its corrections and preferences."""
+    corrections: tuple[Correction, ...] = ()
+    preferences: tuple[Preference, ...] = ()
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether anything follows from it."""
+        return self.advantage != 0.0 or bool(self.corrections) or bool(self.preferences)
 
 
 @dataclass(frozen=True)
@@ -43,8 +75,8 @@ class Batch:
 
     @property
     def has_signal(self) -> bool:
-        """Whether any advantage differs from zero."""
-        return any(credited.advantage != 0.0 for credited in self.examples)
+        """Whether there is an advantage other than zero, a correction or a preference."""
+        return any(credited.has_signal for credited in self.examples)
 
 
 @dataclass(frozen=True)

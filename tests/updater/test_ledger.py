@@ -325,6 +325,38 @@ def test_what_is_not_trainable_says_so_of_later_ratings_only_if_the_reply_is_at_
     assert pending == 2 * open_after
 
 
+@pytest.mark.parametrize("released", [True, False])
+def test_what_a_candidate_did_not_learn_from_is_set_aside_with_its_decision(
+    ledger: Ledger, released: bool
+) -> None:
+    log = Log()
+    feed(ledger, log, interaction("a"), rating("a"), interaction("b"), rating("b"))
+    ids = [example.example_id for example in ledger.ready_examples(10)]
+    aside = {ids[1]: Reason.TOO_FAR}
+    if released:
+        with pytest.raises(LedgerError, match="examples 2, the ledger expects 1"):
+            ledger.commit_release(release(ledger, ids), ids, set_aside=aside)
+        ledger.commit_release(release(ledger, ids[:1]), ids, set_aside=aside)
+        assert [name for name, _ in ledger.lineage(1)] == ids[:1]
+        judged = (Fate.TRAINED, Reason.NONE)
+    else:
+        ledger.commit_rejection({}, ids, Reason.GATE_BLOCKED, set_aside=aside, now=NOW)
+        assert ledger.rejections()[0]["examples"] == 1
+        judged = (Fate.REJECTED, Reason.GATE_BLOCKED)
+    expected = {judged: 1, (Fate.NOT_TRAINABLE, Reason.TOO_FAR): 1}
+    assert fates(ledger, REPLIES) == fates(ledger, RATINGS) == expected
+    feed(ledger, log, rating("b", 1, "bob"))
+    assert ledger.count_ready() == 1, "how far the policy is away is measured anew"
+
+
+def test_what_is_set_aside_must_be_of_the_batch(ledger: Ledger) -> None:
+    feed(ledger, Log(), interaction("a"), rating("a"))
+    ids = [example.example_id for example in ledger.ready_examples(10)]
+    with pytest.raises(LedgerError, match="not in the batch"):
+        ledger.commit_release(release(ledger, ids), ids, set_aside={"ex-0": Reason.TOO_FAR})
+    assert ledger.count_ready() == 1
+
+
 @pytest.mark.parametrize(
     "wrong", [{"version": 5}, {"parent": 4}, {"lease_epoch": 9}, {"examples": 2}]
 )

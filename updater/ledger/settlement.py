@@ -18,12 +18,13 @@ from updater.ledger.schema import FeedbackState, InteractionState
 OF_THE_BATCH = frozenset(
     {
         Reason.NO_ADVANTAGE,
+        Reason.TOO_FAR,
         Reason.NON_FINITE_UPDATE,
         Reason.DIVERGENCE_BOUND,
         Reason.GATE_BLOCKED,
     }
 )
-"""Reasons that say nothing of the reply itself: later ratings of it are welcome."""
+"""Reasons that say nothing of the reply itself: later feedback on it is welcome."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ class Settlement:
         ).fetchone()
         self.settle(claims, Outcome(Fate.REJECTED, FeedbackState.REJECTED, reason, number))
         return int(number)
+
+    def set_aside(self, claims: Mapping[str, Claim], reasons: Mapping[str, Reason]) -> None:
+        """Examples of a batch that its candidate did not learn from."""
+        for example_id, claim in claims.items():
+            outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reasons[example_id])
+            self.settle({example_id: claim}, outcome)
 
     def settle(self, claims: Mapping[str, Claim], outcome: Outcome) -> None:
         """Decide these examples.

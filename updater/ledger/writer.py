@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from daemon.events import Fate, Reason, Release
@@ -41,6 +42,7 @@ logger = logging.getLogger("moorline.ledger")
 
 DEFAULT_HORIZON_SECONDS = 7 * 86400.0
 _CLAIMS_KEPT = 65_536
+_NOTHING: Mapping[str, Reason] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -209,25 +211,37 @@ class Ledger(LedgerReader):
     # --- how it ends --------------------------------------------------------------------------
 
     def commit_release(
-        self, release: Release, example_ids: Sequence[str], baselines: Baselines | None = None
+        self,
+        release: Release,
+        example_ids: Sequence[str],
+        baselines: Baselines | None = None,
+        *,
+        set_aside: Mapping[str, Reason] = _NOTHING,
     ) -> None:
         """Examples are trained in ``release``, which enters the outbox and becomes live.
+
+        Args:
+            example_ids: the batch.
+            set_aside: those of it that did not influence the release, and why: they end as not
+                trainable, and ``release.examples`` does not count them.
 
         Raises:
             LedgerError: the release does not follow from the live policy and this lease, or an
                 example is unknown or was decided before. Nothing changed.
         """
-        claims = self._claimed(example_ids)
+        trained, aside = self._divided(example_ids, set_aside)
         with self._database.transaction("release") as connection:
             check_release(
                 release,
-                example_ids,
+                trained,
                 next_version=self.next_version(),
                 live=self.live_version(),
                 epoch=self.epoch,
             )
             fates = Fates(connection)
-            Settlement(connection, fates).release(release, claims)
+            settlement = Settlement(connection, fates)
+            settlement.release(release, trained)
+            settlement.set_aside(aside, set_aside)
             self._settled(connection, baselines)
             changes = fates.by_topic()
         self._forget(example_ids, changes)
@@ -239,11 +253,14 @@ class Ledger(LedgerReader):
         reason: Reason,
         baselines: Baselines | None = None,
         *,
+        set_aside: Mapping[str, Reason] = _NOTHING,
         now: float | None = None,
     ) -> int:
         """Examples end with their candidate.
 
         Args:
+            example_ids: the batch.
+            set_aside: those of it that did not influence the candidate, and why.
             record: what is known of the candidate (divergences, verdict, diagnostics), JSON-able;
                 pydantic models are welcome. No prompts, no replies.
 
@@ -253,13 +270,13 @@ class Ledger(LedgerReader):
         Raises:
             LedgerError: an example is unknown or was decided before. Nothing changed.
         """
-        claims = self._claimed(example_ids)
+        judged, aside = self._divided(example_ids, set_aside)
         now = time.time() if now is None else now
         with self._database.transaction("rejection") as connection:
             fates = Fates(connection)
-            number = Settlement(connection, fates).rejection(
-                record, self.live_version(), claims, reason, now
-            )
+            settlement = Settlement(connection, fates)
+            number = settlement.rejection(record, self.live_version(), judged, reason, now)
+            settlement.set_aside(aside, set_aside)
             self._settled(connection, baselines)
             changes = fates.by_topic()
         self._forget(example_ids, changes)
@@ -311,6 +328,17 @@ class Ledger(LedgerReader):
                 "ledger since it was opened, or were decided before: take a new batch"
             )
         return {name: self._claims[name] for name in example_ids}
+
+    def _divided(
+        self, example_ids: Sequence[str], set_aside: Mapping[str, Reason]
+    ) -> tuple[dict[str, Claim], dict[str, Claim]]:
+        """The claims of a batch: those that its candidate learned from, and the others."""
+        claims = self._claimed(example_ids)
+        strangers = set_aside.keys() - claims.keys()
+        if strangers:
+            raise LedgerError(f"{min(strangers)} is set aside but is not in the batch")
+        aside = {name: claims.pop(name) for name in set_aside}
+        return claims, aside
 
     def _settled(self, connection: sqlite3.Connection, baselines: Baselines | None) -> None:
         if baselines is not None:
