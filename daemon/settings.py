@@ -24,6 +24,7 @@ from daemon.settings_sources import (
     NESTING,
     NOT_SETTINGS,
     Arguments,
+    Rewards,
     SettingsError,
     explain,
     nested,
@@ -112,6 +113,15 @@ class StreamSettings(_Section):
     """Larger events are refused at the door and dead-lettered from the topic."""
 
 
+SIGNALS = {
+    "copied": 0.5,
+    "regenerated": -0.5,
+    "abandoned": -0.3,
+    "tool_failed": -0.7,
+    "edited": -0.2,
+}
+
+
 class LearningSettings(_Section):
     """How an update is made. Symbols: ../docs/concepts.md, `updater/objectives.py`."""
 
@@ -122,10 +132,40 @@ class LearningSettings(_Section):
     min_batch_examples: int = Field(default=8, ge=1)
     horizon_seconds: float = Field(default=7 * 86400.0, gt=0)
     """How long an interaction waits for feedback, and feedback for its interaction (event time)."""
+    signals: Rewards = SIGNALS
+    """Implicit signals by name and what each is worth as a rating, -1 to 1. The table replaces the
+    default one; a signal that is not in it is counted and not learned from."""
     objective: str = "dppo_kl"
     divergence_limit: float | None = Field(default=None, gt=0)
     """delta: per-token bound on the divergence from the behaviour policy; None: the objective's
     own default (dppo_kl: 0.05 nats of binary KL)."""
+    divergence_estimator: Literal["binary", "topk", "exact"] = "binary"
+    """What dppo_kl and dppo_tv measure at each token. binary: the sampled token against the rest,
+    from its recorded logprob. topk, exact: the archived behaviour policy is run again, and the
+    `divergence_top_k` likeliest tokens, or the full vocabulary, are compared."""
+    divergence_top_k: int = Field(default=32, ge=1)
+    mismatch_limit_nats: float = Field(default=0.2, gt=0)
+    """A reply is set aside when its behaviour policy, run again, disagrees with the recorded
+    logprobs by more than this on average (bfloat16 serving: about 0.04)."""
+    too_far_nats: float = Field(default=0.5, gt=0)
+    """A rating is set aside when the live policy is further than this from the one that wrote the
+    reply: mean binary KL per token. Age alone never decides."""
+    pace_by_ess: bool = True
+    """Multiply the learning rate of a stale batch by its effective-sample-size share."""
+    distillation_weight: float = Field(default=1.0, ge=0)
+    """Of log p(token | told the correction) - log p(token) in the advantage of a corrected reply's
+    tokens; 0: off."""
+    distillation_clip_nats: float = Field(default=2.0, gt=0)
+    """That difference is cut to +- this: ratings' advantages are of the same size."""
+    correction_weight: float = Field(default=1.0, ge=0)
+    """Of the corrected text: a token of it counts as a rated one of this advantage; 0: off."""
+    preference_weight: float = Field(default=1.0, ge=0)
+    """Of a preference in the loss; 0: off."""
+    preference_beta: float = Field(default=0.1, gt=0)
+    """DPO's beta: the smaller, the further a pair may move the policy from those that wrote it."""
+    keep_releases: int = Field(default=10, ge=2)
+    """The newest releases whose bytes stay in the store, to roll back to. Older ones stay only
+    while a reply that they wrote can still be trained on."""
     learning_rate: float = Field(default=3e-4, gt=0)
     anchor_weight: float = Field(default=0.05, ge=0)
     """beta: weight of KL(policy || anchor) in the loss."""

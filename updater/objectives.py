@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +79,9 @@ class Objective:
     limits: Mapping[str, float]
     """Every limit that it knows, with the default of its source."""
     source: str
+    measures: Literal["kl", "tv"] | None = None
+    """The divergence of mu and pi at a token that its mask looks at, if any: KL(mu || pi) or total
+    variation. Binary unless a better measurement is given."""
 
     def __call__(
         self,
@@ -85,8 +89,12 @@ class Objective:
         log_q: Tensor,  # [..., batch, time]
         advantage: Tensor,  # [..., batch, time] or [..., batch, 1]
         mask: Tensor,  # [..., batch, time] bool
+        *,
+        moved: Tensor | None = None,  # [..., batch, time], of the kind that it ``measures``
         **limits: float,
     ) -> ObjectiveOutput:
+        if moved is not None and self.measures is None:
+            raise TypeError(f"objective {self.name} measures no divergence")
         unknown = sorted(limits.keys() - self.limits.keys())
         if unknown:
             allowed = ", ".join(self.limits) or "none"
@@ -96,7 +104,10 @@ class Objective:
         log_p = torch.where(mask, log_p, zero)
         log_q = torch.where(mask, log_q, zero).detach()
         advantage = torch.where(mask, advantage, zero).detach()
-        loss, kept = self.token_loss(log_p, log_q, advantage, mask, **{**self.limits, **limits})
+        options: dict[str, Any] = {**self.limits, **limits}
+        if self.measures is not None:
+            options["moved"] = moved
+        loss, kept = self.token_loss(log_p, log_q, advantage, mask, **options)
         loss = torch.where(mask, loss, zero)
         return ObjectiveOutput(loss, kept & mask, log_p.detach(), log_q, advantage, mask)
 
@@ -137,11 +148,13 @@ def _dppo_kl(
     *,
     divergence_limit: float,
     ratio_cap: float,
+    moved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """-A sg(min(r, C)) M log p; M = 0 where binary KL(q || p) > delta and p is moving away."""
+    """-A sg(min(r, C)) M log p; M = 0 where KL(mu || pi) > delta and p is moving away."""
     log_r = divergence.log_ratio(log_q, log_p.detach())
-    moved_nats = divergence.binary_kl(log_q, log_p.detach())
-    kept = ~((moved_nats > divergence_limit) & _moving_away(log_r, advantage))
+    if moved is None:
+        moved = divergence.binary_kl(log_q, log_p.detach())
+    kept = ~((moved > divergence_limit) & _moving_away(log_r, advantage))
     return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * kept, advantage), kept
 
 
@@ -153,10 +166,16 @@ def _dppo_tv(
     *,
     divergence_limit: float,
     ratio_cap: float,
+    moved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same with M = 0 where A > 0 and p - q > delta, or A <= 0 and p - q < -delta."""
+    """The same with M = 0 where A > 0 and p - q > delta, or A <= 0 and p - q < -delta.
+
+    A given total variation takes the place of abs(p - q).
+    """
     log_r = divergence.log_ratio(log_q, log_p.detach())
     rise = log_p.detach().exp() - log_q.exp()
+    if moved is not None:
+        rise = moved.copysign(rise)
     out = torch.where(advantage > 0, rise > divergence_limit, rise < -divergence_limit)
     return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * ~out, advantage), ~out
 
@@ -301,10 +320,10 @@ def _registry(*objectives: Objective) -> Mapping[str, Objective]:
 
 OBJECTIVES: Mapping[str, Objective] = _registry(
     Objective(
-        "dppo_kl", _dppo_kl, {"divergence_limit": 0.05, "ratio_cap": 20.0}, "arXiv 2602.04879"
+        "dppo_kl", _dppo_kl, {"divergence_limit": 0.05, "ratio_cap": 20.0}, "arXiv 2602.04879", "kl"
     ),
     Objective(
-        "dppo_tv", _dppo_tv, {"divergence_limit": 0.15, "ratio_cap": 20.0}, "arXiv 2602.04879"
+        "dppo_tv", _dppo_tv, {"divergence_limit": 0.15, "ratio_cap": 20.0}, "arXiv 2602.04879", "tv"
     ),
     # The paper's 12.5 never binds, since |p - q| <= 1.
     Objective("drpo", _drpo, {"divergence_limit": 0.5}, "arXiv 2606.09821"),

@@ -443,3 +443,36 @@ def test_output_stats_are_those_of_the_batch() -> None:
         divergence.binary_kl(q.log(), p.log()).mean().item()
     )
     assert output.stats["masked_share_common"] == 0.5
+
+
+# --- a better measurement in the place of the binary one ---
+
+
+@given(st.lists(st.tuples(probabilities, probabilities, advantages), min_size=1, max_size=6))
+def test_given_the_binary_divergence_nothing_changes(rows: list[tuple[float, ...]]) -> None:
+    q, p, a = (tensor(*column) for column in zip(*rows, strict=True))
+    mask = torch.ones_like(p).bool()
+    for name, measured in (("dppo_kl", divergence.binary_kl), ("dppo_tv", divergence.binary_tv)):
+        plain = OBJECTIVES[name](p.log(), q.log(), a, mask)
+        given_it = OBJECTIVES[name](p.log(), q.log(), a, mask, moved=measured(q.log(), p.log()))
+        assert torch.equal(plain.loss, given_it.loss)
+        assert torch.equal(plain.kept, given_it.kept)
+
+
+@pytest.mark.parametrize("name", ["dppo_kl", "dppo_tv"])
+def test_a_larger_measured_divergence_drops_a_token_that_moves_away_and_no_other(
+    name: str,
+) -> None:
+    q, p = tensor(0.4, 0.4, 0.4, 0.4), tensor(0.41, 0.39, 0.41, 0.39)
+    advantage = tensor(1.0, -1.0, -1.0, 1.0)
+    mask = torch.ones_like(p).bool()
+    far = torch.full_like(p, 0.9)
+    assert OBJECTIVES[name](p.log(), q.log(), advantage, mask).kept.all()
+    kept = OBJECTIVES[name](p.log(), q.log(), advantage, mask, moved=far).kept
+    assert kept.tolist() == [[False, False, True, True]]
+
+
+def test_an_objective_that_measures_nothing_takes_no_divergence() -> None:
+    one = tensor(0.5)
+    with pytest.raises(TypeError, match="measures no divergence"):
+        OBJECTIVES["drpo"](one.log(), one.log(), one, one.bool(), moved=one)
