@@ -57,13 +57,13 @@ class Reason(StrEnum):
     REPEATED_EVENT = "repeated_event"
     """The same feedback id or interaction was read before."""
     SUPERSEDED_RATING = "superseded_rating"
-    """The same rater rated the same reply again later; the last rating counts."""
+    """The same rater spoke of the same aspect of the reply again later; the last word counts."""
     ALREADY_TRAINED = "already_trained"
-    """The same rater's earlier rating of this reply is already in the weights."""
+    """The same rater's earlier word on this aspect of the reply is already in the weights."""
     NO_FEEDBACK = "no_feedback"
-    """Nobody rated this interaction inside the horizon."""
+    """Nobody said anything of this interaction inside the horizon."""
     NO_INTERACTION = "no_interaction"
-    """No interaction with this id was seen inside the horizon."""
+    """No interaction with this id (or that of ``over``) was seen inside the horizon."""
     GREEDY_SAMPLING = "greedy_sampling"
     """Temperature 0: the behaviour policy is a point mass, so no ratio exists."""
     ALTERED_SAMPLING = "altered_sampling"
@@ -82,13 +82,12 @@ class Reason(StrEnum):
     """The reply was cut by the client or by a fault; what a rating means is unknown."""
     UNKNOWN_SIGNAL = "unknown_signal"
     """A signal that ``learning.signals`` gives no reward."""
-    EMPTY_CORRECTION = "empty_correction"
-    """A correction of nothing but white space."""
+    OUTRANKED_SIGNAL = "outranked_signal"
+    """Somebody rated the same reply explicitly; what a signal only hints at does not count."""
     PROMPTS_DIFFER = "prompts_differ"
     """The two replies of a preference answer different prompts."""
     TOO_FAR = "too_far"
     """The policy has moved too far from the one that wrote it: no useful weight is left."""
-    UNSUPPORTED_KIND = "unsupported_kind"
     UNKNOWN_POLICY = "unknown_policy"
     """The alias or the policy version is not one of ours."""
     MISMATCH = "mismatch"
@@ -168,6 +167,12 @@ class Interaction(Event):
     choice: int = Field(default=0, ge=0)
     alias: Identifier
     tenant: str = Field(default="default", max_length=200)
+    task: str = Field(
+        default="default",
+        max_length=200,
+        description="What kind of request it was, in the client's words: replies to one task of "
+        "one tenant share a baseline",
+    )
     user: str | None = Field(default=None, max_length=200, description="A pseudonym")
     created_at: FiniteFloat = Field(ge=0, description="Unix seconds at which the reply ended")
     latency_seconds: FiniteFloat = Field(ge=0)
@@ -199,6 +204,8 @@ def interaction_key(interaction_id: str, choice: int) -> str:
 
 
 class FeedbackKind(StrEnum):
+    """What each one teaches: docs/concepts.md."""
+
     THUMBS = "thumbs"
     """+1 or -1."""
     SCORE = "score"
@@ -206,7 +213,7 @@ class FeedbackKind(StrEnum):
     CORRECTION = "correction"
     """The text they wanted."""
     PREFERENCE = "preference"
-    """This reply over another id."""
+    """This reply over another one to the same prompt."""
     SIGNAL = "signal"
     """A named implicit signal: copied, regenerated, abandoned, ..."""
 
@@ -225,6 +232,7 @@ class Feedback(Event):
     score_max: FiniteFloat = 1.0
     text: str | None = Field(default=None, max_length=100_000, description="correction: the text")
     over: Identifier | None = Field(default=None, description="preference: the id that lost")
+    over_choice: int = Field(default=0, ge=0, description="preference: which choice of it")
     signal: str | None = Field(default=None, max_length=100, description="signal: its name")
     rater: str = Field(default="anonymous", min_length=1, max_length=200)
     created_at: FiniteFloat = Field(default_factory=time.time, ge=0, description="Unix seconds")
@@ -232,6 +240,27 @@ class Feedback(Event):
     @property
     def key(self) -> str:
         return interaction_key(self.interaction_id, self.choice)
+
+    @property
+    def over_key(self) -> str | None:
+        """preference: the join key of the reply that lost; else None."""
+        if self.kind is not FeedbackKind.PREFERENCE or self.over is None:
+            return None
+        return interaction_key(self.over, self.over_choice)
+
+    @property
+    def aspect(self) -> str:
+        """What it speaks of. A rater's later word on an aspect of a reply replaces the earlier:
+        thumbs and scores are one aspect, each lost reply and each signal is one of its own."""
+        match self.kind:
+            case FeedbackKind.THUMBS | FeedbackKind.SCORE:
+                return "rating"
+            case FeedbackKind.CORRECTION:
+                return "correction"
+            case FeedbackKind.PREFERENCE:
+                return f"preference over {self.over_key}"
+            case FeedbackKind.SIGNAL:
+                return f"signal {self.signal}"
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> Self:
@@ -245,11 +274,13 @@ class Feedback(Event):
                 if self.value is None or not self.score_min <= self.value <= self.score_max:
                     raise ValueError("score needs a value inside [score_min, score_max]")
             case FeedbackKind.CORRECTION:
-                if not self.text:
+                if not (self.text and self.text.strip()):
                     raise ValueError("correction needs text")
             case FeedbackKind.PREFERENCE:
                 if not self.over:
-                    raise ValueError("preference needs the id it was preferred over")
+                    raise ValueError("preference needs over, the id that it was preferred over")
+                if self.over_key == self.key:
+                    raise ValueError("preference needs another reply than itself in over")
             case FeedbackKind.SIGNAL:
                 if not self.signal:
                     raise ValueError("signal needs its name")

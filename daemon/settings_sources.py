@@ -17,7 +17,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
 
@@ -53,6 +53,25 @@ def _read_list(value: Any) -> Any:
 
 
 Arguments = Annotated[tuple[str, ...], BeforeValidator(_read_list)]
+
+
+def _read_table(value: Any) -> Any:
+    if isinstance(value, str):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        if not isinstance(value, dict):
+            raise ValueError('must be a JSON object, such as {"copied": 0.5}')
+    return value
+
+
+Rewards = Annotated[
+    dict[
+        Annotated[str, Field(min_length=1, max_length=100)],
+        Annotated[float, Field(ge=-1.0, le=1.0)],
+    ],
+    BeforeValidator(_read_table),
+]
+"""name -> reward."""
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -201,7 +220,7 @@ def to_environment(settings: BaseModel) -> dict[str, str]:
         value = attrgetter(name)(settings)
         if isinstance(value, SecretStr):
             value = value.get_secret_value()
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | dict):
             value = json.dumps(value)
         if value is not None:
             variables[variable_of(name)] = str(value)

@@ -1,94 +1,50 @@
-"""From ratings to advantages. Pure.
+"""From feedback to advantages, corrections and preferences. Pure.
 
 Notation: r in [-1, 1] is the reward of an example, u = (r + 1) / 2 in [0, 1] the same as a share, v
-the baseline, w in (0, 1] the weight of a rater in this batch.
+its baseline as a share (``updater.baselines``), w in (0, 1] a weight.
 
-There is one sample for a prompt and so no group to compare with. The baseline is a Beta tracker as
-in SPO (arXiv 2509.13232): a cell per (tenant, task key) with pseudo-counts alpha (good) and beta
-(bad), which forget faster the further the policy has moved since:
+What one piece of feedback weighs is a product: 1, or SIGNAL_WEIGHT for a signal; the trust in its
+rater (``Baselines.trust``); the caps on its rater and tenant (``updater.influence``). The reward of
+an example is the weighted mean of its ratings and signals, and its own weight what they weigh
+together, at most 1:
 
-    keep  = clip(2^(-moved_nats / HALF_LIFE_NATS), KEEP_LEAST, KEEP_MOST)
-    alpha <- keep * alpha + sum w u          beta <- keep * beta + sum w (1 - u)
+    A = w * (r - b) / max(std(r - b), STD_FLOOR)     over the batch,     b = 2 * ess_share * v - 1
 
-Cells with few counts lean on the whole, and the whole on the batch (PRIOR_COUNT pseudo-ratings):
+On stale data the baseline is biased low, as in AsymRE (arXiv 2506.20520): what was good then is
+still worth learning, while pushing away from what the policy has long left teaches nothing and does
+harm. How stale a batch is is measured, by its effective sample size: 1 when fresh.
 
-    v_all  = (alpha_all + PRIOR * mean(u)) / (alpha_all + beta_all + PRIOR)
-    v_cell = (alpha + PRIOR * v_all) / (alpha + beta + PRIOR)
-
-    A = w * (r - (2 v_cell - 1)) / max(std(r - v), STD_FLOOR)     over the batch
-
-The baseline is read before the batch is added to it. Left out: task keys (all examples have the key
-"all"), and credit for corrections, preferences and signals (``why_no_credit``).
+The memory is read before the batch is added to it. Corrections and preferences have no reward: they
+go on with their weight.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from daemon.events import Feedback, FeedbackKind, Reason
-from updater.values import CreditedExample, Example
+from updater.baselines import Baselines, cell_name, rater_name
+from updater.influence import (
+    MAX_RATER_SHARE,
+    MAX_TENANT_SHARE,
+    Voice,
+    largest_share,
+    voice_weights,
+)
+from updater.values import Correction, CreditedExample, Example, Preference
 
-HALF_LIFE_NATS = 0.06
-KEEP_LEAST = 0.3
-KEEP_MOST = 0.6
-"""Of the counts, from batch to batch. A policy that learns leaves an older mean behind: a baseline
-that lags praises everything, which moves the policy and teaches nothing."""
-PRIOR_COUNT = 8.0
+SIGNAL_WEIGHT = 0.25
+"""Of an explicit rating: what somebody did only hints at what they thought (people also copy an
+answer to complain of it), so four signals weigh as much as one word."""
 STD_FLOOR = 0.5
 """Of rewards in [-1, 1]: a batch of nearly equal ratings is not blown up to full size."""
-MAX_RATER_SHARE = 0.25
-"""Of a batch's weight, where there are at least four raters; with fewer, an equal share."""
 
-TASK_KEY = "all"
-_ALL = ""  # the cell of everything; no tenant's cell has this name
-_FORGOTTEN_COUNT = 0.05
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A decayed Beta tracker."""
-
-    good: float = 0.0
-    bad: float = 0.0
-
-    @property
-    def ratings(self) -> float:
-        """Effective number of ratings in memory."""
-        return self.good + self.bad
-
-    def leaning_on(self, prior: float) -> float:
-        """The expected share of good, with PRIOR_COUNT pseudo-ratings at ``prior``."""
-        return (self.good + PRIOR_COUNT * prior) / (self.ratings + PRIOR_COUNT)
-
-    def after(self, keep: float, good: float, bad: float) -> Cell:
-        return Cell(keep * self.good + good, keep * self.bad + bad)
-
-
-@dataclass(frozen=True)
-class Baselines:
-    """What rewards to expect; committed in the same transaction as the release they made."""
-
-    cells: Mapping[str, Cell] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """As the ledger keeps it."""
-        return json.dumps({name: [cell.good, cell.bad] for name, cell in self.cells.items()})
-
-    @classmethod
-    def from_json(cls, text: str) -> Baselines:
-        """The inverse of ``to_json``.
-
-        Raises:
-            ValueError: not made by it.
-        """
-        return cls({name: Cell(float(g), float(b)) for name, (g, b) in json.loads(text).items()})
-
-    def cell(self, name: str) -> Cell:
-        return self.cells.get(name, Cell())
+EXPLICIT = frozenset({FeedbackKind.THUMBS, FeedbackKind.SCORE})
+"""Kinds that say what the reply is worth."""
 
 
 @dataclass(frozen=True)
@@ -97,176 +53,265 @@ class CreditStats:
 
     examples: int
     ratings: int
+    """Thumbs and scores."""
+    signals: int
+    corrections: int
+    preferences: int
     raters: int
     capped_raters: int
-    """Raters whose influence was cut."""
+    """Raters whose influence was cut, by their own cap or their tenant's."""
     largest_rater_share: float
-    """Of all ratings, before the cut."""
+    """Of all weight, before the caps."""
     largest_rater_share_capped: float
-    """Of the weight, after it."""
+    """Of the weight after them."""
+    tenants: int
+    largest_tenant_share: float
+    largest_tenant_share_capped: float
+    distrusted_raters: int
+    """Raters who count less because hardly anybody agrees with them."""
+    smallest_trust: float
+    """In a rater of this batch; 1 when nobody is distrusted."""
     disputed_examples: int
     """Examples whose raters disagree on the sign."""
     mean_reward: float
     reward_std: float
     """Of reward minus baseline, before the floor."""
     mean_baseline: float
-    """In the units of the reward."""
+    """In the units of the reward, as it was used."""
+    ess_share: float
+    """What the baseline was multiplied by, as a share."""
     zero_advantages: int
+    """Rated examples that their rating says nothing of."""
 
     def as_dict(self) -> dict[str, float]:
         """For metrics and manifests."""
         return {name: float(value) for name, value in asdict(self).items()}
 
 
-def why_no_credit(feedback: Feedback) -> Reason | None:
-    """Why no reward follows from this feedback, or None."""
-    if feedback.kind in (FeedbackKind.THUMBS, FeedbackKind.SCORE):
-        return None
-    return Reason.UNSUPPORTED_KIND
+def why_no_credit(feedback: Feedback, signals: Mapping[str, float]) -> Reason | None:
+    """Why nothing can be learned from this feedback, or None.
 
-
-def reward(feedback: Feedback) -> float:
-    """What one rating is worth, in [-1, 1]: thumbs as they are, scores linearly over their range.
-
-    Raises:
-        ValueError: the kind has no reward (``why_no_credit``).
+    Args:
+        signals: name -> reward, ``learning.signals``.
     """
-    if why_no_credit(feedback) is not None or feedback.value is None:
-        raise ValueError(f"{feedback.kind} feedback has no reward")
-    if feedback.kind is FeedbackKind.THUMBS:
-        return float(feedback.value)
-    # Halves first: the width of a huge range would overflow.
-    width = feedback.score_max / 2 - feedback.score_min / 2
-    share = (feedback.value / 2 - feedback.score_min / 2) / width
-    return min(1.0, max(-1.0, 2.0 * share - 1.0))
+    if feedback.kind is FeedbackKind.SIGNAL and feedback.signal not in signals:
+        return Reason.UNKNOWN_SIGNAL
+    return None
 
 
-def rater_weights(
-    ratings: Mapping[str, int],  # rater -> ratings in this batch, each > 0
-    max_share: float = MAX_RATER_SHARE,
-) -> dict[str, float]:
-    """A weight in (0, 1] for each rater, so that none has more than a share of all weight.
+def outranked(feedback: Collection[Feedback]) -> list[Feedback]:
+    """Signals beside an explicit rating of the same reply: hints, where somebody has spoken."""
+    if not any(one.kind in EXPLICIT for one in feedback):
+        return []
+    return [one for one in feedback if one.kind is FeedbackKind.SIGNAL]
 
-    The share is ``max_share``, or an equal one where there are too few raters for that: a single
-    person's own assistant learns from that person.
+
+def reward(feedback: Feedback, signals: Mapping[str, float]) -> float | None:
+    """What a rating or signal is worth, in [-1, 1]; None for the kinds without reward.
+
+    Thumbs as they are, scores linearly over their range, signals as ``signals`` says (None where it
+    does not know the name).
     """
-    share = max(max_share, 1.0 / len(ratings)) if ratings else 1.0
-    heaviest_first = sorted(ratings, key=lambda rater: (-ratings[rater], rater))
-    free = float(sum(ratings.values()))
-    limit = math.inf
-    for capped, rater in enumerate(heaviest_first):
-        # With `capped` raters at the limit L and the rest free: L = share * (capped * L + free).
-        left = 1.0 - share * capped
-        if left <= 1e-9:
-            limit = float(ratings[rater])  # all capped: everybody counts as the lightest of them
-            continue
-        limit = share * free / left
-        if ratings[rater] <= limit * (1 + 1e-9):
-            break
-        free -= ratings[rater]
-    return {rater: min(1.0, limit / n) for rater, n in ratings.items()}
+    match feedback.kind:
+        case FeedbackKind.THUMBS:
+            return feedback.value
+        case FeedbackKind.SCORE if feedback.value is not None:
+            # Halves first: the width of a huge range would overflow.
+            width = feedback.score_max / 2 - feedback.score_min / 2
+            share = (feedback.value / 2 - feedback.score_min / 2) / width
+            return min(1.0, max(-1.0, 2.0 * share - 1.0))
+        case FeedbackKind.SIGNAL if feedback.signal is not None:
+            return signals.get(feedback.signal)
+    return None
 
 
 def assign_credit(
     examples: Sequence[Example],
     baselines: Baselines,
     *,
+    signals: Mapping[str, float],
     moved_nats: float = 0.0,
+    ess_share: float = 1.0,
     max_rater_share: float = MAX_RATER_SHARE,
+    max_tenant_share: float = MAX_TENANT_SHARE,
 ) -> tuple[tuple[CreditedExample, ...], Baselines, CreditStats]:
-    """Rewards and advantages of a batch, and the baselines after it.
+    """What each example of a batch teaches, and the baselines after it.
 
     Args:
+        signals: name -> reward, ``learning.signals``.
         moved_nats: measured mean KL between the live policy and its parent, per token.
-        max_rater_share: the largest share of the batch's weight that one rater may have.
+        ess_share: effective sample size of the batch under the live policy, as a share of its
+            size, in (0, 1].
+        max_rater_share: the largest share of a tenant's weight that one rater may have.
+        max_tenant_share: the largest share of the batch's weight that one tenant may have.
 
     Returns:
         The examples in their order; the baselines to commit with the outcome; how it came about.
 
     Raises:
-        ValueError: an example without ratings, or with a kind that has no reward.
+        ValueError: an example without feedback, or an ``ess_share`` outside its range.
     """
     if any(not example.feedback for example in examples):
-        raise ValueError("an example without feedback has no reward")
-    ratings = Counter(rating.rater for example in examples for rating in example.feedback)
-    by_rater = rater_weights(ratings, max_rater_share)
+        raise ValueError("an example without feedback teaches nothing")
+    if not 0.0 < ess_share <= 1.0:
+        raise ValueError(f"ess_share is {ess_share}, it must be in (0, 1]")
+    hearing = _Hearing(examples, baselines, signals, max_rater_share, max_tenant_share)
+    rated = [example for example in examples if hearing.rewards(example)]
     rewards, weights = [], []
-    for example in examples:
-        shares = [by_rater[rating.rater] for rating in example.feedback]
-        total = sum(shares)
-        values = [reward(rating) for rating in example.feedback]
-        mean = sum(s * value for s, value in zip(shares, values, strict=True)) / total
+    for example in rated:
+        values, shares = zip(*hearing.rewards(example), strict=True)
+        total = math.fsum(shares)
+        mean = math.fsum(s * value for s, value in zip(shares, values, strict=True)) / total
         rewards.append(min(1.0, max(-1.0, mean)))
         weights.append(min(1.0, total))
 
-    names = [cell_name(example.interaction.tenant) for example in examples]
-    expected = _expectations(names, rewards, weights, baselines)
-    surprises = [r - e for r, e in zip(rewards, expected, strict=True)]
+    names = [cell_name(one.interaction.tenant, one.interaction.task) for one in rated]
+    good = [(r + 1.0) / 2.0 for r in rewards]
+    expected = [
+        2.0 * ess_share * share - 1.0 for share in baselines.expected_shares(names, good, weights)
+    ]
+    surprises = [r - b for r, b in zip(rewards, expected, strict=True)]
     deviation = _std(surprises, weights)
     scale = max(deviation, STD_FLOOR)
+    names_rated = [example.example_id for example in rated]
+    reward_of = dict(zip(names_rated, rewards, strict=True))
+    advantages = [w * surprise / scale for w, surprise in zip(weights, surprises, strict=True)]
+    advantage_of = dict(zip(names_rated, advantages, strict=True))
     credited = tuple(
-        CreditedExample(example, reward=r, advantage=w * surprise / scale)
-        for example, r, w, surprise in zip(examples, rewards, weights, surprises, strict=True)
+        CreditedExample(
+            example,
+            reward=reward_of.get(example.example_id),
+            advantage=advantage_of.get(example.example_id, 0.0),
+            corrections=hearing.corrections(example),
+            preferences=hearing.preferences(example),
+        )
+        for example in examples
     )
+    after = baselines.after(names, good, weights, _agreements(examples, signals), moved_nats)
     stats = CreditStats(
+        **hearing.stats(),
         examples=len(examples),
-        ratings=ratings.total(),
-        raters=len(ratings),
-        capped_raters=sum(weight < 1.0 for weight in by_rater.values()),
-        largest_rater_share=max(ratings.values(), default=0) / max(1, ratings.total()),
-        largest_rater_share_capped=_largest_share(ratings, by_rater),
-        disputed_examples=sum(_is_disputed(example) for example in examples),
+        disputed_examples=sum(_is_disputed(example, signals) for example in rated),
         mean_reward=_mean(rewards),
         reward_std=deviation,
         mean_baseline=_mean(expected),
-        zero_advantages=sum(one.advantage == 0.0 for one in credited),
+        ess_share=ess_share,
+        zero_advantages=sum(advantage == 0.0 for advantage in advantages),
     )
-    return credited, _learned(names, rewards, weights, baselines, moved_nats), stats
+    return credited, after, stats
 
 
-def cell_name(tenant: str, task_key: str = TASK_KEY) -> str:
-    """The name of a (tenant, task key) cell."""
-    return json.dumps([tenant, task_key])
+class _Hearing:
+    """How much each piece of a batch's feedback weighs."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        baselines: Baselines,
+        signals: Mapping[str, float],
+        max_rater_share: float,
+        max_tenant_share: float,
+    ) -> None:
+        self._signals = signals
+        self._feedback = [one for example in examples for one in example.feedback]
+        voices = {_voice(example, one) for example in examples for one in example.feedback}
+        self._trust = {voice: baselines.trust(rater_name(*voice)) for voice in voices}
+        pieces: defaultdict[Voice, list[float]] = defaultdict(list)
+        for example in examples:
+            for one in example.feedback:
+                voice = _voice(example, one)
+                pieces[voice].append(_weight_of_kind(one) * self._trust[voice])
+        self._amounts = {voice: math.fsum(weights) for voice, weights in pieces.items()}
+        self._caps = voice_weights(self._amounts, max_rater_share, max_tenant_share)
+
+    def weight(self, example: Example, feedback: Feedback) -> float:
+        """In (0, 1]."""
+        voice = _voice(example, feedback)
+        return _weight_of_kind(feedback) * self._trust[voice] * self._caps[voice]
+
+    def rewards(self, example: Example) -> list[tuple[float, float]]:
+        """(reward, weight) of its ratings and signals."""
+        return [
+            (value, self.weight(example, one))
+            for one in example.feedback
+            if (value := reward(one, self._signals)) is not None
+        ]
+
+    def corrections(self, example: Example) -> tuple[Correction, ...]:
+        return tuple(
+            Correction(one.feedback_id, one.rater, one.text, self.weight(example, one))
+            for one in example.feedback
+            if one.kind is FeedbackKind.CORRECTION and one.text is not None
+        )
+
+    def preferences(self, example: Example) -> tuple[Preference, ...]:
+        return tuple(
+            Preference(
+                one.feedback_id,
+                one.rater,
+                example.rejected[one.over_key],
+                self.weight(example, one),
+            )
+            for one in example.feedback
+            if one.over_key is not None
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """The part of ``CreditStats`` that says who was heard."""
+        kinds = Counter(one.kind for one in self._feedback)
+        capped = {voice: amount * self._caps[voice] for voice, amount in self._amounts.items()}
+        return {
+            "ratings": sum(kinds[kind] for kind in EXPLICIT),
+            "signals": kinds[FeedbackKind.SIGNAL],
+            "corrections": kinds[FeedbackKind.CORRECTION],
+            "preferences": kinds[FeedbackKind.PREFERENCE],
+            "raters": len(self._amounts),
+            "capped_raters": sum(cap < 1.0 for cap in self._caps.values()),
+            "largest_rater_share": largest_share(self._amounts, of_tenants=False),
+            "largest_rater_share_capped": largest_share(capped, of_tenants=False),
+            "tenants": len({voice.tenant for voice in self._amounts}),
+            "largest_tenant_share": largest_share(self._amounts, of_tenants=True),
+            "largest_tenant_share_capped": largest_share(capped, of_tenants=True),
+            "distrusted_raters": sum(trust < 1.0 for trust in self._trust.values()),
+            "smallest_trust": min(self._trust.values(), default=1.0),
+        }
 
 
-def _expectations(
-    names: Sequence[str],
-    rewards: Sequence[float],
-    weights: Sequence[float],
-    baselines: Baselines,
-) -> list[float]:
-    """The baseline of each example, in the units of the reward."""
-    total = sum(weights)
-    if not total:
-        return []
-    batch = sum(w * _share(r) for w, r in zip(weights, rewards, strict=True)) / total
-    overall = baselines.cell(_ALL).leaning_on(batch)
-    return [2.0 * baselines.cell(name).leaning_on(overall) - 1.0 for name in names]
+def _voice(example: Example, feedback: Feedback) -> Voice:
+    return Voice(example.interaction.tenant, feedback.rater)
 
 
-def _learned(
-    names: Sequence[str],
-    rewards: Sequence[float],
-    weights: Sequence[float],
-    baselines: Baselines,
-    moved_nats: float,
-) -> Baselines:
-    keep = min(KEEP_MOST, max(KEEP_LEAST, 2.0 ** (-max(0.0, moved_nats) / HALF_LIFE_NATS)))
-    good: defaultdict[str, float] = defaultdict(float)
-    bad: defaultdict[str, float] = defaultdict(float)
-    for name, r, w in zip(names, rewards, weights, strict=True):
-        for cell in (name, _ALL):
-            good[cell] += w * _share(r)
-            bad[cell] += w * (1.0 - _share(r))
-    after = {
-        name: baselines.cell(name).after(keep, good[name], bad[name])
-        for name in sorted(baselines.cells.keys() | good.keys())
-    }
-    return Baselines({n: cell for n, cell in after.items() if cell.ratings >= _FORGOTTEN_COUNT})
+def _weight_of_kind(feedback: Feedback) -> float:
+    return SIGNAL_WEIGHT if feedback.kind is FeedbackKind.SIGNAL else 1.0
 
 
-def _share(r: float) -> float:
-    return (r + 1.0) / 2.0
+def _opinions(example: Example, signals: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(rater, reward) of everybody who rated it explicitly and not neutrally."""
+    return [
+        (one.rater, value)
+        for one in example.feedback
+        if one.kind in EXPLICIT and (value := reward(one, signals))
+    ]
+
+
+def _agreements(
+    examples: Sequence[Example], signals: Mapping[str, float]
+) -> list[tuple[str, bool]]:
+    """A rater, and whether the mean of the others who rated the same reply has the same sign."""
+    found = []
+    for example in examples:
+        opinions = _opinions(example, signals)
+        for rater, value in opinions:
+            others = math.fsum(other for name, other in opinions if name != rater)
+            if others:
+                name = rater_name(example.interaction.tenant, rater)
+                found.append((name, (others > 0.0) == (value > 0.0)))
+    return found
+
+
+def _is_disputed(example: Example, signals: Mapping[str, float]) -> bool:
+    values = [value for _, value in _opinions(example, signals)]
+    return bool(values) and min(values) < 0.0 < max(values)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -281,13 +326,3 @@ def _std(values: Sequence[float], weights: Sequence[float]) -> float:
     mean = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / total
     spread = math.fsum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True))
     return math.sqrt(spread / total)
-
-
-def _largest_share(ratings: Mapping[str, int], weights: Mapping[str, float]) -> float:
-    influence = [n * weights[rater] for rater, n in ratings.items()]
-    return max(influence) / math.fsum(influence) if influence else 0.0
-
-
-def _is_disputed(example: Example) -> bool:
-    values = [reward(rating) for rating in example.feedback]
-    return min(values) < 0.0 < max(values)

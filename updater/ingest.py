@@ -77,6 +77,7 @@ class Ingest:
         alias: str,
         vocab_size: int,
         max_tokens: int,
+        signals: Mapping[str, float],
         max_event_bytes: int = 900_000,
         max_records: int = 500,
     ) -> None:
@@ -84,6 +85,7 @@ class Ingest:
 
         Args:
             max_tokens: prompt and completion that an update can learn from.
+            signals: implicit signals that have a reward, by name.
             max_event_bytes: larger events are dead-lettered unread.
             max_records: of one step, and of one transaction.
         """
@@ -93,6 +95,7 @@ class Ingest:
         self._alias = alias
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
+        self._signals = signals
         self._max_event_bytes = max_event_bytes
         self._max_records = max_records
         self._held: list[Parsed] = []
@@ -156,7 +159,7 @@ class Ingest:
                     newest_version=newest_version,
                 )
             case Feedback():
-                reason = why_no_credit(parsed.event)
+                reason = why_no_credit(parsed.event, self._signals)
             case None:
                 return parsed
         return Parsed(record, parsed.event, reason or Reason.NONE)

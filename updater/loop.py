@@ -23,7 +23,8 @@ from daemon.events import ArtifactFile, Decision, Divergence, Reason, Release, R
 from daemon.failpoints import failpoint
 from daemon.settings import Settings
 from daemon.stream import StreamUnavailable
-from updater.credit import Baselines, assign_credit
+from updater.baselines import Baselines
+from updater.credit import assign_credit
 from updater.gate import Gate
 from updater.ingest import Ingest
 from updater.ledger import Ledger, LedgerUnavailable, examples_digest
@@ -211,7 +212,10 @@ class Loop:
             default=0.0,
         )
         credited, baselines, stats = assign_credit(
-            examples, self._ledger.baselines(), moved_nats=moved_nats
+            examples,
+            self._ledger.baselines(),
+            signals=self._settings.learning.signals,
+            moved_nats=moved_nats,
         )
         logger.info("batch", extra=stats.as_dict())
         return Batch(credited, self._ledger.live_version()), baselines

@@ -87,6 +87,7 @@ class Updater:
                 alias=settings.alias,
                 vocab_size=policy.vocabulary_size,
                 max_tokens=learning.max_example_tokens,
+                signals=learning.signals,
                 max_event_bytes=settings.stream.max_event_bytes,
             ),
             ledger=self._ledger,

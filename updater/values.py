@@ -16,7 +16,7 @@ class Example:
     example_id: str
     interaction: Interaction
     feedback: tuple[Feedback, ...]
-    """Of each rater the last word on each topic (``Feedback.topic``)."""
+    """Of each rater the last word on each aspect (``Feedback.aspect``)."""
     rejected: Mapping[str, Interaction] = field(default_factory=dict)
     """By interaction key: the replies that its preferences name as ``over``."""
 

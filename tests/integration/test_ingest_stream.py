@@ -29,6 +29,7 @@ def read(settings: StreamSettings, path: Path, until_total: int) -> None:
                 alias="assistant",
                 vocab_size=VOCABULARY,
                 max_tokens=100,
+                signals={},
                 max_records=3,
             )
 

@@ -21,6 +21,7 @@ from daemon.events import (
     Verdict,
     artifact_digest,
 )
+from daemon.settings import SIGNALS
 from daemon.stream import Record, Topic
 from updater.credit import why_no_credit
 from updater.ingest import parse, why_untrainable
@@ -104,7 +105,7 @@ def parsed(record: Record) -> Parsed:
         case Interaction():
             reason = why_untrainable(found.event, VOCABULARY, "assistant", 1000)
         case Feedback():
-            reason = why_no_credit(found.event)
+            reason = why_no_credit(found.event, SIGNALS)
     return Parsed(record, found.event, reason or Reason.NONE)
 
 

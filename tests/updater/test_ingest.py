@@ -20,6 +20,7 @@ from daemon.events import (
     Reason,
     SamplingSettings,
 )
+from daemon.settings import SIGNALS
 from daemon.stream import Gap, GapCause, Record, StreamUnavailable, Topic
 from tests.updater import ledger_fixtures
 from tests.updater.ledger_fixtures import HORIZON, NOW, VOCABULARY, Log, interaction, rating
@@ -84,6 +85,7 @@ def make(ledger: Ledger, stream: Stream, letters: Letters, **changes: Any) -> In
         "alias": "assistant",
         "vocab_size": VOCABULARY,
         "max_tokens": 50,
+        "signals": SIGNALS,
         "max_event_bytes": 10_000,
     }
     return Ingest(stream, letters, ledger, **(settings | changes))

@@ -14,7 +14,7 @@ import pytest
 from daemon.events import Divergence, Fate, FeedbackKind, Reason, ReleaseKind, SamplingSettings
 from daemon.stream import Gap, GapCause, Topic
 from tests.updater.ledger_fixtures import HORIZON, HOUR, NOW, Log, interaction, rating, release
-from updater.credit import Baselines, Cell
+from updater.baselines import Baselines, Cell
 from updater.ledger import (
     LeaseLost,
     Ledger,
@@ -140,13 +140,13 @@ def test_feedback_shares_the_reason_of_an_untrainable_reply(
     }
 
 
-def test_feedback_of_a_kind_without_credit_does_not_replace_a_rating(ledger: Ledger) -> None:
+def test_a_signal_without_a_reward_is_counted_and_not_learned_from(ledger: Ledger) -> None:
     log = Log()
-    correction = rating("a", kind=FeedbackKind.CORRECTION, text="no", at=NOW, feedback_id="c")
-    feed(ledger, log, interaction("a"), rating("a", at=NOW - 5), correction, correction)
+    sneezed = rating("a", kind=FeedbackKind.SIGNAL, signal="sneezed", feedback_id="s")
+    feed(ledger, log, interaction("a"), rating("a", at=NOW - 5), sneezed, sneezed)
     (example,) = ledger.ready_examples(10)
-    assert example.feedback[0].kind is FeedbackKind.THUMBS
-    assert fates(ledger, RATINGS)[Fate.NOT_TRAINABLE, Reason.UNSUPPORTED_KIND] == 1
+    assert [one.kind for one in example.feedback] == [FeedbackKind.THUMBS]
+    assert fates(ledger, RATINGS)[Fate.NOT_TRAINABLE, Reason.UNKNOWN_SIGNAL] == 1
     assert fates(ledger, RATINGS)[Fate.DUPLICATE, Reason.REPEATED_EVENT] == 1
 
 
@@ -177,9 +177,9 @@ def test_examples_come_oldest_first_and_stay_until_decided(ledger: Ledger) -> No
     log = Log()
     for name, at in [("b", NOW - 5), ("c", NOW), ("a", NOW - 9)]:
         feed(ledger, log, interaction(name, at=at), rating(name))
-    names = [example.interaction.interaction_id for example in ledger.ready_examples(2)]
-    assert names == ["a", "b"]
-    assert [e.interaction.interaction_id for e in ledger.ready_examples(2)] == names
+    names = [example.interaction.interaction_id for example in ledger.ready_examples(3)]
+    assert names == ["a", "b", "c"]
+    assert [e.interaction.interaction_id for e in ledger.ready_examples(3)] == names
     assert ledger.count_ready() == 3
     assert ledger.oldest_ready_at() == NOW
 

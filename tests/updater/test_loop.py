@@ -102,6 +102,7 @@ class Updater:
                 alias=ALIAS,
                 vocab_size=self.policy.vocabulary_size,
                 max_tokens=64,
+                signals=learning.signals,
             ),
             ledger=self.ledger,
             store=self.store,

@@ -7,8 +7,8 @@ from updater.ledger.accounting import Accounting
 from updater.ledger.database import LeaseLost, LedgerError, LedgerLocked, LedgerUnavailable
 from updater.ledger.examples import examples_digest
 from updater.ledger.expiry import Expired
-from updater.ledger.joins import Parsed
 from updater.ledger.reader import LedgerReader
+from updater.ledger.rules import Parsed
 from updater.ledger.writer import Ingested, Ledger
 
 __all__ = [

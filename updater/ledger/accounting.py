@@ -164,6 +164,23 @@ _NEVER = (
         "ready ratings that are not their rater's last word",
     ),
     (
+        "SELECT count(*) FROM interactions i WHERE open_preferences <> (SELECT count(*)"
+        " FROM feedback WHERE over IS NOT NULL AND state IN ('waiting', 'ready')"
+        " AND (interaction = i.id OR over = i.id))",
+        "interactions with a wrong number of open preferences",
+    ),
+    (
+        "SELECT count(*) FROM feedback f WHERE state = 'ready' AND over IS NOT NULL"
+        " AND NOT EXISTS (SELECT 1 FROM interaction_bodies WHERE id = f.over)",
+        "ready preferences whose lost reply was not kept",
+    ),
+    (
+        "SELECT count(*) FROM interactions i WHERE (state <> 'awaited' AND retained = 1 AND"
+        " untrainable IS NULL) <> EXISTS (SELECT 1 FROM behaviour_policies WHERE interaction ="
+        " i.id)",
+        "interactions whose behaviour policies are missing or were kept too long",
+    ),
+    (
         "SELECT count(*) FROM (SELECT 1 FROM events WHERE fate = 'trained'"
         " AND (decided_by IS NULL OR decided_by NOT IN (SELECT version FROM releases)))",
         "trained events without their release",

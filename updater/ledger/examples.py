@@ -12,10 +12,14 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from daemon.events import Feedback, Interaction
+from updater.credit import outranked
 from updater.ledger.database import LedgerError
 from updater.values import Example, TokenSequence
 
 _Model = TypeVar("_Model", Interaction, Feedback)
+
+_Place = tuple[float, str]
+"""Event time and key: the order in which examples wait."""
 
 _SCAN_PER_SEQUENCE = 8
 """Rows looked at for every sequence asked for: a bound on the work, not on the result."""
@@ -28,6 +32,10 @@ class Claim:
     key: str
     interaction: int
     feedback: tuple[int, ...]
+    over: tuple[int, ...] = ()
+    """Interactions that its preferences name as the ones that lost."""
+    outranked: tuple[int, ...] = ()
+    """Signals beside an explicit rating: decided with the example, but not learned from."""
 
 
 def example_id(key: str, feedback_ids: Iterable[str]) -> str:
@@ -42,40 +50,95 @@ def examples_digest(example_ids: Iterable[str]) -> str:
 
 
 def read_ready(connection: sqlite3.Connection, limit: int) -> list[tuple[Example, Claim]]:
-    """Examples that wait for a batch, oldest interaction first.
+    """At most ``limit`` (1 or more) examples that wait for a batch, oldest interaction first.
+
+    Half of them, rounded up, are the oldest, so that nothing starves; the others are spread evenly
+    over the rest by age, so that a batch holds fresh replies however many stale ones wait.
 
     Raises:
         LedgerError: a body is damaged.
     """
-    rows = connection.execute(
-        "SELECT i.id, i.key, i.event_time, b.body FROM interactions i"
-        " INDEXED BY interactions_ready JOIN interaction_bodies b ON b.id = i.id"
-        " WHERE i.open_ratings > 0 ORDER BY i.event_time, i.key LIMIT ?",
+    oldest = _oldest(connection, limit)
+    chosen = set(oldest)
+    if len(oldest) == limit:
+        sure = oldest[: (limit + 1) // 2]
+        chosen = {*sure, *_spread(connection, limit - len(sure), after=sure[-1])}
+        others = [place for place in oldest if place not in chosen]
+        chosen.update(others[: limit - len(chosen)])
+    return [_example(connection, key) for _, key in sorted(chosen)]
+
+
+def _oldest(connection: sqlite3.Connection, limit: int) -> list[_Place]:
+    return connection.execute(
+        "SELECT event_time, key FROM interactions INDEXED BY interactions_ready"
+        " WHERE open_ratings > 0 ORDER BY event_time, key LIMIT ?",
         (limit,),
     ).fetchall()
-    return [_example(connection, *row) for row in rows]
 
 
-def _example(
-    connection: sqlite3.Connection, identity: int, key: str, event_time: float, body: bytes
-) -> tuple[Example, Claim]:
+def _spread(connection: sqlite3.Connection, number: int, after: _Place) -> list[_Place]:
+    """At most so many after a place: the first at or after each of evenly spaced moments.
+
+    A seek in the index for each, so that it costs the same however many wait.
+    """
+    (newest,) = connection.execute(
+        "SELECT max(event_time) FROM interactions INDEXED BY interactions_ready"
+        " WHERE open_ratings > 0"
+    ).fetchone()
+    begin, found = after[0], []
+    for step in range(1, number + 1):
+        moment = newest if step == number else begin + (newest - begin) * step / number
+        row = connection.execute(
+            "SELECT event_time, key FROM interactions INDEXED BY interactions_ready"
+            " WHERE open_ratings > 0 AND (event_time, key) > (?, ?)"
+            " ORDER BY event_time, key LIMIT 1",
+            max(after, (moment, "")),
+        ).fetchone()
+        if row is None:
+            break
+        after = row
+        found.append(row)
+    return found
+
+
+def _example(connection: sqlite3.Connection, key: str) -> tuple[Example, Claim]:
+    identity, event_time, body = connection.execute(
+        "SELECT i.id, i.event_time, b.body FROM interactions i"
+        " JOIN interaction_bodies b ON b.id = i.id WHERE i.key = ?",
+        (key,),
+    ).fetchone()
     rows = connection.execute(
-        "SELECT f.id, f.feedback_id, f.event_time, b.body FROM feedback f"
+        "SELECT f.id, f.over, f.feedback_id, f.event_time, b.body FROM feedback f"
         " JOIN feedback_bodies b ON b.id = f.id"
         " WHERE f.interaction = ? AND f.head = 1 AND f.state = 'ready'"
         " ORDER BY f.event_time, f.feedback_id",
         (identity,),
     ).fetchall()
-    feedback = tuple(
-        _parse(Feedback, row[3]).model_copy(update={"feedback_id": row[1], "created_at": row[2]})
+    feedback = {
+        row[0]: _parse(Feedback, row[4]).model_copy(
+            update={"feedback_id": row[2], "created_at": row[3]}
+        )
         for row in rows
-    )
+    }
+    silent = {one.feedback_id for one in outranked(feedback.values())}
+    heard = {rating: one for rating, one in feedback.items() if one.feedback_id not in silent}
+    over = tuple(sorted({row[1] for row in rows if row[1] is not None}))
     example = Example(
-        example_id=example_id(key, (row[1] for row in rows)),
+        example_id=example_id(key, (one.feedback_id for one in heard.values())),
         interaction=_parse(Interaction, body).model_copy(update={"created_at": event_time}),
-        feedback=feedback,
+        feedback=tuple(heard.values()),
+        rejected=dict(_rejected(connection, loser) for loser in over),
     )
-    return example, Claim(key, identity, tuple(row[0] for row in rows))
+    return example, Claim(key, identity, tuple(heard), over, tuple(feedback.keys() - heard.keys()))
+
+
+def _rejected(connection: sqlite3.Connection, identity: int) -> tuple[str, Interaction]:
+    key, event_time, body = connection.execute(
+        "SELECT i.key, i.event_time, b.body FROM interactions i"
+        " JOIN interaction_bodies b ON b.id = i.id WHERE i.id = ?",
+        (identity,),
+    ).fetchone()
+    return key, _parse(Interaction, body).model_copy(update={"created_at": event_time})
 
 
 def read_traffic(
@@ -88,13 +151,13 @@ def read_traffic(
 
     Args:
         max_tokens: longer sequences are passed over.
-        excluded: ``interactions.id`` of the batch at hand.
+        excluded: ``interactions.id`` of the batch at hand, replies that lost included.
     """
     scan = limit * _SCAN_PER_SEQUENCE + len(excluded)
     unrated = connection.execute(
         "SELECT id, tokens, measurable FROM interactions INDEXED BY interactions_idle"
-        " WHERE retained = 1 AND open_ratings = 0 AND NOT (state = 'decided' AND untrainable IS"
-        " NULL) ORDER BY event_time DESC LIMIT ?",
+        " WHERE retained = 1 AND open_ratings = 0 AND open_preferences = 0"
+        " AND NOT (state = 'decided' AND untrainable IS NULL) ORDER BY event_time DESC LIMIT ?",
         (scan,),
     ).fetchall()
     rated = connection.execute(

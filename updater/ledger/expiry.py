@@ -15,9 +15,9 @@ class Expired:
     """What one call of ``Ledger.expire`` did."""
 
     interactions: int = 0
-    """Interactions that nobody rated."""
+    """Interactions that nobody said anything of."""
     feedback: int = 0
-    """Feedback whose interaction never came."""
+    """Feedback whose interaction never came, or the other one that it names."""
     forgotten: int = 0
     """Bodies of already decided interactions that were deleted."""
     pruned: int = 0
@@ -38,8 +38,9 @@ class Expiry:
             watermark: everything that arrived before it has been read, Unix seconds.
         """
         before = watermark - horizon_seconds
-        interactions, forgotten = self._idle_interactions(before, limit)
+        # Feedback first: an interaction is not idle while a preference that names it waits.
         feedback = self._waiting_feedback(before, limit)
+        interactions, forgotten = self._idle_interactions(before, limit)
         # One more horizon as a tombstone, so that late feedback is known to be late.
         pruned = self._tombstones(before - horizon_seconds, limit)
         return Expired(interactions, feedback, forgotten, pruned)
@@ -47,7 +48,7 @@ class Expiry:
     def _idle_interactions(self, before: float, limit: int) -> tuple[int, int]:
         rows = self._execute(
             "SELECT id, state, position, offset FROM interactions INDEXED BY interactions_idle"
-            " WHERE retained = 1 AND open_ratings = 0 AND event_time < ?"
+            " WHERE retained = 1 AND open_ratings = 0 AND open_preferences = 0 AND event_time < ?"
             " ORDER BY event_time LIMIT ?",
             (before, limit),
         ).fetchall()
@@ -57,7 +58,7 @@ class Expiry:
                 self._fates.move(position, offset, Fate.EXPIRED, Reason.NO_FEEDBACK)
                 expired += 1
             self._execute(
-                "UPDATE interactions SET retained = 0, state = ? WHERE id = ?",
+                "UPDATE interactions SET retained = 0, prompt = NULL, state = ? WHERE id = ?",
                 (InteractionState.DECIDED, identity),
             )
             self._execute("DELETE FROM interaction_bodies WHERE id = ?", (identity,))
@@ -80,7 +81,8 @@ class Expiry:
     def _tombstones(self, before: float, limit: int) -> int:
         rows = self._execute(
             "SELECT id FROM interactions INDEXED BY interactions_forgotten"
-            " WHERE retained = 0 AND event_time < ? ORDER BY event_time LIMIT ?",
+            " WHERE retained = 0 AND open_preferences = 0 AND event_time < ?"
+            " ORDER BY event_time LIMIT ?",
             (before, limit),
         ).fetchall()
         pruned = 0

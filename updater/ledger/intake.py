@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from daemon.stream import Gap, GapCause, Record
 from updater.ledger.fates import Fates
-from updater.ledger.joins import Arrival, Joins, Parsed
+from updater.ledger.joins import Joins
+from updater.ledger.rules import Arrival, Parsed
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 from daemon.events import Release
 from daemon.stream import Topic
-from updater.credit import Baselines
+from updater.baselines import Baselines
 from updater.ledger.accounting import Accounting, audit, read_accounting
 from updater.ledger.database import Database
 
@@ -115,6 +115,25 @@ class LedgerReader:
     def count_rejections(self) -> int:
         """Candidates that the bound or the gate refused."""
         return int(self._database.rows("SELECT count(*) FROM rejections")[0][0])
+
+    def policy_versions_referenced(self) -> set[int]:
+        """Versions that wrote a reply which may still be trained on: keep their adapters.
+
+        A reply may be until the horizon has passed it by, also after a first release has learned
+        from it: others may still speak of it.
+        """
+        # A seek for each version; DISTINCT would walk over all replies.
+        return {
+            int(version)
+            for (version,) in self._database.rows(
+                "WITH RECURSIVE known (version) AS ("
+                " SELECT min(version) FROM behaviour_policies UNION ALL"
+                " SELECT (SELECT min(b.version) FROM behaviour_policies b"
+                "  WHERE b.version > known.version)"
+                " FROM known WHERE known.version IS NOT NULL)"
+                " SELECT version FROM known WHERE version IS NOT NULL"
+            )
+        }
 
     def unpublished(self) -> list[Release]:
         """Releases that nobody has heard of yet, ascending."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-SCHEMA_NUMBER = 1
+SCHEMA_NUMBER = 2
 
 
 class InteractionState(StrEnum):
@@ -27,17 +27,17 @@ class FeedbackState(StrEnum):
     """Where a row of ``feedback`` is. Those with ``head = 1`` are their rater's word so far."""
 
     WAITING = "waiting"
-    """Its interaction was not read yet."""
+    """Its interaction was not read yet, or the other one that it names."""
     READY = "ready"
     """A member of an example that waits for a batch (always head)."""
     TRAINED = "trained"
     REJECTED = "rejected"
     UNUSABLE = "unusable"
-    """Its interaction is not trainable."""
+    """Its interaction, or the other one that it names, is not trainable."""
     SETTLED = "settled"
     """Declared not trainable after it was ready."""
     CLOSED = "closed"
-    """Late, expired, superseded, or of a kind that is not learned from: kept to know repeats."""
+    """Late, expired, superseded, or without credit: kept to know repeats."""
 
 
 TABLES = """
@@ -108,15 +108,18 @@ CREATE TABLE interactions (
     untrainable TEXT,                        -- a Reason, or NULL
     event_time REAL NOT NULL,                -- cut at arrival; awaited: of the last feedback
     arrived_at REAL NOT NULL,
-    policy_version INTEGER NOT NULL,
+    prompt BLOB,                             -- digest, while retained
     tokens INTEGER NOT NULL,                 -- prompt and completion
     measurable INTEGER NOT NULL,             -- its tokens may measure a divergence
-    open_ratings INTEGER NOT NULL DEFAULT 0, -- feedback in state ready
+    open_ratings INTEGER NOT NULL DEFAULT 0, -- feedback on it in state ready
+    open_preferences INTEGER NOT NULL DEFAULT 0, -- waiting or ready, naming it on either side
     retained INTEGER NOT NULL                -- the body is here and ratings are accepted
 ) STRICT;
 CREATE INDEX interactions_ready ON interactions (event_time, key) WHERE open_ratings > 0;
-CREATE INDEX interactions_idle ON interactions (event_time) WHERE retained = 1 AND open_ratings = 0;
-CREATE INDEX interactions_forgotten ON interactions (event_time) WHERE retained = 0;
+CREATE INDEX interactions_idle ON interactions (event_time)
+    WHERE retained = 1 AND open_ratings = 0 AND open_preferences = 0;
+CREATE INDEX interactions_forgotten ON interactions (event_time)
+    WHERE retained = 0 AND open_preferences = 0;
 CREATE TRIGGER ready_more AFTER UPDATE OF open_ratings ON interactions
 WHEN OLD.open_ratings = 0 AND NEW.open_ratings > 0 BEGIN
     UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE name = 'ready_examples';
@@ -124,6 +127,18 @@ END;
 CREATE TRIGGER ready_fewer AFTER UPDATE OF open_ratings ON interactions
 WHEN OLD.open_ratings > 0 AND NEW.open_ratings = 0 BEGIN
     UPDATE meta SET value = CAST(value AS INTEGER) - 1 WHERE name = 'ready_examples';
+END;
+
+-- Which policies wrote a reply that may still be trained on: their adapters must be kept.
+CREATE TABLE behaviour_policies (
+    interaction INTEGER NOT NULL REFERENCES interactions (id),
+    version INTEGER NOT NULL,
+    PRIMARY KEY (interaction, version)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX behaviour_policies_by_version ON behaviour_policies (version);
+CREATE TRIGGER no_longer_trainable AFTER UPDATE OF retained, untrainable ON interactions
+WHEN NEW.retained = 0 OR NEW.untrainable IS NOT NULL BEGIN
+    DELETE FROM behaviour_policies WHERE interaction = NEW.id;
 END;
 
 CREATE TABLE interaction_bodies (
@@ -134,8 +149,10 @@ CREATE TABLE interaction_bodies (
 CREATE TABLE feedback (
     id INTEGER PRIMARY KEY,
     interaction INTEGER NOT NULL REFERENCES interactions (id),
+    over INTEGER,                            -- preference: interactions.id of the reply that lost
     feedback_id TEXT NOT NULL,
     rater TEXT NOT NULL,
+    aspect TEXT NOT NULL,                    -- of one rater and aspect, the last word counts
     position INTEGER NOT NULL,
     offset INTEGER NOT NULL,
     event_time REAL NOT NULL,                -- never after arrival
@@ -144,9 +161,23 @@ CREATE TABLE feedback (
     head INTEGER NOT NULL DEFAULT 0,
     UNIQUE (interaction, feedback_id)
 ) STRICT;
-CREATE UNIQUE INDEX feedback_heads ON feedback (interaction, rater) WHERE head = 1;
+CREATE UNIQUE INDEX feedback_heads ON feedback (interaction, rater, aspect) WHERE head = 1;
+CREATE INDEX feedback_over ON feedback (over) WHERE over IS NOT NULL;
 CREATE INDEX feedback_waiting ON feedback (arrived_at) WHERE state = 'waiting';
 CREATE INDEX feedback_ready ON feedback (arrived_at) WHERE state = 'ready';
+
+-- A preference holds both of its replies until it is decided.
+CREATE TRIGGER preference_opened AFTER INSERT ON feedback
+WHEN NEW.over IS NOT NULL AND NEW.state = 'waiting' BEGIN
+    UPDATE interactions SET open_preferences = open_preferences + 1
+        WHERE id IN (NEW.interaction, NEW.over);
+END;
+CREATE TRIGGER preference_closed AFTER UPDATE OF state ON feedback
+WHEN NEW.over IS NOT NULL AND OLD.state IN ('waiting', 'ready')
+    AND NEW.state NOT IN ('waiting', 'ready') BEGIN
+    UPDATE interactions SET open_preferences = open_preferences - 1
+        WHERE id IN (NEW.interaction, NEW.over);
+END;
 
 CREATE TABLE feedback_bodies (
     id INTEGER PRIMARY KEY,

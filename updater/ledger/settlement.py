@@ -42,6 +42,9 @@ class Outcome:
         return self.fate is Fate.NOT_TRAINABLE and self.reason not in OF_THE_BATCH
 
 
+_OUTRANKED = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, Reason.OUTRANKED_SIGNAL)
+
+
 class Settlement:
     """Writes outcomes, inside one transaction."""
 
@@ -104,20 +107,26 @@ class Settlement:
                 raise LedgerError(f"example {example_id} was decided before") from error
             for rating in claim.feedback:
                 self._settle_rating(rating, outcome)
+            for rating in claim.outranked:
+                self._settle_rating(rating, _OUTRANKED)
             self._settle_interaction(claim.interaction, outcome)
+            if outcome.fate is not Fate.NOT_TRAINABLE:
+                for loser in claim.over:
+                    self._decide(loser, outcome)
 
     def _settle_rating(self, rating: int, outcome: Outcome) -> None:
         row = self._execute(
-            "SELECT interaction, rater, position, offset, state, head FROM feedback WHERE id = ?",
+            "SELECT interaction, rater, aspect, position, offset, state, head FROM feedback"
+            " WHERE id = ?",
             (rating,),
         ).fetchone()
-        if row is None or row[4] in (FeedbackState.TRAINED, FeedbackState.REJECTED):
+        if row is None or row[5] in (FeedbackState.TRAINED, FeedbackState.REJECTED):
             raise LedgerError("a rating of this batch was decided before: discard the batch")
-        interaction, rater, position, offset, _, head = row
+        interaction, rater, aspect, position, offset, _, head = row
         is_head = bool(head)
         if outcome.fate is Fate.TRAINED and not is_head:
             # The rater spoke again while the batch was in training: too late for that word.
-            self._close_head(interaction, rater)
+            self._close_head(interaction, rater, aspect)
             is_head = True
         self._execute(
             "UPDATE feedback SET state = ?, head = ? WHERE id = ?", (outcome.state, is_head, rating)
@@ -125,11 +134,12 @@ class Settlement:
         self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
         self._fates.move(position, offset, outcome.fate, outcome.reason, outcome.decided_by)
 
-    def _close_head(self, interaction: int, rater: str) -> None:
+    def _close_head(self, interaction: int, rater: str, aspect: str) -> None:
         for identity, position, offset in self._execute(
             "UPDATE feedback SET head = 0, state = 'closed'"
-            " WHERE interaction = ? AND rater = ? AND head = 1 RETURNING id, position, offset",
-            (interaction, rater),
+            " WHERE interaction = ? AND rater = ? AND aspect = ? AND head = 1"
+            " RETURNING id, position, offset",
+            (interaction, rater, aspect),
         ).fetchall():
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
             self._fates.move(position, offset, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
@@ -137,12 +147,11 @@ class Settlement:
     def _settle_interaction(self, identity: int, outcome: Outcome) -> None:
         if outcome.condemns_the_reply:
             self._condemn(identity, outcome.reason)
-        self._execute(
-            "UPDATE interactions SET open_ratings = (SELECT count(*) FROM feedback"
-            " WHERE interaction = ?1 AND head = 1 AND state = 'ready') WHERE id = ?1",
-            (identity,),
-        )
-        # An interaction keeps the first fate that was decided of it.
+        self._recount(identity)
+        self._decide(identity, outcome)
+
+    def _decide(self, identity: int, outcome: Outcome) -> None:
+        """An interaction keeps the first fate that was decided of it."""
         pending = self._execute(
             "UPDATE interactions SET state = ? WHERE id = ? AND state = ?"
             " RETURNING position, offset",
@@ -153,15 +162,25 @@ class Settlement:
             self._fates.move(position, offset, outcome.fate, outcome.reason, outcome.decided_by)
 
     def _condemn(self, identity: int, reason: Reason) -> None:
-        """Ratings that came since the batch was made share the reply's fate."""
+        """Feedback that came since the batch was made shares the reply's fate, and so do
+        preferences over it."""
         self._execute("UPDATE interactions SET untrainable = ? WHERE id = ?", (reason, identity))
-        for rating, position, offset in self._execute(
-            "UPDATE feedback SET state = ? WHERE interaction = ? AND head = 1 AND state = 'ready'"
-            " RETURNING id, position, offset",
-            (FeedbackState.UNUSABLE, identity),
-        ).fetchall():
-            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
-            self._fates.move(position, offset, Fate.NOT_TRAINABLE, reason)
+        for side in ("interaction", "over"):
+            for rating, of, position, offset in self._execute(
+                f"UPDATE feedback SET state = ? WHERE {side} = ? AND head = 1 AND state = 'ready'"
+                " RETURNING id, interaction, position, offset",
+                (FeedbackState.UNUSABLE, identity),
+            ).fetchall():
+                self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
+                self._fates.move(position, offset, Fate.NOT_TRAINABLE, reason)
+                self._recount(of)
+
+    def _recount(self, identity: int) -> None:
+        self._execute(
+            "UPDATE interactions SET open_ratings = (SELECT count(*) FROM feedback"
+            " WHERE interaction = ?1 AND head = 1 AND state = 'ready') WHERE id = ?1",
+            (identity,),
+        )
 
 
 def check_release(

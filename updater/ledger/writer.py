@@ -20,7 +20,7 @@ from typing import Any
 
 from daemon.events import Fate, Reason, Release
 from daemon.stream import Gap
-from updater.credit import Baselines
+from updater.baselines import Baselines
 from updater.ledger.database import (
     Database,
     LedgerError,
@@ -32,8 +32,8 @@ from updater.ledger.examples import Claim, read_ready, read_traffic
 from updater.ledger.expiry import Expired, Expiry
 from updater.ledger.fates import Fates, count
 from updater.ledger.intake import Intake
-from updater.ledger.joins import Parsed
 from updater.ledger.reader import LedgerReader
+from updater.ledger.rules import Parsed
 from updater.ledger.schema import FeedbackState
 from updater.ledger.settlement import Outcome, Settlement, check_release
 from updater.values import Example, TokenSequence
@@ -174,7 +174,9 @@ class Ledger(LedgerReader):
     # --- what is learned from -----------------------------------------------------------------
 
     def ready_examples(self, limit: int) -> list[Example]:
-        """The oldest examples that wait for a batch; they stay ready until they are decided.
+        """Old and fresh examples that wait for a batch; they stay ready until they are decided.
+
+        Half of them are the oldest, the others are spread over the rest by age.
 
         The ledger remembers which ratings it handed out under each id. A rating that arrives in
         the meantime is not part of the decision.
@@ -204,7 +206,8 @@ class Ledger(LedgerReader):
             exclude: example ids of the batch at hand.
             max_tokens: prompt and completion; longer ones are passed over.
         """
-        excluded = {self._claims[name].interaction for name in exclude if name in self._claims}
+        claims = [self._claims[name] for name in exclude if name in self._claims]
+        excluded = {identity for claim in claims for identity in (claim.interaction, *claim.over)}
         with self._database.snapshot() as connection:
             return read_traffic(connection, limit, max_tokens, excluded)
 

@@ -1,0 +1,138 @@
+"""Which feedback belongs to which reply: the rules. Pure.
+
+They depend on what an event says and on when it arrived at the broker, never on the order in
+which it is read: the same events shuffled, repeated or interleaved give the same examples.
+
+* The same interaction, or the same feedback id for it, again: ``duplicate/repeated_event``.
+* Feedback that arrived more than a horizon after its interaction's event time: ``late``. An
+  interaction that arrived more than a horizon after feedback for it: that feedback ``expired``.
+* Of one rater's words on one aspect of a reply (``Feedback.aspect``) the last counts (event time,
+  then feedback id); the others are ``duplicate/superseded_rating``. Once it is in the weights, all
+  others of that rater and aspect are ``duplicate/already_trained``.
+* An interaction that no gradient follows from still joins; its feedback gets its reason.
+* A preference names two interactions. It is judged once both are there, by the same rules against
+  each, and the two must answer one prompt.
+
+Event times are what clients' clocks say, so they are cut at arrival, and lateness is judged by
+arrival alone: a clock that is a day off cannot move a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from daemon.events import Fate, Feedback, Interaction, Reason
+from daemon.stream import Record
+from updater.ledger.schema import FeedbackState, InteractionState
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A consumed record and what it turned out to be."""
+
+    record: Record
+    event: Interaction | Feedback | None
+    """None: unreadable, and already acknowledged by the dead-letter topic."""
+    reason: Reason = Reason.NONE
+    """Unreadable: why. Readable: why no gradient follows from it, or ``NONE``."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Where and when a record came in."""
+
+    position: int
+    offset: int
+    at: float
+    """When the broker got it, Unix seconds; never after now."""
+
+    @classmethod
+    def of(cls, record: Record, position: int, now: float) -> Arrival:
+        """A record without a timestamp, or with one in the future, arrived now."""
+        stamped = record.timestamp_ms / 1000 if record.timestamp_ms > 0 else now
+        return cls(position, record.offset, min(stamped, now))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a join needs of an interaction."""
+
+    id: int
+    state: InteractionState
+    event_time: float
+    arrived_at: float
+    untrainable: Reason | None
+    retained: bool
+    prompt: bytes | None
+    """``prompt_digest`` of it; None where it is not retained."""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What a join needs of a row of feedback."""
+
+    id: int
+    interaction: int
+    over: int | None
+    feedback_id: str
+    rater: str
+    aspect: str
+    position: int
+    offset: int
+    event_time: float
+    arrived_at: float
+    state: FeedbackState
+
+    @property
+    def order(self) -> tuple[float, str]:
+        """The last of these is its rater's word."""
+        return (self.event_time, self.feedback_id)
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """What becomes of one rating."""
+
+    state: FeedbackState
+    fate: Fate
+    reason: Reason
+
+    @property
+    def is_head(self) -> bool:
+        return self.state in (FeedbackState.READY, FeedbackState.UNUSABLE)
+
+
+def prompt_digest(token_ids: Sequence[int]) -> bytes:
+    """Tells prompts apart without keeping them; 16 bytes."""
+    return hashlib.blake2b(repr(tuple(token_ids)).encode(), digest_size=16).digest()
+
+
+def rule(
+    rating: Rating, of: Known, over: Known | None, head: Rating | None, horizon_seconds: float
+) -> Ruling:
+    """What becomes of ``rating`` once every interaction that it names is known.
+
+    Args:
+        over: of a preference: the reply that lost.
+        head: the same rater's word on the same aspect so far, if any.
+    """
+    closed = FeedbackState.CLOSED
+    named = (of,) if over is None else (of, over)
+    if any(one.arrived_at > rating.arrived_at + horizon_seconds for one in named):
+        return Ruling(closed, Fate.EXPIRED, Reason.NO_INTERACTION)
+    if any(
+        not one.retained or rating.arrived_at > one.event_time + horizon_seconds for one in named
+    ):
+        return Ruling(closed, Fate.LATE, Reason.NONE)
+    if head is not None and head.state is FeedbackState.TRAINED:
+        return Ruling(closed, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
+    if head is not None and rating.order < head.order:
+        return Ruling(closed, Fate.DUPLICATE, Reason.SUPERSEDED_RATING)
+    unusable = next((one.untrainable for one in named if one.untrainable is not None), None)
+    if unusable is None and over is not None and over.prompt != of.prompt:
+        unusable = Reason.PROMPTS_DIFFER
+    if unusable is not None:
+        return Ruling(FeedbackState.UNUSABLE, Fate.NOT_TRAINABLE, unusable)
+    return Ruling(FeedbackState.READY, Fate.PENDING, Reason.NONE)
