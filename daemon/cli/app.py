@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Annotated
 
 import typer
@@ -15,6 +15,9 @@ from daemon.cli import doctor, look, operate, run
 from daemon.cli.common import CommandError, err
 from daemon.http import PortUnavailable, Unreachable
 from daemon.settings import SettingsError
+
+EXTENSIONS = "moorline.commands"
+"""Entry points of packages that this one must not import: each is called with the app."""
 
 EXPECTED = (CommandError, SettingsError, StoreError, Unreachable, PortUnavailable)
 
@@ -53,6 +56,8 @@ run.register(app)
 look.register(app)
 operate.register(app)
 doctor.register(app)
+for extension in entry_points(group=EXTENSIONS):
+    extension.load()(app)
 
 
 def main() -> None:
