@@ -26,7 +26,9 @@ from daemon.durable import make_directory, sync_directory, temporary_beside
 VERSION_HEADER = "x-moorline-policy-version"
 NO_STORE_HEADER = "x-moorline-no-store"
 TENANT_HEADER = "x-moorline-tenant"
+TASK_HEADER = "x-moorline-task"
 DEFAULT_TENANT = "default"
+DEFAULT_TASK = "default"
 MAX_LABEL_CHARACTERS = 200
 
 _YES = frozenset({"1", "true", "yes"})
@@ -40,6 +42,8 @@ class RequestContext:
 
     scope: Scope
     tenant: str = DEFAULT_TENANT
+    task: str = DEFAULT_TASK
+    """What kind of request it is, in the client's words; never guessed from the prompt."""
     user: str | None = None
     """A pseudonym: keyed hash of the body's `user`."""
     opted_out: bool = False
@@ -138,6 +142,7 @@ class RequestMiddleware:
         context = RequestContext(scope)
         headers = Headers(scope=scope)
         context.tenant = headers.get(TENANT_HEADER, DEFAULT_TENANT)[:MAX_LABEL_CHARACTERS]
+        context.task = headers.get(TASK_HEADER, DEFAULT_TASK)[:MAX_LABEL_CHARACTERS]
         context.opted_out = headers.get(NO_STORE_HEADER, "").strip().lower() in _YES
         if "json" in headers.get("content-type", "json"):
             body, receive = await _read_body(receive)

@@ -207,6 +207,7 @@ class Recorder:
                 choice=recording.first_choice + index,
                 alias=self._alias,
                 tenant=recording.context.tenant,
+                task=recording.context.task,
                 user=recording.context.user,
                 created_at=now,
                 latency_seconds=max(0.0, now - recording.context.started_at),

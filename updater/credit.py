@@ -33,7 +33,7 @@ from updater.influence import (
     MAX_TENANT_SHARE,
     Voice,
     largest_share,
-    voice_weights,
+    voice_caps,
 )
 from updater.values import Correction, CreditedExample, Example, Preference
 
@@ -222,7 +222,7 @@ class _Hearing:
                 voice = _voice(example, one)
                 pieces[voice].append(_weight_of_kind(one) * self._trust[voice])
         self._amounts = {voice: math.fsum(weights) for voice, weights in pieces.items()}
-        self._caps = voice_weights(self._amounts, max_rater_share, max_tenant_share)
+        self._caps = voice_caps(self._amounts, self._trust, max_rater_share, max_tenant_share)
 
     def weight(self, example: Example, feedback: Feedback) -> float:
         """In (0, 1]."""

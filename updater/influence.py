@@ -2,8 +2,8 @@
 
 A *voice* is a (tenant, rater). Inside a tenant no rater has more than a share of the tenant's
 weight, and in the batch no tenant has more than a share of all weight; where there are too few
-raters or tenants for that, the shares are equal. Caps only ever lower a weight, and a tenant's cap
-lowers all its raters alike, so that both bounds hold at once.
+raters or tenants for that, the shares are equal (raters': as the trust in them). Caps only ever
+lower a weight, and a tenant's cap lowers all its raters alike, so that both bounds hold at once.
 """
 
 from __future__ import annotations
@@ -31,44 +31,52 @@ class Voice(NamedTuple):
 
 def capped(
     amounts: Mapping[str, float],  # name -> what it would weigh, each > 0
-    max_share: float,
+    shares: Mapping[str, float],  # name -> the largest share it may have; together at least 1
 ) -> dict[str, float]:
-    """A factor in (0, 1] for each, so that none weighs more than a share of all that is left.
+    """A factor in (0, 1] for each, so that none weighs more than its share of all that is left."""
 
-    The share is ``max_share``, or an equal one where there are too few names for that.
-    """
-    share = max(max_share, 1.0 / len(amounts)) if amounts else 1.0
-    heaviest_first = sorted(amounts, key=lambda name: (-amounts[name], name))
-    lightest_first = [amounts[name] for name in reversed(heaviest_first)]
-    rests = list(accumulate(lightest_first))[::-1]  # of each name and all that are lighter
-    limit = math.inf
-    for cut, (name, rest) in enumerate(zip(heaviest_first, rests, strict=True)):
-        # With `cut` names at the limit L and the rest free: L = share * (cut * L + rest).
-        left = 1.0 - share * cut
-        if left <= 1e-9:
-            limit = amounts[name]  # all cut: everybody weighs as much as the lightest of them
-            continue
-        limit = share * rest / left
-        if amounts[name] <= limit * (1 + 1e-9):
+    def crowding(name: str) -> float:
+        return amounts[name] / shares[name]
+
+    worst_first = sorted(amounts, key=lambda name: (-crowding(name), name))
+    rests = list(accumulate(amounts[name] for name in reversed(worst_first)))[::-1]
+    whole, cut_share = math.inf, 0.0
+    for name, rest in zip(worst_first, rests, strict=True):
+        # With the names before it at their shares and the rest free: whole = cut * whole + rest.
+        left = 1.0 - cut_share
+        whole = rest / left if left > 1e-9 else crowding(name)
+        if crowding(name) <= whole * (1 + 1e-9):
             break
-    return {name: min(1.0, limit / amount) for name, amount in amounts.items()}
+        cut_share += shares[name]
+    return {name: min(1.0, whole / crowding(name)) for name in amounts}
 
 
-def voice_weights(
+def fair_shares(standing: Mapping[str, float], max_share: float) -> dict[str, float]:
+    """``max_share`` for each, or the share that its standing (above 0) gives it if that is more."""
+    whole = math.fsum(standing.values())
+    return {name: max(max_share, one / whole) for name, one in standing.items()}
+
+
+def voice_caps(
     amounts: Mapping[Voice, float],  # voice -> what it would weigh in this batch, each > 0
+    trust: Mapping[Voice, float],  # in (0, 1]; already in the amounts
     max_rater_share: float = MAX_RATER_SHARE,
     max_tenant_share: float = MAX_TENANT_SHARE,
 ) -> dict[Voice, float]:
-    """A factor in (0, 1] for each voice: both caps at once."""
+    """A factor in (0, 1] for each voice: both caps at once.
+
+    Where raters are too few for ``max_rater_share``, their shares are as their trust is, so that
+    making them equal does not undo the distrust in one of them.
+    """
     tenants: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for voice, amount in amounts.items():
         tenants[voice.tenant][voice.rater] = amount
-    of_raters = {name: capped(raters, max_rater_share) for name, raters in tenants.items()}
-    left = {
-        name: math.fsum(amount * of_raters[name][rater] for rater, amount in raters.items())
-        for name, raters in tenants.items()
-    }
-    of_tenants = capped(left, max_tenant_share)
+    of_raters, left = {}, {}
+    for tenant, raters in tenants.items():
+        standing = {rater: trust[Voice(tenant, rater)] for rater in raters}
+        caps = of_raters[tenant] = capped(raters, fair_shares(standing, max_rater_share))
+        left[tenant] = math.fsum(amount * caps[rater] for rater, amount in raters.items())
+    of_tenants = capped(left, fair_shares(dict.fromkeys(left, 1.0), max_tenant_share))
     return {
         voice: of_raters[voice.tenant][voice.rater] * of_tenants[voice.tenant] for voice in amounts
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -146,9 +146,23 @@ def feedback(
         tuple[float, float],
         typer.Option("--range", metavar="MIN MAX", help="What score is out of."),
     ] = (0.0, 1.0),
+    correction: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The reply that you wanted instead.")
+    ] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="You prefer it over this reply to the same prompt."),
+    ] = None,
+    over_choice: Annotated[
+        int, typer.Option(min=0, help="Which choice of that reply, for n > 1.")
+    ] = 0,
+    signal: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What somebody did with it: a name in learning.signals."),
+    ] = None,
     choice: Annotated[int, typer.Option(min=0, help="Which choice, for n > 1.")] = 0,
     rater: Annotated[
-        str, typer.Option(help="Who says so; the last rating of one rater counts.")
+        str, typer.Option(help="Who says so; the last word of one rater of each kind counts.")
     ] = "cli",
     kafka: Annotated[
         bool, typer.Option("--kafka", help="Produce to the feedback topic, without the server.")
@@ -157,26 +171,41 @@ def feedback(
     state_dir: StateDirOption = None,
     assignments: SetOption = None,
 ) -> None:
-    """Rate a reply.
+    """Rate or correct a reply, prefer it over another, or report a signal.
 
     [bold]Examples[/]
 
       moorline feedback chatcmpl-8f3a --thumbs up
       moorline feedback chatcmpl-8f3a --score 4 --range 1 5 --rater ana
+      moorline feedback chatcmpl-8f3a --correction "A glacier is a river of ice."
+      moorline feedback chatcmpl-8f3a --over chatcmpl-77b1
+      moorline feedback chatcmpl-8f3a --choice 1 --over chatcmpl-8f3a --over-choice 0
+      moorline feedback chatcmpl-8f3a --signal copied
       moorline feedback chatcmpl-8f3a --thumbs down --kafka
     """
-    if (thumbs is None) == (score is None):
-        raise typer.BadParameter("give exactly one of --thumbs and --score")
+    said: dict[FeedbackKind, dict[str, Any]] = {
+        FeedbackKind.THUMBS: {"value": thumbs and {"up": 1.0, "down": -1.0}[thumbs]},
+        FeedbackKind.SCORE: {"value": score},
+        FeedbackKind.CORRECTION: {"text": correction},
+        FeedbackKind.PREFERENCE: {"over": over},
+        FeedbackKind.SIGNAL: {"signal": signal},
+    }
+    given = [kind for kind, fields in said.items() if None not in fields.values()]
+    if len(given) != 1:
+        raise typer.BadParameter(
+            "give exactly one of --thumbs, --score, --correction, --over and --signal"
+        )
     settings = settings_from(config, assignments, state_dir=state_dir)
     try:
         event = Feedback(
             interaction_id=interaction_id,
             choice=choice,
-            kind=FeedbackKind.THUMBS if thumbs else FeedbackKind.SCORE,
-            value=score if thumbs is None else {"up": 1.0, "down": -1.0}[thumbs],
+            kind=given[0],
             score_min=score_range[0],
             score_max=score_range[1],
+            over_choice=over_choice,
             rater=rater,
+            **said[given[0]],
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -193,6 +222,9 @@ def feedback(
             api_key=api_key(settings),
         )
     say(f"Accepted by {where} as {event.feedback_id}")
+    if event.signal is not None and event.signal not in settings.learning.signals:
+        known = ", ".join(sorted(settings.learning.signals))
+        say(f"It teaches nothing unless learning.signals gives it a reward; here: {known}.")
 
 
 def _produce(settings: Settings, event: Feedback) -> str:

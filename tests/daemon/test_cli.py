@@ -29,6 +29,7 @@ from daemon.events import (
     Decision,
     Divergence,
     Feedback,
+    FeedbackKind,
     Release,
     ReleaseKind,
     Verdict,
@@ -285,6 +286,7 @@ def test_wrong_usage_exits_2(state: Path) -> None:
         ["feedback", "chatcmpl-1"],
         ["feedback", "chatcmpl-1", "--thumbs", "sideways"],
         ["feedback", "chatcmpl-1", "--thumbs", "up", "--score", "1"],
+        ["feedback", "chatcmpl-1", "--correction", "so", "--signal", "copied"],
         ["rollback", "--to", "-1"],
     ):
         moorline(*arguments, state=state, code=2)
@@ -475,6 +477,24 @@ def test_feedback_goes_through_the_server(state: Path, server: Server) -> None:
     assert (thumbs.interaction_id, thumbs.value) == ("chatcmpl-1", -1)
     assert (score.value, score.score_min, score.score_max) == (4, 1, 5)
     assert (score.choice, score.rater) == (1, "ana")
+
+
+def test_every_kind_of_feedback_can_be_given(state: Path, server: Server) -> None:
+    port = {"MOORLINE_SERVING__PORT": server.port}
+    moorline("feedback", "chatcmpl-1", "--correction", "Say it so.", state=state, **port)
+    arguments = ["--choice", "1", "--over", "chatcmpl-1", "--over-choice", "2"]
+    moorline("feedback", "chatcmpl-1", *arguments, state=state, **port)
+    text = moorline("feedback", "chatcmpl-1", "--signal", "copied", state=state, **port)
+    assert "teaches nothing" not in text
+    correction, preference, signal = (Feedback.model_validate(body) for body in server.posted)
+    assert (correction.kind, correction.text) == (FeedbackKind.CORRECTION, "Say it so.")
+    assert (preference.key, preference.over_key) == ("chatcmpl-1/1", "chatcmpl-1/2")
+    assert (signal.kind, signal.signal) == (FeedbackKind.SIGNAL, "copied")
+    text = moorline("feedback", "chatcmpl-1", "--signal", "sneezed", state=state, **port)
+    assert "abandoned, copied" in text
+    text = refusal("feedback", "chatcmpl-1", "--over", "chatcmpl-1", state=state, **port)
+    assert "another reply than itself" in text
+    assert "needs text" in refusal("feedback", "a", "--correction", " ", state=state, **port)
 
 
 def test_feedback_that_is_not_kept_is_one_line(state: Path, server: Server) -> None:

@@ -52,6 +52,7 @@ def interactions(draw: st.DrawFn) -> Interaction:
         choice=draw(st.integers(0, 9)),
         alias=draw(identifiers),
         tenant=draw(short_texts),
+        task=draw(short_texts),
         user=draw(st.none() | short_texts),
         created_at=draw(unix_seconds),
         latency_seconds=draw(st.floats(0, 1e4)),
@@ -89,9 +90,10 @@ def ratings(draw: st.DrawFn) -> Feedback:
             if low == high:
                 common |= {"score_min": 0.0, "score_max": 1.0, "value": 0.5}
         case FeedbackKind.CORRECTION:
-            common["text"] = draw(short_texts.filter(bool))
+            common["text"] = draw(short_texts.filter(str.strip))
         case FeedbackKind.PREFERENCE:
-            common["over"] = draw(identifiers)
+            common["over"] = draw(identifiers.filter(lambda over: over != common["interaction_id"]))
+            common["over_choice"] = draw(st.integers(0, 9))
         case FeedbackKind.SIGNAL:
             common["signal"] = draw(short_texts.filter(bool))
     return Feedback(kind=kind, **common)
@@ -191,7 +193,12 @@ def test_noise_is_refused_and_never_crashes(noise: bytes) -> None:
         {"kind": "score", "value": float("nan")},
         {"kind": "correction"},
         {"kind": "correction", "text": ""},
+        {"kind": "correction", "text": " \n\t "},
+        {"kind": "correction", "text": "x" * 100_001},
         {"kind": "preference"},
+        {"kind": "preference", "over": "chatcmpl-1"},
+        {"kind": "preference", "over": "chatcmpl-1", "over_choice": 3, "choice": 3},
+        {"kind": "preference", "over": "chatcmpl-2", "over_choice": -1},
         {"kind": "signal"},
         {"kind": "applause"},
         {"interaction_id": ""},
@@ -206,6 +213,22 @@ def test_noise_is_refused_and_never_crashes(noise: bytes) -> None:
 def test_feedback_that_means_nothing_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Feedback.model_validate(thumbs(**fields))
+
+
+def test_each_kind_speaks_of_an_aspect_of_its_own() -> None:
+    said = [
+        thumbs(),
+        thumbs(kind="correction", text="so"),
+        thumbs(kind="preference", over="chatcmpl-2"),
+        thumbs(kind="preference", over="chatcmpl-2", over_choice=1),
+        thumbs(kind="preference", over="chatcmpl-1", over_choice=1),
+        thumbs(kind="signal", signal="copied"),
+        thumbs(kind="signal", signal="edited"),
+    ]
+    assert len({Feedback.model_validate(fields).aspect for fields in said}) == len(said)
+    score = Feedback.model_validate(thumbs(kind="score", over="chatcmpl-2"))
+    assert score.aspect == Feedback.model_validate(thumbs()).aspect
+    assert score.over_key is None
 
 
 def test_feedback_without_an_id_gets_its_own() -> None:

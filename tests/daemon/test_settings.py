@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from daemon.settings import Settings, SettingsError, child_environment, load_settings
+from daemon.settings import SIGNALS, Settings, SettingsError, child_environment, load_settings
 from daemon.settings_sources import leaves, variable_of
 
 # What an environment can carry: any text without NUL that is valid UTF-8.
@@ -50,7 +50,12 @@ def trees() -> st.SearchStrategy[dict[str, Any]]:
                 },
             ),
             "learning": st.fixed_dictionaries(
-                {}, optional={"learning_rate": positive, "threads": st.none() | st.integers(1, 64)}
+                {},
+                optional={
+                    "learning_rate": positive,
+                    "threads": st.none() | st.integers(1, 64),
+                    "signals": st.dictionaries(texts, st.floats(-1, 1), max_size=3),
+                },
             ),
         },
     )
@@ -200,6 +205,22 @@ def test_list_is_json_from_the_command_line_too() -> None:
     loaded = load_settings(overrides={"serving.vllm_args": '["--flag"]'}, environment={})
     assert loaded.serving.vllm_args == ("--flag",)
     assert "hunter2" not in error_of(overrides={"serving.vllm_args": "--hf-token hunter2"})
+
+
+def test_the_rewards_of_signals_are_a_table_from_every_source(tmp_path: Path) -> None:
+    def signals(**sources: Any) -> dict[str, float]:
+        return load_settings(**{"environment": {}, **sources}).learning.signals
+
+    file = tmp_path / "moorline.toml"
+    file.write_text("[learning.signals]\nread_aloud = 0.25\n")
+    assert signals() == SIGNALS
+    assert signals(config=file) == {"read_aloud": 0.25}
+    variable = {"MOORLINE_LEARNING__SIGNALS": '{"copied": 1}'}
+    assert signals(config=file, environment=variable) == {"copied": 1.0}
+    line = {"learning.signals": '{"edited": -1}'}
+    assert signals(config=file, environment=variable, overrides=line) == {"edited": -1.0}
+    for wrong in ('{"copied": 1.5}', '{"copied": "NaN"}', '{"": 0}', "[0.5]", "copied=0.5"):
+        assert "learning.signals" in error_of(overrides={"learning.signals": wrong})
 
 
 def test_several_mistakes_are_counted() -> None:

@@ -75,7 +75,7 @@ def test_a_chat_reply_is_recorded_with_what_a_person_needs_to_rate_it(
         messages=MESSAGES,
         max_tokens=12,
         user="bob@example.org",
-        extra_headers={"x-moorline-tenant": "blue"},
+        extra_headers={"x-moorline-tenant": "blue", "x-moorline-task": "sql"},
     )
     reply = response.parse()
     (event,) = reload_server.tape.of(reply.id)
@@ -83,7 +83,8 @@ def test_a_chat_reply_is_recorded_with_what_a_person_needs_to_rate_it(
     assert len(event.prompt_token_ids) == reply.usage.prompt_tokens
     assert len(event.completion_token_ids) == reply.usage.completion_tokens
     assert event.finish_reason == reply.choices[0].finish_reason
-    assert (event.tenant, event.alias, event.streamed) == ("blue", "assistant", False)
+    assert (event.tenant, event.task) == ("blue", "sql")
+    assert (event.alias, event.streamed) == ("assistant", False)
     assert event.user is not None
     assert "bob" not in event.user
     assert reply.model == f"assistant@v{event.policy_version:06d}"

@@ -52,12 +52,24 @@ async def post(app: FastAPI, body: Any, **headers: str) -> httpx.Response:
 async def test_the_handler_gets_the_body_and_the_client_the_version() -> None:
     seen: list[RequestContext | None] = []
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
-    response = await post(app_with(seen), body, x_moorline_tenant="blue")
+    response = await post(app_with(seen), body, x_moorline_tenant="blue", x_moorline_task="sql")
     assert response.json() == body
     assert response.headers["x-moorline-policy-version"] == "42"
     (context,) = seen
     assert context is not None
-    assert (context.tenant, context.streamed, context.opted_out) == ("blue", True, False)
+    assert (context.tenant, context.task) == ("blue", "sql")
+    assert (context.streamed, context.opted_out) == (True, False)
+
+
+async def test_tenant_and_task_have_defaults_and_a_length() -> None:
+    seen: list[RequestContext | None] = []
+    app = app_with(seen)
+    await post(app, {})
+    await post(app, {}, x_moorline_tenant="t" * 900, x_moorline_task="t" * 900)
+    assert [(one.tenant, one.task) for one in seen if one] == [
+        ("default", "default"),
+        ("t" * 200, "t" * 200),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,31 @@ async def test_a_thumb_is_taken_under_either_name_of_the_id(shelf: Shelf, id_fie
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        {"kind": "thumbs", "value": -1},
+        {"kind": "score", "value": 4, "score_min": 1, "score_max": 5},
+        {"kind": "correction", "text": "A glacier is a river of ice."},
+        {"kind": "preference", "over": "chatcmpl-2"},
+        {"kind": "preference", "choice": 1, "over": "chatcmpl-1", "over_choice": 0},
+        {"kind": "signal", "signal": "copied"},
+    ],
+)
+async def test_every_kind_is_taken_as_it_was_sent(shelf: Shelf, body: dict[str, Any]) -> None:
+    assert (await post(shelf, json={"id": "chatcmpl-1", **body})).status_code == 202
+    (event,) = shelf.kept
+    assert event.model_dump(include=set(body)) == body
+
+
+@pytest.mark.parametrize(
     ("body", "word"),
     [
         ({"value": 1}, "interaction_id"),
         ({"id": "a", "value": 3}, "thumbs"),
         ({"id": "a", "kind": "score", "value": 9, "score_min": 1, "score_max": 5}, "score"),
+        ({"id": "a", "kind": "correction", "text": "  "}, "correction needs text"),
+        ({"id": "a", "kind": "preference", "over": "a"}, "another reply"),
+        ({"id": "a", "kind": "signal"}, "signal needs its name"),
         ({"id": "not an id", "value": 1}, "interaction_id"),
         ({"id": "a", "value": 1, "schema_version": "9.0"}, "schema version"),
         ([1], "JSON object"),
