@@ -139,10 +139,24 @@ class Policy:
         for group in micro_batches(sequences, micro_batch_tokens):
             logits, _ = self.completion_logits([sequences[index] for index in group])
             logprobs = logits.log_softmax(dim=-1)
-            sizes = [len(sequences[index].completion_token_ids) for index in group]
+            sizes = [sequences[index].tokens for index in group]
             for index, part in zip(group, torch.split(logprobs, sizes), strict=True):
                 results[index] = part
         return [part for part in results if part is not None]
+
+
+@torch.no_grad()
+def sampled_logprobs(
+    policy: Policy, sequences: Sequence[TokenSequence], micro_batch_tokens: int
+) -> list[Tensor]:  # one [completion tokens] each
+    """Untempered log-probability of each completion token, nats."""
+    results: dict[int, Tensor] = {}
+    for group in micro_batches(sequences, micro_batch_tokens):
+        logits, tokens = policy.completion_logits([sequences[index] for index in group])
+        chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+        sizes = [sequences[index].tokens for index in group]
+        results.update(zip(group, torch.split(chosen, sizes), strict=True))
+    return [results[index] for index in range(len(sequences))]
 
 
 def micro_batches(sequences: Sequence[TokenSequence], max_tokens: int) -> list[list[int]]:

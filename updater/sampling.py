@@ -2,10 +2,10 @@
 
 Pure. The order is vLLM's: temperature, min_p, top_k, then top_p on what is left, renormalised.
 
-With truncation the policy being trained has its own support, which under staleness differs from
-that of the behaviour policy; a sampled token outside it would have probability zero and teach
-nothing but infinities. So the support used is the policy's own *and* the sampled token: exact at
-lag 0, finite at any lag.
+With truncation a ratio compares two distributions on one support: that of the behaviour policy,
+which sampled the token. Give it as ``possible`` and p is renormalised on it, which is exact at any
+lag. Where it is not known, the policy's own support *and* the sampled token take its place: exact
+at lag 0, and never zero for what was sampled.
 """
 
 from __future__ import annotations
@@ -45,19 +45,42 @@ def processed_logprobs(
     logits: Tensor,  # [tokens, vocabulary]
     sampled: Tensor,  # [tokens], int64
     sampling: SamplingSettings,
+    possible: Tensor | None = None,  # [tokens, vocabulary], bool: the behaviour policy's support
 ) -> Tensor:  # [tokens], nats
     """Log-probability of each sampled token under the settings it was sampled with.
 
     Raises:
         ValueError: for temperature 0, where the policy is a point mass.
     """
+    scaled = _tempered(logits, sampling)
+    chosen = scaled.gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
+    return chosen - _truncated(scaled, sampled, sampling, possible).logsumexp(dim=-1)
+
+
+def processed_distribution(
+    logits: Tensor,  # [tokens, vocabulary]
+    sampled: Tensor,  # [tokens], int64
+    sampling: SamplingSettings,
+    possible: Tensor | None = None,  # [tokens, vocabulary], bool: the behaviour policy's support
+) -> Tensor:  # [tokens, vocabulary], nats; -inf outside the support
+    """The whole distribution that ``processed_logprobs`` reads one token of. Raises as it does."""
+    scaled = _tempered(logits, sampling)
+    return _truncated(scaled, sampled, sampling, possible).log_softmax(dim=-1)
+
+
+def _tempered(logits: Tensor, sampling: SamplingSettings) -> Tensor:
     if sampling.temperature <= 0.0:
         raise ValueError("temperature 0 has no sampling distribution")
-    scaled = logits / sampling.temperature if sampling.temperature != 1.0 else logits
-    chosen = scaled.gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
+    return logits / sampling.temperature if sampling.temperature != 1.0 else logits
+
+
+def _truncated(
+    scaled: Tensor, sampled: Tensor, sampling: SamplingSettings, possible: Tensor | None
+) -> Tensor:
+    """The logits of what is possible, -inf elsewhere; what was sampled is possible."""
     if not sampling.truncated:
-        return chosen - scaled.logsumexp(dim=-1)
+        return scaled
     with torch.no_grad():
-        possible = support(scaled, sampling)
-        possible.scatter_(-1, sampled.unsqueeze(-1), True)
-    return chosen - scaled.masked_fill(~possible, -torch.inf).logsumexp(dim=-1)
+        kept = support(scaled, sampling) if possible is None else possible
+        kept = kept.scatter(-1, sampled.unsqueeze(-1), True)
+    return scaled.masked_fill(~kept, -torch.inf)

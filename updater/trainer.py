@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load as safetensors_load
@@ -19,10 +20,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from daemon.settings import LearningSettings
-from updater.objectives import OBJECTIVES, measure, token_mean
+from updater import divergence
+from updater.behaviour import Archive, BehaviourPolicies, Rerun, token_divergence
+from updater.diagnostics import Observation
+from updater.hints import ChatTokens
+from updater.objectives import OBJECTIVES, Unusable, token_mean, why_unusable
 from updater.policy import AdapterState, Policy, micro_batches
-from updater.sampling import processed_logprobs
-from updater.values import Batch, CreditedExample, TokenSequence
+from updater.sampling import processed_distribution, processed_logprobs
+from updater.staleness import Look, look
+from updater.teacher import Lesson, Teacher
+from updater.values import Batch, CreditedExample, Example, TokenSequence, as_sequence
 
 OptimizerState = dict[str, Tensor]
 
@@ -32,7 +39,12 @@ class UnknownObjective(ValueError):
 
 
 class NonFiniteUpdate(ArithmeticError):
-    """A loss or gradient was NaN or infinite; the policy was left as it was."""
+    """A number of the batch, its loss or its gradient is no number to learn from; the policy was
+    left as it was."""
+
+
+class NothingToLearn(ValueError):
+    """Nothing in the batch would move the policy: not a rating, a correction or a preference."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,18 @@ class Proposal:
 class Trainer:
     """Makes proposals from the live policy."""
 
-    def __init__(self, policy: Policy, settings: LearningSettings) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        settings: LearningSettings,
+        archive: Archive | None = None,
+        chat: ChatTokens | None = None,
+    ) -> None:
         """Start from the anchor; ``resume`` continues from a release.
+
+        Args:
+            archive: where earlier policies are; None: only the live one and the anchor are known.
+            chat: puts corrections into tokens; None: they teach nothing.
 
         Raises:
             UnknownObjective: it is not in the registry.
@@ -61,11 +83,13 @@ class Trainer:
         self._policy = policy
         self._settings = settings
         self._objective = OBJECTIVES[settings.objective]
-        self._limits = (
+        self._limits: dict[str, Any] = (
             {"divergence_limit": settings.divergence_limit}
             if settings.divergence_limit is not None
             else {}
         )
+        self._behaviours = BehaviourPolicies(policy, archive)
+        self._teacher = Teacher(policy, chat, settings)
         self._optimizer = torch.optim.AdamW(
             [parameter for _, parameter in policy.parameters],
             lr=settings.learning_rate,
@@ -107,43 +131,68 @@ class Trainer:
 
     # --- the update -------------------------------------------------------------------------
 
-    def propose(self, batch: Batch, now: float | None = None) -> Proposal:
+    def look(self, examples: Sequence[Example], live_version: int) -> Look:
+        """How far the live policy is from those that wrote these replies; free at lag 0."""
+        return look(
+            self._policy,
+            self._behaviours,
+            examples,
+            live_version=live_version,
+            live=self.live_adapter,
+            settings=self._settings,
+        )
+
+    def propose(
+        self, batch: Batch, seen: Look | None = None, *, now: float | None = None
+    ) -> Proposal:
         """Take the optimiser steps of one batch from the live policy.
 
         The trainer's policy stands at the proposal afterwards: call ``accept`` or ``restore``.
 
+        Args:
+            seen: what ``look`` found at these examples; None: look now.
+            now: Unix seconds; the clock if None.
+
         Raises:
-            NonFiniteUpdate: nothing changed.
+            NothingToLearn, NonFiniteUpdate: nothing changed.
         """
-        first_look = _FirstLook(batch, time.time() if now is None else now)
+        if seen is None:
+            seen = self.look([one.example for one in batch.examples], batch.live_version)
+        lessons = self._teacher.prepare(batch.examples)
+        if not any(
+            one.advantage != 0.0 or lessons[one.example.example_id].has_signal
+            for one in batch.examples
+        ):
+            raise NothingToLearn("every advantage is zero, and no correction or preference is left")
+        update = _Update(
+            batch, seen, lessons, Observation(batch, time.time() if now is None else now)
+        )
+        pace = seen.ess_share if self._settings.pace_by_ess else 1.0
         gradient_norms: list[float] = []
         try:
             for number in range(self._settings.passes):
+                update.observed = number == 0
                 for minibatch in _chunks(batch.examples, self._settings.minibatch_examples):
-                    look = first_look if number == 0 else None
-                    gradient_norms.append(self._step(minibatch, look))
-                    first_look.from_live = False
+                    gradient_norms.append(self._step(minibatch, update, pace))
+                    update.observation.from_live = False
         except NonFiniteUpdate:
             self.restore()
             raise
         adapter = self._policy.state()
-        diagnostics = first_look.diagnostics()
-        diagnostics["gradient_norm"] = max(gradient_norms)
-        diagnostics["step_norm_share"] = _relative_change(self.live_adapter, adapter)
+        diagnostics = {
+            **update.observation.diagnostics(),
+            **seen.diagnostics,
+            **self._teacher.diagnostics,
+            "pace": pace,
+            "gradient_norm": max(gradient_norms),
+            "step_norm_share": _relative_change(self.live_adapter, adapter),
+        }
         return Proposal(adapter, self._optimizer_state(), diagnostics)
 
-    def _step(self, examples: Sequence[CreditedExample], look: _FirstLook | None) -> float:
+    def _step(self, examples: Sequence[CreditedExample], update: _Update, pace: float) -> float:
         """One optimiser step on one minibatch; returns the gradient norm before clipping."""
         self._optimizer.zero_grad(set_to_none=True)
-        sequences = [as_sequence(credited) for credited in examples]
-        total_tokens = sum(len(sequence.completion_token_ids) for sequence in sequences)
-        for group in micro_batches(sequences, self._settings.micro_batch_tokens):
-            loss = self._loss(
-                [examples[index] for index in group],
-                [sequences[index] for index in group],
-                total_tokens,
-                look,
-            )
+        for loss in self._losses(examples, update):
             if not torch.isfinite(loss):
                 raise NonFiniteUpdate("the loss is not finite")
             loss.backward()  # type: ignore[no-untyped-call]
@@ -152,36 +201,57 @@ class Trainer:
         ).item()
         if not math.isfinite(norm):
             raise NonFiniteUpdate("the gradient is not finite")
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.learning_rate * pace
         self._optimizer.step()
         return norm
 
-    def _loss(
+    def _losses(self, examples: Sequence[CreditedExample], update: _Update) -> Iterator[Tensor]:
+        """What one minibatch teaches: ratings and tellings, corrected texts, preferences."""
+        sequences = [as_sequence(one.example.interaction) for one in examples]
+        total_tokens = sum(sequence.tokens for sequence in sequences)
+        for group in micro_batches(sequences, self._settings.micro_batch_tokens):
+            replies = [examples[index] for index in group]
+            yield self._objective_loss(
+                replies, [sequences[index] for index in group], total_tokens, update
+            )
+        lessons = [update.lessons[one.example.example_id] for one in examples]
+        yield from self._teacher.losses(lessons, total_tokens, update.seen.behaviours)
+
+    def _objective_loss(
         self,
         examples: Sequence[CreditedExample],
         sequences: Sequence[TokenSequence],
         total_tokens: int,
-        look: _FirstLook | None,
+        update: _Update,
     ) -> Tensor:
         """The objective plus ``anchor_weight * KL(policy || anchor)`` over the vocabulary."""
-        sizes = [len(sequence.completion_token_ids) for sequence in sequences]
+        reruns = self._reruns(examples, update)  # first: it computes as other policies
+        sizes = [sequence.tokens for sequence in sequences]
         logits, sampled = self._policy.completion_logits(sequences)
-        log_p = [
-            processed_logprobs(part, tokens, credited.example.interaction.sampling)
-            for part, tokens, credited in zip(
-                torch.split(logits, sizes), torch.split(sampled, sizes), examples, strict=True
+        replies = [
+            self._reply(one, rows, tokens, update, rerun)
+            for one, rows, tokens, rerun in zip(
+                examples,
+                torch.split(logits, sizes),
+                torch.split(sampled, sizes),
+                reruns,
+                strict=True,
             )
         ]
-        log_q = [
-            torch.tensor(credited.example.interaction.completion_logprobs, dtype=torch.float32)
-            for credited in examples
-        ]
-        mask = pad_sequence([torch.ones(size, dtype=torch.bool) for size in sizes], True)
-        advantage = torch.tensor([[credited.advantage] for credited in examples])
+        log_p, log_q, advantage, mask, moved = (
+            pad_sequence([getattr(reply, name) for reply in replies], True)
+            for name in ("log_p", "log_q", "advantage", "mask", "moved")
+        )
+        why = why_unusable(log_p.detach(), log_q, advantage, mask)
+        if why is not None and why is not Unusable.NO_SIGNAL:  # the batch as a whole has some
+            raise NonFiniteUpdate(f"a micro-batch was refused: {why}")
         output = self._objective(
-            pad_sequence(log_p, True),
-            pad_sequence(log_q, True).to(logits.device),
-            advantage.expand(-1, max(sizes)).to(logits.device),
-            mask.to(logits.device),
+            log_p,
+            log_q,
+            advantage,
+            mask,
+            moved=moved if self._objective.measures else None,
             **self._limits,
         )
         loss = token_mean(output.loss, output.mask, total_tokens)
@@ -191,78 +261,80 @@ class Trainer:
                 anchor = self._policy.completion_logits(sequences)[0].log_softmax(dim=-1)
             moved_nats = (logprobs.exp() * (logprobs - anchor)).sum()
             loss = loss + self._settings.anchor_weight * moved_nats / total_tokens
-        if look is not None:
-            look.add(output.log_p, output.log_q, output.advantage, output.mask, output.kept)
-            look.add_entropy(logits.detach())
-            look.add_mismatch(examples, [part.detach() for part in log_p], log_q)
+        if update.observed:
+            update.observation.add_tokens(output, logits)
         return loss
 
-
-class _FirstLook:
-    """What the batch looks like: gathered in the first pass over it, minibatch by minibatch."""
-
-    def __init__(self, batch: Batch, now: float) -> None:
-        self.from_live = True
-        """Until the first optimiser step, the policy that looks is the live one."""
-        self._live_version = batch.live_version
-        interactions = [credited.example.interaction for credited in batch.examples]
-        self._staleness_versions = [
-            batch.live_version - interaction.policy_version for interaction in interactions
-        ]
-        self._staleness_seconds = [now - interaction.created_at for interaction in interactions]
-        self._rewards = [credited.reward for credited in batch.examples]
-        self._tokens: list[tuple[Tensor, ...]] = []
-        self._entropy_nats = 0.0
-        self._entropy_tokens = 0
-        self._mismatch: list[Tensor] = []
-
-    def add(self, *token_tensors: Tensor) -> None:
-        """log_p, log_q, advantage, mask, kept; each [batch, time]."""
-        mask = token_tensors[3]
-        self._tokens.append(tuple(tensor[mask] for tensor in token_tensors))
-
-    def add_entropy(self, logits: Tensor) -> None:
-        logprobs = logits.log_softmax(dim=-1)
-        self._entropy_nats -= float((logprobs.exp() * logprobs).sum())
-        self._entropy_tokens += logits.shape[0]
-
-    def add_mismatch(
+    def _reply(
         self,
-        examples: Sequence[CreditedExample],
-        log_p: Sequence[Tensor],
-        log_q: Sequence[Tensor],
-    ) -> None:
-        """At lag 0 server and trainer are one policy: what differs is numerical noise or a bug."""
-        if not self.from_live:
-            return
-        for credited, recomputed, recorded in zip(examples, log_p, log_q, strict=True):
-            spans = credited.example.interaction.policy_spans
-            if all(span.version == self._live_version for span in spans):
-                self._mismatch.append((recomputed.cpu() - recorded).abs())
+        credited: CreditedExample,
+        logits: Tensor,  # [tokens, V]
+        sampled: Tensor,  # [tokens]
+        update: _Update,
+        rerun: Rerun | None,
+    ) -> _Reply:
+        """What the objective needs to know of one reply."""
+        interaction = credited.example.interaction
+        behaviour = update.seen.behaviours.get(interaction.key)
+        sampling = interaction.sampling
+        possible = behaviour.possible(logits, sampling) if behaviour is not None else None
+        log_p = processed_logprobs(logits, sampled, sampling, possible)
+        log_q = torch.tensor(interaction.completion_logprobs, device=log_p.device)
+        binary = divergence.binary_tv if self._objective.measures == "tv" else divergence.binary_kl
+        moved = binary(log_q, log_p.detach())
+        if behaviour is not None and (rerun is not None or behaviour.bins is not None):
+            now = processed_distribution(logits.detach(), sampled, sampling, possible)
+            better = token_divergence(self._objective.measures or "kl", now, behaviour, rerun)
+            moved = torch.where(behaviour.known, better, moved)
+        advantage = torch.full_like(log_q, credited.advantage)
+        told = update.lessons[credited.example.example_id].advantage
+        if told is not None:
+            advantage = advantage + told
+        if update.observed:
+            update.observation.add_reply(interaction, log_p, log_q, behaviour)
+        return _Reply(log_p, log_q, advantage, torch.ones_like(log_q, dtype=torch.bool), moved)
 
-    def diagnostics(self) -> dict[str, float]:
-        """Names as in the metric ``moorline_update_diagnostic``; no key where nothing applies."""
-        log_p, log_q, advantage, mask, kept = (
-            torch.cat(column).unsqueeze(0) for column in zip(*self._tokens, strict=True)
+    def _reruns(self, examples: Sequence[CreditedExample], update: _Update) -> list[Rerun | None]:
+        """The full distributions of a micro-batch's behaviour policies, where they are compared."""
+        found: list[Rerun | None] = [None] * len(examples)
+        if self._settings.divergence_estimator != "exact" or self._objective.measures is None:
+            return found
+        wanted = [
+            index
+            for index, one in enumerate(examples)
+            if one.example.interaction.key in update.seen.behaviours
+        ]
+        reruns = self._behaviours.rerun(
+            [examples[index].example.interaction for index in wanted],
+            update.batch.live_version,
+            self.live_adapter,
         )
-        found = dict(measure(log_p, log_q, advantage, mask, kept))
-        found |= {
-            "entropy_nats": self._entropy_nats / max(1, self._entropy_tokens),
-            "mean_reward": sum(self._rewards) / len(self._rewards),
-            "completion_tokens_mean": self._entropy_tokens / len(self._rewards),
-            "staleness_versions_mean": sum(self._staleness_versions) / len(self._rewards),
-            "staleness_versions_max": float(max(self._staleness_versions)),
-            "staleness_seconds_mean": sum(self._staleness_seconds) / len(self._rewards),
-        }
-        if self._mismatch:
-            found["mismatch_nats"] = float(torch.cat(self._mismatch).mean())
-        return {name: float(value) for name, value in found.items()}
+        for index, rerun in zip(wanted, reruns, strict=True):
+            found[index] = rerun
+        return found
 
 
-def as_sequence(credited: CreditedExample) -> TokenSequence:
-    """The token ids of an example's reply."""
-    interaction = credited.example.interaction
-    return TokenSequence(interaction.prompt_token_ids, interaction.completion_token_ids)
+@dataclass
+class _Update:
+    """One update while it is being made."""
+
+    batch: Batch
+    seen: Look
+    lessons: Mapping[str, Lesson]
+    observation: Observation
+    observed: bool = True
+    """Whether this pass is the first."""
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """One reply's tokens, each [tokens]."""
+
+    log_p: Tensor
+    log_q: Tensor
+    advantage: Tensor
+    mask: Tensor
+    moved: Tensor
 
 
 def optimizer_bytes(state: OptimizerState) -> bytes:

@@ -86,6 +86,16 @@ class TokenSequence:
     prompt_token_ids: tuple[int, ...]
     completion_token_ids: tuple[int, ...]
 
+    @property
+    def tokens(self) -> int:
+        """Of the completion."""
+        return len(self.completion_token_ids)
+
+
+def as_sequence(interaction: Interaction) -> TokenSequence:
+    """The token ids of a reply."""
+    return TokenSequence(interaction.prompt_token_ids, interaction.completion_token_ids)
+
 
 @dataclass(frozen=True)
 class Candidate:

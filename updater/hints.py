@@ -1,0 +1,86 @@
+"""A correction in token space, by the chat template of the base model.
+
+A template ends a prompt with what asks for a reply (``<|im_start|>assistant``). A user's turn that
+carries the correction is put before that end, into the very tokens of the logged prompt. Where a
+template cannot do this (turns must alternate) or the prompt does not end so (plain completions),
+there is no hint, and the correction teaches by its text alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+HINT = "A better reply to this would have been:\n{correction}\nReply again."
+_QUESTION, _REPLY = "question", "reply"
+
+
+class ChatTokens:
+    """The turns of one model's chats, as token ids."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self._templated = self._tokenizer.chat_template is not None
+        self._reply_opening = self._find_reply_opening()
+        self._reply_ending = self._find_reply_ending()
+
+    def told(self, prompt_token_ids: tuple[int, ...], correction: str) -> tuple[int, ...] | None:
+        """The prompt with the correction as a last turn of the user; None where there is no way."""
+        opening = self._reply_opening
+        if not opening or prompt_token_ids[-len(opening) :] != opening:
+            return None
+        before = self._render(("user", _QUESTION))
+        hint = HINT.format(correction=self._plain(correction))
+        after = self._render(("user", _QUESTION), ("user", hint))
+        if before is None or after is None or not after.startswith(before):
+            return None
+        turn = self._ids(after.removeprefix(before))
+        return (*prompt_token_ids[: -len(opening)], *turn, *opening)
+
+    def reply(self, text: str) -> tuple[int, ...]:
+        """A whole reply: the text and the token that ends a turn."""
+        return (*self._ids(self._plain(text)), *self._reply_ending)
+
+    def _find_reply_opening(self) -> tuple[int, ...]:
+        """What a template adds to a prompt to ask for a reply; empty: it has none."""
+        before = self._render(("user", _QUESTION))
+        after = self._render(("user", _QUESTION), ask=True)
+        if before is None or after is None or not after.startswith(before):
+            return ()
+        return self._ids(after.removeprefix(before))
+
+    def _find_reply_ending(self) -> tuple[int, ...]:
+        """The first of the tokenizer's added tokens after a reply; its end of text otherwise."""
+        asked = self._render(("user", _QUESTION), ask=True)
+        answered = self._render(("user", _QUESTION), ("assistant", _REPLY))
+        if asked is not None and answered is not None and answered.startswith(asked + _REPLY):
+            for token in self._ids(answered.removeprefix(asked + _REPLY)):
+                if token in self._tokenizer.added_tokens_decoder:
+                    return (token,)
+        end = self._tokenizer.eos_token_id
+        return () if end is None else (end,)
+
+    def _render(self, *turns: tuple[str, str], ask: bool = False) -> str | None:
+        """A chat as text; None: the template refuses it."""
+        if not self._templated:
+            return None
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=ask
+            )
+        except TemplateError:
+            return None
+        return text
+
+    def _plain(self, text: str) -> str:
+        """The text without what the tokenizer would take for control tokens."""
+        for token in self._tokenizer.added_tokens_decoder.values():
+            text = text.replace(str(token), "")
+        return text
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
