@@ -6,7 +6,7 @@ Every loss here is a call of ``updater.objectives.OBJECTIVES``, or two joined to
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -23,7 +23,7 @@ class Kind(StrEnum):
     ABLATION = "ablation"
     """One piece of an objective taken away."""
     RECIPE = "recipe"
-    """An objective with what is around it: low-biased baseline, spring to mu, pacing."""
+    """An objective with what the updater has around it: low-biased baseline, paced steps."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Recipe:
 
 
 PLAIN = Recipe()
-FULL = Recipe(baseline_follows_ess=True, log_ratio_weight=1e-3, pace_by_ess=True)
+UPDATER = Recipe(baseline_follows_ess=True, pace_by_ess=True)
+"""Moorline's defaults: `updater/credit.py` and the setting `learning.pace_by_ess`."""
+SPRUNG = replace(UPDATER, log_ratio_weight=1e-3)
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,18 @@ METHODS: dict[str, Method] = {
             Method(
                 f"{name} + recipe",
                 Kind.RECIPE,
-                f"{name} in the full recipe",
+                f"{name} in the updater's recipe",
                 _objective(name),
-                FULL,
+                UPDATER,
             )
             for name in ("dppo_kl", "dppo_tv", "drpo", "gspo", "ppo_clip")
+        ),
+        Method(
+            "dppo_kl + recipe + spring",
+            Kind.RECIPE,
+            "and 1e-3 log^2 r toward the behaviour policy",
+            _objective("dppo_kl"),
+            SPRUNG,
         ),
     )
 }

@@ -43,6 +43,7 @@ class Store:
         shaping = asdict(config)
         # Which groups there are does not shape any of them.
         del shaping["methods"], shaping["lags"]
+        shaping["torch"] = torch.__version__
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
         for module in (task, train, methods, objectives, divergence):
             digest.update(Path(str(module.__file__)).read_bytes())
@@ -129,7 +130,7 @@ def _work(config: Config, todo: list[Group], workers: int) -> Iterator[Event]:
                 if any(process.exitcode for process in processes):
                     raise WorkerDied(
                         "a worker process ended early (killed, or out of memory): "
-                        "run again with --resume, perhaps with --workers 1"
+                        "run again to go on, perhaps with --workers 1"
                     ) from None
                 continue
             left -= not isinstance(event, int)
