@@ -166,9 +166,21 @@ RELEASES_PUBLISHED = _counter(
 )
 UPDATE_DIAGNOSTIC = _gauge(
     "moorline_update_diagnostic",
-    "Last update; name: ess_share, mean_ratio, max_ratio, masked_share, k1, k3, chi2, tv, entropy, "
-    "gradient_norm, mismatch_nats, staleness_versions, staleness_seconds, ...",
+    "Last update, before the bound; name: ess_share, mean_ratio, max_ratio, k1_nats, k3_nats, "
+    "chi2, tv, masked_share (_rare, _common, _positive, _negative), entropy_nats, gradient_norm, "
+    "step_norm_share, pace, mismatch_nats, staleness_versions_mean, staleness_seconds_mean, "
+    "behaviour_exact_share, set_aside_too_far, corrections, preferences, credit_..., ...",
     ["name"],
+)
+UPDATE_ALARM = _gauge(
+    "moorline_update_alarm",
+    "1 while the last update's diagnostic is outside its levels (updater/diagnostics.py), else 0; "
+    "name: mean_ratio, ess_share, k1_nats, chi2 or mismatch_nats",
+    ["name"],
+)
+ARTIFACTS_REMOVED = _counter(
+    "moorline_artifacts_removed_total",
+    "Artifacts that left the store: nobody can roll back to them or learn from their replies",
 )
 
 TABLE: tuple[MetricRow, ...] = tuple(_rows)

@@ -6,6 +6,7 @@ of the status page. A name is absent where it does not apply (no fresh reply, no
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from daemon import metrics
 from daemon.events import Interaction
 from updater.behaviour import Behaviour, Fallback
 from updater.objectives import ObjectiveOutput, measure
 from updater.values import Batch
+
+logger = logging.getLogger("moorline.diagnostics")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,27 @@ def ringing(diagnostics: Mapping[str, float]) -> dict[str, bool]:
     }
 
 
+def show(diagnostics: Mapping[str, float]) -> None:
+    """The measurements and alarms of this update on ``/metrics``; ringing ones in the log too."""
+    metrics.UPDATE_DIAGNOSTIC.clear()
+    for name, value in diagnostics.items():
+        metrics.UPDATE_DIAGNOSTIC.labels(name=name).set(value)
+    rings = ringing(diagnostics)
+    for alarm in ALARMS:
+        metrics.UPDATE_ALARM.labels(name=alarm.name).set(rings[alarm.name])
+        if rings[alarm.name]:
+            logger.warning(
+                "alarm",
+                extra={
+                    "diagnostic": alarm.name,
+                    "value": diagnostics[alarm.name],
+                    "low": alarm.low,
+                    "high": alarm.high,
+                    "meaning": alarm.meaning,
+                },
+            )
+
+
 class Observation:
     """What the first pass over a batch shows, gathered minibatch by minibatch."""
 
@@ -66,7 +91,6 @@ class Observation:
             float(batch.live_version - interaction.policy_version) for interaction in interactions
         ]
         self._seconds = [now - interaction.created_at for interaction in interactions]
-        self._rewards = [one.reward for one in batch.examples if one.reward is not None]
         self._tokens: list[tuple[Tensor, ...]] = []
         self._entropy_nats = 0.0
         self._mismatch: list[Tensor] = []
@@ -116,8 +140,6 @@ class Observation:
             "staleness_seconds_mean": _mean(self._seconds),
             "staleness_seconds_max": max(self._seconds),
         }
-        if self._rewards:
-            found["mean_reward"] = _mean(self._rewards)
         if self._mismatch:
             found["mismatch_nats"] = float(torch.cat(self._mismatch).mean())
         return {name: float(value) for name, value in found.items()}

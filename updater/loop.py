@@ -1,6 +1,6 @@
 """The whole cycle, from feedback to release.
 
-    take in -> next batch -> credit -> propose -> bound -> gate -> decide -> announce
+    take in -> look -> credit -> propose -> bound -> gate -> decide -> announce -> tidy
 
 Every verb is a module. The ledger is the only commit point: whatever happens before ``decide``
 leaves no trace after a crash, and whatever comes after it is repeated until it is done.
@@ -8,34 +8,37 @@ leaves no trace after a crash, and whatever comes after it is repeated until it 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
-import torch
-from torch import Tensor
-
 from daemon import metrics
-from daemon.artifacts import ArtifactStore
+from daemon.artifacts import ArtifactStore, StoreError
 from daemon.events import ArtifactFile, Decision, Divergence, Reason, Release, ReleaseKind, Verdict
 from daemon.failpoints import failpoint
 from daemon.settings import Settings
 from daemon.stream import StreamUnavailable
 from updater.baselines import Baselines
 from updater.credit import assign_credit
+from updater.diagnostics import show
 from updater.gate import Gate
 from updater.ingest import Ingest
 from updater.ledger import Ledger, LedgerUnavailable, examples_digest
+from updater.parity import PARITY_FILE, parity_bytes
 from updater.policy import OPTIMIZER_STATE, Policy
-from updater.trainer import NonFiniteUpdate, Proposal, Trainer, optimizer_bytes
+from updater.staleness import Look
+from updater.trainer import (
+    NonFiniteUpdate,
+    NothingToLearn,
+    Proposal,
+    Trainer,
+    optimizer_bytes,
+)
 from updater.trust_region import BoundedStep, Refused, TrustRegion
 from updater.values import Batch, Candidate
 
 logger = logging.getLogger("moorline.loop")
-
-PARITY_FILE = "parity.json"
 
 
 class Phase(StrEnum):
@@ -135,6 +138,7 @@ class Loop:
         metrics.UPDATES.labels(outcome=outcome).inc()
         metrics.UPDATE_SECONDS.observe(time.monotonic() - start)
         self._announce()
+        self._tidy()
 
     # --- the verbs --------------------------------------------------------------------------
 
@@ -166,14 +170,16 @@ class Loop:
     def _learn(self) -> str:
         """One batch to its decision; returns the outcome's name."""
         self.phase = Phase.TRAINING
-        batch, baselines = self._next_batch()
+        batch, baselines, seen = self._next_batch()
         if not batch.has_signal:
-            self._ledger.set_not_trainable(batch.example_ids, Reason.NO_ADVANTAGE, baselines)
-            return self._say("no update", batch, Reason.NO_ADVANTAGE)
+            return self._make_no_update(batch, baselines)
         try:
-            proposal = self._trainer.propose(batch)
+            proposal = self._trainer.propose(batch, seen)
+        except NothingToLearn:
+            return self._make_no_update(batch, baselines)
         except NonFiniteUpdate as error:
             return self._reject(batch, baselines, Reason.NON_FINITE_UPDATE, cause=str(error))
+        show(proposal.diagnostics)
         failpoint("loop.after_training")
 
         self.phase = Phase.MEASURING
@@ -204,27 +210,36 @@ class Loop:
         self._trainer.accept(step.adapter, proposal.optimizer)
         return "released"
 
-    def _next_batch(self) -> tuple[Batch, Baselines]:
-        """The oldest rated replies, with credit."""
+    def _next_batch(self) -> tuple[Batch, Baselines, Look]:
+        """Rated replies near enough to learn from, with credit."""
         examples = self._ledger.ready_examples(self._settings.learning.batch_examples)
-        moved_nats = max(
-            (one.mean_kl_nats for one in self._last_divergences if one.reference == "live"),
-            default=0.0,
-        )
+        live_version = self._ledger.live_version()
+        seen = self._trainer.look(examples, live_version)
         credited, baselines, stats = assign_credit(
-            examples,
+            [example for example in examples if example.example_id not in seen.set_aside],
             self._ledger.baselines(),
             signals=self._settings.learning.signals,
-            moved_nats=moved_nats,
+            moved_nats=_moved_nats(self._last_divergences),
+            ess_share=seen.ess_share,
         )
-        logger.info("batch", extra=stats.as_dict())
-        return Batch(credited, self._ledger.live_version()), baselines
+        batch = Batch(credited, live_version, seen.set_aside, stats.as_dict())
+        logger.info("batch", extra={**batch.credit, **seen.diagnostics})
+        return batch, baselines, seen
+
+    def _make_no_update(self, batch: Batch, baselines: Baselines) -> str:
+        """The policy stays, and every example ends with the reason why it taught nothing."""
+        reasons = dict.fromkeys(batch.example_ids, Reason.NO_ADVANTAGE) | dict(batch.set_aside)
+        for reason in sorted(set(reasons.values())):
+            ended = [name for name, why in reasons.items() if why is reason]
+            learned = baselines if reason is Reason.NO_ADVANTAGE else None
+            self._ledger.set_not_trainable(ended, reason, learned)
+        return self._say("no update", batch, next(iter(reasons.values())))
 
     def _bound(self, batch: Batch, proposal: Proposal) -> BoundedStep | Refused:
         """The largest step inside the divergence bound, measured on traffic outside the batch."""
         traffic = self._ledger.held_out_traffic(
             self._settings.bound.traffic_examples,
-            exclude=batch.example_ids,
+            exclude=batch.handed_out,
             max_tokens=self._settings.learning.max_example_tokens,
         )
         step = self._trust_region.largest_step(
@@ -234,8 +249,6 @@ class Loop:
             metrics.KL_NATS.labels(
                 reference=divergence.reference, tokens_from=divergence.tokens_from
             ).set(divergence.mean_kl_nats)
-        for name, value in proposal.diagnostics.items():
-            metrics.UPDATE_DIAGNOSTIC.labels(name=name).set(value)
         return step
 
     def _write(
@@ -246,7 +259,11 @@ class Loop:
             {
                 **self._policy.adapter_files(step.adapter),
                 OPTIMIZER_STATE: optimizer_bytes(proposal.optimizer),
-                PARITY_FILE: self._parity(step),
+                PARITY_FILE: parity_bytes(
+                    self._trust_region.canaries,
+                    step.canary_logprobs,
+                    self._trust_region.live_canary_logprobs(self._trainer.live_adapter),
+                ),
             }
         )
         failpoint("loop.after_artifact")
@@ -291,7 +308,7 @@ class Loop:
             software=self._software,
         )
         failpoint("loop.before_release")
-        self._ledger.commit_release(release, batch.example_ids, baselines)
+        self._ledger.commit_release(release, batch.handed_out, baselines, set_aside=batch.set_aside)
         failpoint("loop.after_release")
         self._last_divergences = release.divergences
         self._show_version(release.version)
@@ -316,7 +333,9 @@ class Loop:
             "cause": cause,
         }
         self._trainer.restore()
-        self._ledger.commit_rejection(record, batch.example_ids, reason, baselines)
+        self._ledger.commit_rejection(
+            record, batch.handed_out, reason, baselines, set_aside=batch.set_aside
+        )
         return self._say("rejected", batch, reason)
 
     def _announce(self) -> None:
@@ -332,24 +351,25 @@ class Loop:
             self._ledger.mark_published(release.version)
             metrics.RELEASES_PUBLISHED.inc()
 
-    # --- details ----------------------------------------------------------------------------
+    def _tidy(self) -> None:
+        """Bytes that nobody can ask for any more leave the store; what may be trained on stays.
 
-    def _parity(self, step: BoundedStep) -> bytes:
-        """What a server must compute after a swap: raw logprobs on the canaries, nats."""
-        canaries = self._trust_region.canaries
-        parents = self._trust_region.live_canary_logprobs(self._trainer.live_adapter)
-        sequences = [
-            {
-                "prompt_token_ids": canary.prompt_token_ids,
-                "completion_token_ids": canary.completion_token_ids,
-                "candidate_logprobs": _chosen(candidate, canary.completion_token_ids),
-                "parent_logprobs": _chosen(parent, canary.completion_token_ids),
-            }
-            for canary, candidate, parent in zip(
-                canaries, step.canary_logprobs, parents, strict=True
-            )
-        ]
-        return json.dumps({"sequences": sequences}).encode()
+        Kept: the newest releases, to roll back to; the live policy; and whoever wrote a reply that
+        still waits for feedback or for a batch.
+        """
+        newest = self._ledger.newest_version()
+        last = range(max(1, newest - self._settings.learning.keep_releases + 1), newest + 1)
+        kept = {*last, self._ledger.live_version(), *self._ledger.policy_versions_referenced()}
+        releases = [self._ledger.release(version) for version in sorted(kept)]
+        digests = {r.artifact_digest for r in releases if r is not None and r.artifact_digest}
+        try:
+            removed = self._store.collect_garbage(self._settings.alias, digests)
+        except (StoreError, OSError) as error:
+            logger.warning("store not tidied", extra={"cause": type(error).__name__})
+            return
+        metrics.ARTIFACTS_REMOVED.inc(len(removed))
+
+    # --- details ----------------------------------------------------------------------------
 
     def _show_version(self, version: int) -> None:
         metrics.POLICY_VERSION.labels(role="updater").set(version)
@@ -363,7 +383,7 @@ class Loop:
         return what if reason is Reason.NONE else str(reason)
 
 
-def _chosen(logprobs: Tensor, token_ids: Sequence[int]) -> list[float]:
-    index = torch.tensor(token_ids, device=logprobs.device).unsqueeze(-1)
-    values: list[float] = logprobs.gather(-1, index).squeeze(-1).tolist()
-    return values
+def _moved_nats(divergences: Sequence[Divergence]) -> float:
+    """How far the live policy is from its parent; 0 before the first release."""
+    moved = [one.mean_kl_nats for one in divergences if one.reference == "live"]
+    return max(moved, default=0.0)

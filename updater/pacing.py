@@ -42,4 +42,5 @@ def batch_ess_share(
     log_p: Tensor,  # [T]
 ) -> float:
     """Effective sample size of a batch as a share of its tokens, in (0, 1]; 1 without tokens."""
-    return float(divergence.ess_share(log_q, log_p, torch.ones_like(log_q, dtype=torch.bool)))
+    everything = torch.ones_like(log_q, dtype=torch.bool)
+    return min(1.0, float(divergence.ess_share(log_q, log_p, everything)))

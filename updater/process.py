@@ -24,7 +24,10 @@ from daemon.stream import (
     publish_release,
 )
 from daemon.systemd import Notifier
+from updater.behaviour import Archive
+from updater.diagnostics import ringing
 from updater.gate import Gate, load_canaries
+from updater.hints import ChatTokens
 from updater.ingest import Ingest
 from updater.ledger import Ledger
 from updater.loop import UNAVAILABLE, Loop, Phase
@@ -69,7 +72,12 @@ class Updater:
             model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=learning.seed
         )
         canaries = load_canaries(settings.gate.canaries, model_dir)
-        trainer = Trainer(policy, learning)
+        trainer = Trainer(
+            policy,
+            learning,
+            Archive(policy, self._store, self._ledger.release),
+            ChatTokens(model_dir),
+        )
         self._trust_region = TrustRegion(
             policy, canaries.sequences, settings.bound, learning.micro_batch_tokens
         )
@@ -173,6 +181,7 @@ class Updater:
                 "at": release.created_at,
                 "examples": release.examples,
                 "step_scale": release.step_scale,
+                "alarms": [name for name, rings in ringing(release.diagnostics).items() if rings],
                 **release.diagnostics,
             }
             for divergence in release.divergences:

@@ -183,6 +183,7 @@ class Trainer:
             **update.observation.diagnostics(),
             **seen.diagnostics,
             **self._teacher.diagnostics,
+            **{f"credit_{name}": value for name, value in batch.credit.items()},
             "pace": pace,
             "gradient_norm": max(gradient_norms),
             "step_norm_share": _relative_change(self.live_adapter, adapter),

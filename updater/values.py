@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from daemon.events import Divergence, Feedback, Interaction
+from daemon.events import Divergence, Feedback, Interaction, Reason
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,15 @@ class Batch:
 
     examples: tuple[CreditedExample, ...]
     live_version: int
+    set_aside: Mapping[str, Reason] = field(default_factory=dict)
+    """By id: examples that were handed out with it and teach nothing, and why."""
+    credit: Mapping[str, float] = field(default_factory=dict)
+    """How the credit came about, by name (``CreditStats``)."""
+
+    @property
+    def handed_out(self) -> tuple[str, ...]:
+        """The ids of all examples whose end is decided with this batch."""
+        return (*self.example_ids, *self.set_aside)
 
     @property
     def example_ids(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ UNITLESS = {
     "moorline_policy_version",
     "moorline_pinned",
     "moorline_step_scale",
+    "moorline_update_alarm",
     "moorline_update_diagnostic",
 }
 PRIVATE = {"user", "tenant", "rater", "interaction_id", "prompt", "reply", "text"}

@@ -16,7 +16,9 @@ from daemon.events import Fate, Feedback, FeedbackKind, Reason, Release, Samplin
 from daemon.settings import Settings, load_settings
 from daemon.stream import Gap, Record, StreamUnavailable, Topic
 from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
+from updater.behaviour import Archive
 from updater.gate import Gate, load_canaries
+from updater.hints import ChatTokens
 from updater.ingest import Ingest
 from updater.ledger import Ledger
 from updater.loop import Loop, Phase
@@ -92,7 +94,8 @@ class Updater:
         self.store = ArtifactStore(self.settings.store_dir)
         canaries = load_canaries(None, model_dir)
         region = TrustRegion(self.policy, canaries.sequences, self.settings.bound, 512)
-        self.trainer = Trainer(self.policy, learning)
+        archive = Archive(self.policy, self.store, self.ledger.release)
+        self.trainer = Trainer(self.policy, learning, archive, ChatTokens(model_dir))
         self.loop = Loop(
             self.settings,
             ingest=Ingest(
