@@ -11,6 +11,7 @@ from daemon.events import (
     ArtifactFile,
     Decision,
     Feedback,
+    FeedbackKind,
     Interaction,
     LogprobConvention,
     PolicySpan,
@@ -67,6 +68,33 @@ def rating(
         "created_at": at,
     }
     return Feedback(**(values | changes))
+
+
+def correction(
+    identity: str, text: str = "so", rater: str = "ann", at: float = NOW, **changes: Any
+) -> Feedback:
+    """The reply that somebody wanted instead."""
+    kind = FeedbackKind.CORRECTION
+    changes = {"feedback_id": f"fb-{identity}-{rater}-{at}-correction", **changes}
+    return rating(identity, 1, rater, at, kind=kind, text=text, **changes)
+
+
+def preference(
+    identity: str, over: str, rater: str = "ann", at: float = NOW, **changes: Any
+) -> Feedback:
+    """Of two replies, the one that somebody liked better."""
+    kind = FeedbackKind.PREFERENCE
+    changes = {"feedback_id": f"fb-{identity}-{rater}-{at}-over-{over}", **changes}
+    return rating(identity, 1, rater, at, kind=kind, over=over, **changes)
+
+
+def signal(
+    identity: str, name: str, rater: str = "ann", at: float = NOW, **changes: Any
+) -> Feedback:
+    """What somebody did with a reply."""
+    kind = FeedbackKind.SIGNAL
+    changes = {"feedback_id": f"fb-{identity}-{rater}-{at}-{name}", **changes}
+    return rating(identity, 1, rater, at, kind=kind, signal=name, **changes)
 
 
 class Log:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from daemon.events import Feedback, FeedbackKind, Reason
 from daemon.settings import SIGNALS
-from tests.updater.ledger_fixtures import interaction, rating
+from tests.updater.ledger_fixtures import correction, interaction, preference, rating, signal
 from updater.baselines import LEAST_TRUST, Baselines, Cell, cell_name, rater_name
 from updater.credit import (
     SIGNAL_WEIGHT,
@@ -32,16 +32,8 @@ def credit(
     return assign_credit(examples, baselines or Baselines(), signals=SIGNALS, **changes)
 
 
-def signal(identity: str, name: str, rater: str = "ann", **changes: Any) -> Feedback:
-    return rating(identity, rater=rater, kind=FeedbackKind.SIGNAL, signal=name, **changes)
-
-
-def correction(identity: str, text: str = "so", rater: str = "ann") -> Feedback:
-    return rating(identity, rater=rater, kind=FeedbackKind.CORRECTION, text=text)
-
-
 def preferring(identity: str, over: str, rater: str = "ann") -> Example:
-    said = rating(identity, rater=rater, kind=FeedbackKind.PREFERENCE, over=over)
+    said = preference(identity, over, rater)
     return Example(identity, interaction(identity), (said,), {said.over_key: interaction(over)})  # type: ignore[dict-item]
 
 

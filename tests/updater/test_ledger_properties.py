@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,15 +28,23 @@ from tests.updater.ledger_fixtures import (
     HORIZON,
     NOW,
     Log,
+    correction,
     interaction,
     parsed,
+    preference,
     rating,
     release,
+    signal,
 )
 from updater.ledger import Ledger, LedgerError, Parsed
 
 END = NOW + 10 * HORIZON
-KEYS = ("a", "b", "c")
+KEYS = ("a", "b", "c", "d")
+CHANGES: dict[str, dict[str, Any]] = {
+    "c": {"sampling": SamplingSettings(temperature=0.0)},
+    "d": {"prompt_token_ids": (9,)},
+}
+"""One content for one key: two servers never give the same id."""
 RATERS = ("ann", "bob")
 NUMBERS = st.integers(0, 1)
 """Few replies at a time, so that much happens to each."""
@@ -53,25 +62,25 @@ class Sent:
 @st.composite
 def replies(draw: st.DrawFn) -> Sent:
     at = draw(TIMES)
-    greedy = SamplingSettings(temperature=0.0)
-    # One content for one key: two servers never give the same id.
     name = draw(st.sampled_from(KEYS))
-    changes = {"sampling": greedy} if name == "c" else {}
-    return Sent(interaction(name, at=NOW + 5, **changes), at)
+    return Sent(interaction(name, at=NOW + 5, **CHANGES.get(name, {})), at)
 
 
 @st.composite
 def ratings(draw: st.DrawFn) -> Sent:
     identity = draw(st.integers(0, 99))
-    kind = draw(st.sampled_from([FeedbackKind.THUMBS] * 4 + [FeedbackKind.SIGNAL]))
+    key, over = draw(st.permutations(KEYS))[:2]
     event = rating(
-        draw(st.sampled_from(KEYS)),
+        key,
         draw(st.sampled_from([1, -1])),
         RATERS[identity % 2],
         at=NOW + draw(st.integers(-3, 3)) + draw(st.sampled_from([0, 5 * HORIZON])),
         feedback_id=f"fb-{identity:02d}",
-        kind=kind,
-        signal="copied",
+        kind=draw(st.sampled_from([FeedbackKind.THUMBS, *FeedbackKind, FeedbackKind.PREFERENCE])),
+        score_min=-1.0,
+        text="so",
+        over=over,
+        signal=draw(st.sampled_from(["copied", "sneezed"])),
     )
     return Sent(event, draw(TIMES))
 
@@ -86,7 +95,7 @@ def unlike(sent: Sent) -> tuple[str, ...]:
 
 
 EVENTS = st.tuples(
-    st.lists(replies(), max_size=3, unique_by=unlike),
+    st.lists(replies(), max_size=4, unique_by=unlike),
     st.lists(ratings(), max_size=8, unique_by=unlike),
     st.lists(st.just(Sent(b"{", NOW)), max_size=1),
 ).map(lambda parts: [sent for part in parts for sent in part])
@@ -169,26 +178,41 @@ def derived(events: list[Sent]) -> Counter[tuple[Fate, Reason]]:
     fates[Fate.DEAD_LETTERED, Reason.MALFORMED_JSON] += sum(
         isinstance(sent.event, bytes) for sent in events
     )
-    in_time: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    in_time: dict[tuple[str, str, str], list[tuple[tuple[float, str], list[Sent]]]] = {}
     for sent in events:
         if not isinstance(sent.event, Feedback):
             continue
-        reply = known.get(sent.event.key)
-        if sent.event.kind is FeedbackKind.SIGNAL:
-            fates[Fate.NOT_TRAINABLE, Reason.UNSUPPORTED_KIND] += 1
-        elif reply is None:
+        keys = [sent.event.key, sent.event.over_key]
+        replies = [known.get(key) for key in keys if key is not None]
+        arrived = [reply.at for reply in replies if reply is not None]
+        times = [min(reply.event.created_at, reply.at) for reply in replies if reply is not None]
+        if sent.event.kind is FeedbackKind.SIGNAL and sent.event.signal == "sneezed":
+            fates[Fate.NOT_TRAINABLE, Reason.UNKNOWN_SIGNAL] += 1
+        elif None in replies:
             fates[Fate.PENDING, Reason.NONE] += 1
-        elif reply.at > sent.at + HORIZON:
+        elif max(arrived) > sent.at + HORIZON:
             fates[Fate.EXPIRED, Reason.NO_INTERACTION] += 1
-        elif sent.at > min(reply.event.created_at, reply.at) + HORIZON:  # type: ignore[union-attr]
+        elif sent.at > min(times) + HORIZON:
             fates[Fate.LATE, Reason.NONE] += 1
         else:
-            voices = in_time.setdefault((sent.event.key, sent.event.rater), [])
-            voices.append((min(sent.event.created_at, sent.at), sent.event.feedback_id))
-    for (key, _), voices in in_time.items():
-        fates[not_trainable(known[key]) or (Fate.PENDING, Reason.NONE)] += 1
-        fates[Fate.DUPLICATE, Reason.SUPERSEDED_RATING] += len(voices) - 1
+            voice = (sent.event.key, sent.event.rater, sent.event.aspect)
+            order = (min(sent.event.created_at, sent.at), sent.event.feedback_id)
+            in_time.setdefault(voice, []).append((order, replies))  # type: ignore[arg-type]
+    for words in in_time.values():
+        _, replies = max(words)
+        fates[verdict(replies)] += 1
+        fates[Fate.DUPLICATE, Reason.SUPERSEDED_RATING] += len(words) - 1
     return +fates
+
+
+def verdict(replies: list[Sent]) -> tuple[Fate, Reason]:
+    """Of feedback that names these replies."""
+    wrong = [found for found in map(not_trainable, replies) if found]
+    if wrong:
+        return wrong[0]
+    if len({reply.event.prompt_token_ids for reply in replies}) > 1:  # type: ignore[union-attr]
+        return Fate.NOT_TRAINABLE, Reason.PROMPTS_DIFFER
+    return Fate.PENDING, Reason.NONE
 
 
 def not_trainable(sent: Sent) -> tuple[Fate, Reason] | None:
@@ -209,7 +233,7 @@ class Updater(RuleBasedStateMachine):
         self.log = Log(partitions=2)
         self.now = NOW
         self.consumed = 0
-        self.taught: Counter[tuple[str, str]] = Counter()  # (key, rater) -> releases
+        self.taught: Counter[tuple[str, str, str]] = Counter()  # (key, rater, aspect)
         self.trained_ratings = 0
         self.epoch = 0
         self.names = 0
@@ -259,6 +283,28 @@ class Updater(RuleBasedStateMachine):
             ]
         )
 
+    @rule(target=records, number=NUMBERS, rater=st.sampled_from(RATERS))
+    def prefer(self, number: int, rater: str) -> list[Parsed]:
+        self.names += 1
+        winner, loser = self.key(number), self.key(1 - number)
+        return self.read(
+            preference(winner, loser, rater, at=self.now, feedback_id=f"f{self.names}")
+        )
+
+    @rule(
+        target=records,
+        number=NUMBERS,
+        rater=st.sampled_from(RATERS),
+        name=st.sampled_from(["copied", "edited", "sneezed", ""]),
+    )
+    def correct_or_hint(self, number: int, rater: str, name: str) -> list[Parsed]:
+        self.names += 1
+        what = {"at": self.now, "feedback_id": f"f{self.names}"}
+        key = self.key(number)
+        if name:
+            return self.read(signal(key, name, rater, **what))
+        return self.read(correction(key, "so", rater, **what))
+
     @rule(target=batches, number=NUMBERS, rater=st.sampled_from(RATERS))
     def serve_rate_and_hand_out(self, number: int, rater: str) -> object:
         self.serve(number)
@@ -276,18 +322,20 @@ class Updater(RuleBasedStateMachine):
         examples = self.ledger.ready_examples(limit)
         return multiple(examples) if examples else multiple()
 
-    @rule(batch=consumes(batches), publish=st.booleans())
-    def train(self, batch: list[object], publish: bool) -> None:
+    @rule(batch=consumes(batches), publish=st.booleans(), left_out=st.sampled_from([0, 0, 1]))
+    def train(self, batch: list[object], publish: bool, left_out: int) -> None:
         ids = [example.example_id for example in batch]  # type: ignore[attr-defined]
+        aside = dict.fromkeys(ids[len(ids) - left_out :], Reason.TOO_FAR)
         version = self.ledger.next_version()
+        made = release(self.ledger, ids[: len(ids) - left_out])
         try:
-            self.ledger.commit_release(release(self.ledger, ids), ids)
+            self.ledger.commit_release(made, ids, set_aside=aside)
         except LedgerError as error:
             self.check_refusal(error)
             return
-        for example in batch:
+        for example in batch[: len(batch) - len(aside)]:
             for one in example.feedback:  # type: ignore[attr-defined]
-                self.taught[one.key, one.rater] += 1
+                self.taught[one.key, one.rater, one.aspect] += 1
                 self.trained_ratings += 1
         assert self.ledger.live_version() == version
         if publish:
@@ -331,7 +379,7 @@ class Updater(RuleBasedStateMachine):
         assert accounting.total == self.consumed
 
     @invariant()
-    def a_rating_teaches_once(self) -> None:
+    def a_word_teaches_once(self) -> None:
         counted = self.ledger.accounting().fates.get(Topic.FEEDBACK, {}).get(Fate.TRAINED, 0)
         assert counted == self.trained_ratings
         assert max(self.taught.values(), default=0) <= 1
