@@ -78,7 +78,7 @@ def run_study(config: Config, store: Store, workers: int) -> list[Trace]:
         KeyboardInterrupt: what was finished is in the store.
         WorkerDied: likewise.
     """
-    groups = [(method, lag) for lag in config.lags for method in config.methods]
+    groups = config.groups
     todo = [group for group in groups if store.load(group) is None]
     # Long ones first: large lags fill a queue before they start.
     todo.sort(key=lambda group: -group[1])

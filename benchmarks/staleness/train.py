@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.staleness import task
-from benchmarks.staleness.methods import METHODS, Method, Tokens
+from benchmarks.staleness.methods import METHODS, Kind, Method, Tokens
 from benchmarks.staleness.task import LENGTH_TOKENS, PROMPTS, Parameters
 from updater.divergence import ess_share
 from updater.objectives import log_ratio_penalty, measure_batches, token_mean
@@ -39,6 +39,8 @@ RMS_FLOOR = 0.1
 """A batch of nearly equal rewards is not blown up to full size."""
 ANCHOR_EVERY_UPDATES = 8
 """How long the "recomputed" ablation keeps one anchor."""
+STALE_FROM = 64
+"""Lags, in updates, that the claims about stale data are for."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,20 @@ class Config:
     learning_rates: tuple[float, ...] = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
     lags: tuple[int, ...] = (0, 8, 64, 256)
     methods: tuple[str, ...] = tuple(METHODS)
-    updates: int = 1600
+    updates: int = 1000
     batch_replies: int = 32
     evaluate_every: int = 20
     measure_every: int = 20
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Every (method, lag) to train; ablations and recipes only where data is stale."""
+        return [
+            (method, lag)
+            for lag in self.lags
+            for method in self.methods
+            if lag >= STALE_FROM or METHODS[method].kind is Kind.OBJECTIVE
+        ]
 
 
 @dataclass(frozen=True)
