@@ -5,16 +5,27 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 import tempfile
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import pytest
 
 from daemon import failpoints
 from daemon.events import Reason, SamplingSettings
-from tests.updater.ledger_fixtures import HORIZON, HOUR, NOW, Log, interaction, rating, release
+from tests.updater.ledger_fixtures import (
+    HORIZON,
+    HOUR,
+    NOW,
+    Log,
+    correction,
+    interaction,
+    preference,
+    rating,
+    release,
+    signal,
+)
 from updater.ledger import Ledger, Parsed, examples_digest
 
 STEPS = ("ingest", "release", "rejection", "not_trainable", "expire", "published")
@@ -35,6 +46,10 @@ def stream() -> list[Parsed]:
             events.reverse()
         if i % 4 == 0:
             events += [rating(name, 1, "ann", at=NOW + i + 9), rating(name, 1, "bob")]
+        if i % 3 == 1:
+            events += [preference(name, f"r{i + 2}", "cy", at=NOW + i), signal(name, "copied")]
+        if i % 6 == 2:
+            events += [correction(name, "so", at=NOW + i)]
         found += [log.parsed(event) for event in events * (2 if i % 5 == 0 else 1)]
     found.append(log.parsed(interaction("unrated", at=NOW)))
     found.append(log.parsed(rating("r1", 1, "cy"), at=NOW + HORIZON + HOUR))
@@ -73,9 +88,10 @@ def decide(ledger: Ledger) -> None:
         case 2:
             ledger.set_not_trainable(ids, Reason.MISMATCH)
         case _:
-            made = release(ledger, ids)
-            digest = {"examples_digest": examples_digest(ids)}
-            ledger.commit_release(made.model_copy(update=digest), ids)
+            trained, aside = ids[:-1], {ids[-1]: Reason.TOO_FAR}
+            made = release(ledger, trained)
+            digest = {"examples_digest": examples_digest(trained)}
+            ledger.commit_release(made.model_copy(update=digest), ids, set_aside=aside)
 
 
 def publish(ledger: Ledger, outbox: Path) -> None:
@@ -145,7 +161,7 @@ def test_a_kill_at_any_step_changes_nothing_of_the_end(
             assert strike == 2, f"{step}.{point} was never passed"
             assert step in ("expire", "not_trainable"), f"{step}.{point} was passed only once"
         else:
-            assert code == -signal.SIGKILL
+            assert code == -SIGKILL
             with Ledger.open_readonly(path) as reader:
                 assert reader.audit() == []
                 assert reader.accounting().balanced
