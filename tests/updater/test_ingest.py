@@ -23,7 +23,17 @@ from daemon.events import (
 from daemon.settings import SIGNALS
 from daemon.stream import Gap, GapCause, Record, StreamUnavailable, Topic
 from tests.updater import ledger_fixtures
-from tests.updater.ledger_fixtures import HORIZON, NOW, VOCABULARY, Log, interaction, rating
+from tests.updater.ledger_fixtures import (
+    HORIZON,
+    NOW,
+    VOCABULARY,
+    Log,
+    correction,
+    interaction,
+    preference,
+    rating,
+    signal,
+)
 from updater import ingest as ingest_module
 from updater.ingest import Ingest, parse, why_untrainable
 from updater.ledger import Ledger, LedgerUnavailable
@@ -200,6 +210,14 @@ def altered(event: Any, **fields: object) -> bytes:
         (altered(rating("a"), schema_version=None), Reason.UNSUPPORTED_SCHEMA_VERSION),
         (altered(rating("a"), value=0), Reason.SCHEMA_MISMATCH),
         (altered(rating("a"), value="NaN"), Reason.SCHEMA_MISMATCH),
+        (altered(rating("a"), value=float("inf")), Reason.SCHEMA_MISMATCH),
+        (altered(rating("a"), kind="score", value=1.1), Reason.SCHEMA_MISMATCH),
+        (altered(rating("a"), kind="score", value=-0.1), Reason.SCHEMA_MISMATCH),
+        (altered(rating("a"), kind="applause"), Reason.SCHEMA_MISMATCH),
+        (altered(correction("a"), text=" \n"), Reason.SCHEMA_MISMATCH),
+        (altered(preference("a", "b"), over="a"), Reason.SCHEMA_MISMATCH),
+        (altered(preference("a", "b"), over=None), Reason.SCHEMA_MISMATCH),
+        (altered(signal("a", "copied"), signal=""), Reason.SCHEMA_MISMATCH),
         (altered(rating("a"), created_at=-1), Reason.SCHEMA_MISMATCH),
         (altered(rating("a"), interaction_id="../../etc"), Reason.SCHEMA_MISMATCH),
         (altered(rating("a"), choice=-1), Reason.SCHEMA_MISMATCH),
@@ -284,6 +302,7 @@ SPAN = PolicySpan(version=0, start=0, end=3)
         ({"completion_logprobs": (-0.1, -0.2)}, Reason.LENGTH_MISMATCH),
         ({"completion_logprobs": (-0.1, float("nan"), -0.1)}, Reason.INVALID_LOGPROBS),
         ({"completion_logprobs": (-0.1, float("-inf"), -0.1)}, Reason.INVALID_LOGPROBS),
+        ({"completion_logprobs": (-0.1, float("inf"), -0.1)}, Reason.INVALID_LOGPROBS),
         ({"completion_logprobs": (-0.1, 0.5, -0.1)}, Reason.INVALID_LOGPROBS),
         ({"logprob_convention": LogprobConvention.RAW}, None),
         (
@@ -308,3 +327,30 @@ def test_what_no_gradient_follows_from_has_a_reason(
     # And so after the wire, where NaN and infinity travel as strings.
     again = Interaction.model_validate_json(event.to_bytes())
     assert why_untrainable(again, VOCABULARY, "assistant", 50, newest_version=7) is reason
+
+
+@pytest.mark.parametrize("loses", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"completion_logprobs": (-0.1, float("nan"), -0.1)}, Reason.INVALID_LOGPROBS),
+        ({"completion_logprobs": (-0.1, float("inf"), -0.1)}, Reason.INVALID_LOGPROBS),
+        ({"completion_logprobs": (-0.1, 0.5, -0.1)}, Reason.INVALID_LOGPROBS),
+        ({"completion_token_ids": (4, VOCABULARY, 6)}, Reason.TOKEN_OUT_OF_VOCABULARY),
+        ({"completion_token_ids": (), "completion_logprobs": ()}, Reason.EMPTY_COMPLETION),
+        ({"completion_logprobs": (-0.1, -0.2)}, Reason.LENGTH_MISMATCH),
+    ],
+)
+def test_no_gradient_sees_a_reply_that_is_not_as_it_should_be(
+    ledger: Ledger, changes: dict[str, Any], reason: Reason, loses: bool
+) -> None:
+    log, stream = Log(), Stream()
+    bad, good = ("b", "a") if loses else ("a", "b")
+    events: list[Any] = [interaction(bad, **changes), interaction(good), preference("a", "b")]
+    events += [rating(bad), correction(bad), signal(bad, "copied")]
+    stream.unread = [log.record(event) for event in events]
+    make(ledger, stream, Letters()).step(0.0)
+    assert ledger.ready_examples(10) == []
+    found = ledger.accounting().events
+    assert found[REPLIES][Fate.NOT_TRAINABLE] == {reason: 1}
+    assert found[RATINGS] == {Fate.NOT_TRAINABLE: {reason: 4}}
