@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from benchmarks.staleness import methods, task, train
+from benchmarks.staleness.methods import Kind
 from benchmarks.staleness.train import Config, Trace, train_group
 from updater import divergence, objectives
 
@@ -80,8 +81,8 @@ def run_study(config: Config, store: Store, workers: int) -> list[Trace]:
     """
     groups = config.groups
     todo = [group for group in groups if store.load(group) is None]
-    # Long ones first: large lags fill a queue before they start.
-    todo.sort(key=lambda group: -group[1])
+    # Objectives before their ablations; long ones first: large lags fill a queue before they start.
+    todo.sort(key=lambda group: (methods.METHODS[group[0]].kind is not Kind.OBJECTIVE, -group[1]))
     with _progress() as progress:
         bar = progress.add_task("groups", total=len(groups), completed=len(groups) - len(todo))
         steps = progress.add_task("updates", total=max(1, len(todo)) * config.updates)
@@ -145,6 +146,7 @@ def _worker(config: Config, tasks: Queue[Group | None], events: Queue[Event], pa
     """Trains groups until there are none. One thread: the processes are the parallelism."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # Adam's moments of what is not used any more, and slow
 
     def tick(updates: int) -> None:
         if os.getppid() != parent:  # it was killed: nobody wants the result
