@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from daemon.artifacts import ArtifactStore
 from daemon.events import (
+    Decision,
     Feedback,
     FeedbackKind,
     Interaction,
     LogprobConvention,
     PolicySpan,
+    Release,
+    ReleaseKind,
     SamplingSettings,
+    Verdict,
 )
-from updater.policy import Policy
-from updater.sampling import processed_logprobs
+from updater.policy import AdapterState, Policy
+from updater.sampling import processed_distribution, processed_logprobs
 from updater.values import CreditedExample, Example, TokenSequence
 
 ALIAS = "assistant"
@@ -68,3 +73,44 @@ def credited(interaction: Interaction, advantage: float) -> CreditedExample:
     )
     example = Example(interaction.interaction_id, interaction, (thumb,))
     return CreditedExample(example, reward=1.0 if advantage >= 0 else -1.0, advantage=advantage)
+
+
+def perturbed(policy: Policy, size: float, seed: int) -> AdapterState:
+    """Another policy: every number of the adapter moved a little."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + size * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in policy.state().items()
+    }
+
+
+@torch.no_grad()
+def written(
+    policy: Policy, prompt: tuple[int, ...], tokens: int, sampling: SamplingSettings, seed: int = 0
+) -> TokenSequence:
+    """A reply that ``policy`` samples under these settings."""
+    generator = torch.Generator().manual_seed(seed)
+    reply: tuple[int, ...] = ()
+    for _ in range(tokens):
+        # The place-holder is not sampled: the distribution at it is that of the next token.
+        logits, _ = policy.completion_logits([TokenSequence(prompt, (*reply, 0))])
+        likeliest = logits[-1:].argmax(-1)
+        chances = processed_distribution(logits[-1:], likeliest, sampling).exp()
+        reply = (*reply, int(torch.multinomial(chances[0], 1, generator=generator)))
+    return TokenSequence(prompt, reply)
+
+
+def archived(policy: Policy, store: ArtifactStore, version: int, state: AdapterState) -> Release:
+    """A release of this adapter, its bytes in the store."""
+    digest, files = store.put(policy.adapter_files(state))
+    return Release(
+        alias=ALIAS,
+        version=version,
+        parent=version - 1,
+        kind=ReleaseKind.ADAPTER,
+        artifact_digest=digest,
+        files=files,
+        base_model_digest="1" * 64,
+        created_at=1_000.0,
+        verdict=Verdict(decision=Decision.PASS, artifact_digest=digest, checks=(), seconds=0.0),
+    )
