@@ -297,7 +297,7 @@ def _opinions(example: Example, signals: Mapping[str, float]) -> list[tuple[str,
 def _agreements(
     examples: Sequence[Example], signals: Mapping[str, float]
 ) -> list[tuple[str, bool]]:
-    """A rater, and whether the mean of the others who rated the same reply has the same sign."""
+    """A rater, and whether the others who rated the same reply in this batch agree on the sign."""
     found = []
     for example in examples:
         opinions = _opinions(example, signals)

@@ -13,7 +13,18 @@ import pytest
 
 from daemon.events import Divergence, Fate, FeedbackKind, Reason, ReleaseKind, SamplingSettings
 from daemon.stream import Gap, GapCause, Topic
-from tests.updater.ledger_fixtures import HORIZON, HOUR, NOW, Log, interaction, rating, release
+from tests.updater.ledger_fixtures import (
+    HORIZON,
+    HOUR,
+    NOW,
+    Log,
+    correction,
+    interaction,
+    preference,
+    rating,
+    release,
+    signal,
+)
 from updater.baselines import Baselines, Cell
 from updater.ledger import (
     LeaseLost,
@@ -622,13 +633,22 @@ def test_no_step_of_a_cycle_reads_a_whole_table(ledger: Ledger) -> None:
     log = Log()
     feed(ledger, log, rating("a"), *[interaction(name) for name in "abc"], rating("a"))
     feed(ledger, log, rating("a", -1), rating("b"), rating("b", 1, "bob"))
-    ledger.ready_examples(1)
+    feed(ledger, log, preference("a", "c"), preference("d", "a"), interaction("d"), rating("c"))
+    feed(ledger, log, signal("a", "copied"), correction("b"), preference("e", "f"))
+    assert len(ledger.ready_examples(2)) == 2
     feed(ledger, log, rating("a", -1, at=NOW + 1), at=NOW + 1, now=NOW + 1)
     ids = [example.example_id for example in ledger.ready_examples(1)]
     ledger.held_out_traffic(5, exclude=ids)
     ledger.commit_release(release(ledger, ids), ids)
     train(ledger)
-    for name in ("count_ready", "oldest_ready_at", "offsets", "accounting", "unpublished"):
+    for name in (
+        "policy_versions_referenced",
+        "count_ready",
+        "oldest_ready_at",
+        "offsets",
+        "accounting",
+        "unpublished",
+    ):
         getattr(ledger, name)()
     ledger.expire(NOW + 3 * HORIZON)
     connection.set_trace_callback(None)

@@ -129,7 +129,9 @@ def _example(connection: sqlite3.Connection, key: str) -> tuple[Example, Claim]:
         feedback=tuple(heard.values()),
         rejected=dict(_rejected(connection, loser) for loser in over),
     )
-    return example, Claim(key, identity, tuple(heard), over, tuple(feedback.keys() - heard.keys()))
+    return example, Claim(
+        key, identity, tuple(heard), over, tuple(sorted(feedback.keys() - heard.keys()))
+    )
 
 
 def _rejected(connection: sqlite3.Connection, identity: int) -> tuple[str, Interaction]:
