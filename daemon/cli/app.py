@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from daemon.artifacts import StoreError
-from daemon.cli import doctor, look, operate, run
+from daemon.cli import doctor, look, operate, redrive, run
 from daemon.cli.common import CommandError, err
 from daemon.http import PortUnavailable, Unreachable
 from daemon.settings import SettingsError
@@ -55,6 +55,7 @@ def _root(
 run.register(app)
 look.register(app)
 operate.register(app)
+redrive.register(app)
 doctor.register(app)
 for extension in entry_points(group=EXTENSIONS):
     extension.load()(app)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -107,19 +107,28 @@ def describe(
         StreamRefused: we may not see a topic.
     """
     names = {topic_name(settings, topic): topic for topic in topics}
-    states: dict[Topic, TopicState] = {}
+    return {
+        names[name]: TopicState(names[name], topic_id, partitions)
+        for name, (topic_id, partitions) in describe_names(admin, names).items()
+    }
+
+
+def describe_names(admin: KafkaAdminClient, names: Collection[str]) -> dict[str, tuple[str, int]]:
+    """(topic id, partitions) of the topics that exist.
+
+    Raises:
+        AuthorizationError: we may not see a topic.
+    """
+    described: dict[str, tuple[str, int]] = {}
     for found in admin.describe_topics(list(names)):
-        topic = names.get(found["name"])
         error = kafka_errors.for_code(found["error_code"])
-        if topic is None or error is kafka_errors.UnknownTopicOrPartitionError:
+        if found["name"] not in names or error is kafka_errors.UnknownTopicOrPartitionError:
             continue
         if issubclass(error, kafka_errors.AuthorizationError):
             raise error(found["name"])
-        if not found["partitions"]:  # being made or being deleted
-            continue
-        topic_id = str(found["topic_id"] or "")
-        states[topic] = TopicState(topic, topic_id, len(found["partitions"]))
-    return states
+        if found["partitions"]:  # else it is being made or being deleted
+            described[found["name"]] = (str(found["topic_id"] or ""), len(found["partitions"]))
+    return described
 
 
 def require(

@@ -49,6 +49,10 @@ VERBS = (
     "config",
     "doctor",
     "schemas",
+    "audit",
+    "explain",
+    "lineage",
+    "redrive",
 )
 
 SERVER_STATUS = {

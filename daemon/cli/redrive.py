@@ -1,0 +1,190 @@
+"""`moorline redrive`: dead letters back onto their topics, once their cause is repaired."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from daemon.cli.common import (
+    CommandError,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    StateDirOption,
+    endpoints,
+    out,
+    print_json,
+    say,
+    settings_from,
+)
+from daemon.cli.status_page import ago, size
+from daemon.events import Reason
+
+if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
+    from daemon.stream.redrive import Letter, Redriver
+
+_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+_READY = "ready"
+_REDRIVEN = "redriven"
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Operate")(redrive)
+
+
+def redrive(
+    reason: Annotated[
+        list[Reason] | None,
+        typer.Option(help="Only what was refused for this; repeat at will.", metavar="REASON"),
+    ] = None,
+    topic: Annotated[
+        Literal["interactions.v1", "feedback.v1"] | None,
+        typer.Option(help="Only what came from this topic."),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="WHEN", help="Only letters from then on: 90min, 6h, 2d, 2026-01-31."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many letters.")] = None,
+    max_redrives: Annotated[
+        int, typer.Option(min=1, help="A record that came back so often stays where it is.")
+    ] = 3,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the letters; move nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    state_dir: StateDirOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Put dead letters back on the topic that they came from, each once.
+
+    Repair the cause first: a record that still cannot be read becomes a dead letter again. Bytes,
+    key and headers are the original's. What is put back is noted in STATE_DIR/redriven.json, so
+    always run it with the same --state-dir.
+
+    [bold]Examples[/]
+
+      moorline redrive --dry-run
+      moorline redrive --reason unsupported_schema_version --since 2d
+      moorline redrive --topic feedback.v1 --limit 100
+    """
+    from daemon.stream import StreamUnavailable
+    from daemon.stream.redrive import Wanted, redriving
+    from daemon.stream.topics import Topic
+
+    settings = settings_from(config, assignments, state_dir=state_dir)
+    bootstrap = endpoints(settings).bootstrap
+    if bootstrap is None:
+        raise CommandError("no broker is known: set stream.bootstrap, or start `moorline up`")
+    stream = settings.stream.model_copy(update={"bootstrap": bootstrap})
+    wanted = Wanted(
+        topics=[Topic(topic)] if topic else (),
+        reasons=reason or (),
+        since=None if since is None else _moment(since),
+        limit=limit,
+    )
+    rows: list[tuple[Letter, str]] = []
+    try:
+        with redriving(stream, settings.state_dir) as redriver:
+            for letter, outcome in _outcomes(
+                redriver, redriver.letters(wanted), max_redrives, dry_run=dry_run
+            ):
+                rows.append((letter, outcome))
+    except (StreamUnavailable, ValueError, OSError) as error:
+        done = sum(outcome == _REDRIVEN for _, outcome in rows)
+        told = f" ({done} letters were put back before)" if done else ""
+        raise CommandError(f"{error}{told}") from None
+    if as_json:
+        print_json([_as_dict(letter, outcome) for letter, outcome in rows])
+        return
+    if dry_run and rows:
+        out.print(_table(rows))
+    _summary(Counter(outcome for _, outcome in rows))
+
+
+def _outcomes(
+    redriver: Redriver, letters: Iterator[Letter], max_redrives: int, *, dry_run: bool
+) -> Iterator[tuple[Letter, str]]:
+    """Each letter and what was done, or would be."""
+    from daemon.stream.redrive import BATCH_LETTERS
+
+    while batch := list(islice(letters, BATCH_LETTERS)):
+        refused = {
+            letter: refusal
+            for letter in batch
+            if (refusal := redriver.refusal(letter, max_redrives)) is not None
+        }
+        going = [letter for letter in batch if letter not in refused]
+        if not dry_run and going:
+            refused |= redriver.send(going)
+        for letter in batch:
+            yield letter, str(refused.get(letter, _READY if dry_run else _REDRIVEN))
+
+
+def _moment(text: str) -> float:
+    """Unix seconds of an age or a date."""
+    age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)", text.strip())
+    if age:
+        return time.time() - float(age[1]) * _UNITS[age[2]]
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither an age (90min, 6h, 2d) nor a date (2026-01-31T12:00)",
+            param_hint="--since",
+        ) from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _as_dict(letter: Letter, outcome: str) -> dict[str, Any]:
+    return {
+        "letter": letter.place,
+        "origin": letter.origin,
+        "reason": letter.reason,
+        "at": letter.timestamp_ms / 1000,
+        "size_bytes": len(letter.value or b""),
+        "redrives": letter.redrives,
+        "outcome": outcome,
+    }
+
+
+def _table(rows: list[tuple[Letter, str]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for heading in ("letter", "came from", "reason", "when"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("size", "redrives"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for letter, outcome in rows:
+        table.add_row(
+            letter.place,
+            letter.origin,
+            letter.reason,
+            ago(letter.timestamp_ms / 1000),
+            size(len(letter.value or b"")),
+            str(letter.redrives),
+            outcome.replace("_", " "),
+        )
+    return table
+
+
+def _summary(outcomes: Counter[str]) -> None:
+    if not outcomes:
+        say("No dead letter waits.")
+        return
+    if outcomes[_READY]:
+        say(f"{outcomes[_READY]} letters would be put back; without --dry-run they are.")
+    if outcomes[_REDRIVEN]:
+        say(f"Put back {outcomes[_REDRIVEN]} letters; `moorline status` shows their new fates.")
+    for outcome, count in sorted(outcomes.items()):
+        if outcome not in (_READY, _REDRIVEN):
+            say(f"{count} stay where they are: {outcome.replace('_', ' ')}", style="yellow")
