@@ -8,7 +8,6 @@ of a producer can be read; an unknown major version is refused.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 import uuid
 from enum import StrEnum
@@ -168,10 +167,7 @@ class Interaction(Event):
     alias: Identifier
     tenant: str = Field(default="default", max_length=200)
     task: str = Field(
-        default="default",
-        max_length=200,
-        description="What kind of request it was, in the client's words: replies to one task of "
-        "one tenant share a baseline",
+        default="default", max_length=200, description="Kind of request, in the client's words"
     )
     user: str | None = Field(default=None, max_length=200, description="A pseudonym")
     created_at: FiniteFloat = Field(ge=0, description="Unix seconds at which the reply ended")
@@ -204,8 +200,6 @@ def interaction_key(interaction_id: str, choice: int) -> str:
 
 
 class FeedbackKind(StrEnum):
-    """What each one teaches: docs/concepts.md."""
-
     THUMBS = "thumbs"
     """+1 or -1."""
     SCORE = "score"
@@ -253,14 +247,13 @@ class Feedback(Event):
         """What it speaks of. A rater's later word on an aspect of a reply replaces the earlier:
         thumbs and scores are one aspect, each lost reply and each signal is one of its own."""
         match self.kind:
-            case FeedbackKind.THUMBS | FeedbackKind.SCORE:
-                return "rating"
             case FeedbackKind.CORRECTION:
                 return "correction"
             case FeedbackKind.PREFERENCE:
                 return f"preference over {self.over_key}"
             case FeedbackKind.SIGNAL:
                 return f"signal {self.signal}"
+        return "rating"
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> Self:
@@ -396,11 +389,6 @@ def artifact_digest(files: tuple[ArtifactFile, ...]) -> str:
     """sha256 over the sorted names, sizes and hashes of an artifact's files."""
     lines = sorted(f"{file.sha256} {file.size_bytes} {file.name}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def unusable_numbers(values: tuple[float | None, ...]) -> bool:
-    """Whether a recorded logprob is missing, not finite, or above zero (beyond rounding)."""
-    return any(value is None or not math.isfinite(value) or value > 1e-4 for value in values)
 
 
 def json_schemas() -> dict[str, dict[str, Any]]:

@@ -22,7 +22,6 @@ from daemon.events import (
     Interaction,
     LogprobConvention,
     Reason,
-    unusable_numbers,
 )
 from daemon.failpoints import failpoint
 from daemon.stream import Gap, Record, StreamUnavailable, Topic
@@ -273,7 +272,7 @@ def why_untrainable(
         (lambda: bool(interaction.sampling.altered_by), Reason.ALTERED_SAMPLING),
         (lambda: _logprobs_missing(interaction), Reason.NO_LOGPROBS),
         (lambda: len(interaction.completion_logprobs) != length, Reason.LENGTH_MISMATCH),
-        (lambda: unusable_numbers(interaction.completion_logprobs), Reason.INVALID_LOGPROBS),
+        (lambda: _unusable(interaction.completion_logprobs), Reason.INVALID_LOGPROBS),
         (lambda: not _from_sampling_distribution(interaction), Reason.RAW_LOGPROBS),
     )
     return next((reason for is_so, reason in questions if is_so()), None)
@@ -281,6 +280,11 @@ def why_untrainable(
 
 def _out_of_vocabulary(token_ids: Sequence[int], vocab_size: int) -> bool:
     return bool(token_ids) and not (min(token_ids) >= 0 and max(token_ids) < vocab_size)
+
+
+def _unusable(logprobs: Sequence[float | None]) -> bool:
+    """Whether one is missing, not finite, or above zero (beyond rounding)."""
+    return any(value is None or not math.isfinite(value) or value > 1e-4 for value in logprobs)
 
 
 def _spans_cover(interaction: Interaction, length: int) -> bool:

@@ -31,7 +31,6 @@ from daemon.events import (
     artifact_digest,
     json_schemas,
     policy_name,
-    unusable_numbers,
 )
 
 identifiers = st.from_regex(r"[A-Za-z0-9._:@+-]{1,40}", fullmatch=True)
@@ -317,21 +316,6 @@ def test_artifact_file_name_cannot_leave_its_directory(name: str) -> None:
 def test_policy_names_sort_as_versions_do() -> None:
     names = [policy_name("assistant", version) for version in (0, 9, 10, 41, 999_999)]
     assert names == sorted(names)
-
-
-@pytest.mark.parametrize(
-    ("values", "unusable"),
-    [
-        ((-0.1, 0.0), False),
-        ((), False),
-        ((-0.1, None), True),
-        ((float("nan"),), True),
-        ((float("-inf"),), True),
-        ((0.1,), True),
-    ],
-)
-def test_unusable_logprobs_are_seen(values: tuple[float | None, ...], unusable: bool) -> None:
-    assert unusable_numbers(values) is unusable
 
 
 def test_vocabulary_has_no_word_twice() -> None:

@@ -304,6 +304,7 @@ SPAN = PolicySpan(version=0, start=0, end=3)
         ({"completion_logprobs": (-0.1, float("-inf"), -0.1)}, Reason.INVALID_LOGPROBS),
         ({"completion_logprobs": (-0.1, float("inf"), -0.1)}, Reason.INVALID_LOGPROBS),
         ({"completion_logprobs": (-0.1, 0.5, -0.1)}, Reason.INVALID_LOGPROBS),
+        ({"completion_logprobs": (-0.1, 1e-6, -0.1)}, None),  # rounding
         ({"logprob_convention": LogprobConvention.RAW}, None),
         (
             {
