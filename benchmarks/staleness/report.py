@@ -12,7 +12,17 @@ from typing import Any
 from benchmarks.staleness import task
 from benchmarks.staleness.figure import draw
 from benchmarks.staleness.methods import METHODS, Kind
-from benchmarks.staleness.summary import DEFAULT, Claim, Paired, Summary, claims, paired
+from benchmarks.staleness.summary import (
+    DEFAULT,
+    RIVAL,
+    WITH_RECIPE,
+    Claim,
+    Paired,
+    Summary,
+    claims,
+    paired,
+)
+from benchmarks.staleness.train import STALE_FROM
 
 Table = list[list[str]]
 DIAGNOSTICS = {
@@ -96,6 +106,8 @@ def _markdown(summary: Summary, machine: dict[str, Any], found: list[Claim], nam
         "## The objectives\n\n" + _scores_table(summary, kinds[Kind.OBJECTIVE]),
         _reading(summary, kinds[Kind.OBJECTIVE]),
     ]
+    if RIVAL in config.methods:
+        sections.append(_horizons(summary))
     if kinds[Kind.RECIPE]:
         sections.append(_recipes(summary, kinds[Kind.RECIPE]))
     if kinds[Kind.ABLATION]:
@@ -141,14 +153,17 @@ def _claims_table(found: list[Claim]) -> str:
     )
 
 
-def _scores_table(summary: Summary, methods: list[str]) -> str:
+def _scores_table(summary: Summary, methods: list[str], from_lag: int = 0) -> str:
     """Per lag: AUC, final, updates to half, rate; best AUC and final in bold."""
     blocks = []
     for lag in summary.config.lags:
-        best_auc = max(summary.auc(method, lag) for method in methods)
-        best_final = max(summary.final(method, lag) for method in methods)
+        measured = summary.measured(methods, lag)
+        if not measured or lag < from_lag:
+            continue
+        best_auc = max(summary.auc(method, lag) for method in measured)
+        best_final = max(summary.final(method, lag) for method in measured)
         rows = []
-        for method in sorted(methods, key=lambda name: -summary.auc(name, lag)):
+        for method in sorted(measured, key=lambda name: -summary.auc(name, lag)):
             runs = summary.best[method, lag]
             auc, final = summary.auc(method, lag), summary.final(method, lag)
             rows.append(
@@ -182,7 +197,7 @@ def _halves(updates: list[int | None]) -> str:
 def _reading(summary: Summary, methods: list[str]) -> str:
     """The default against each other objective, where staleness matters; ties and losses named."""
     lines = [f"## `{DEFAULT}` against every rival, seed by seed", ""]
-    for lag in (lag for lag in summary.config.lags if lag >= 64):
+    for lag in (lag for lag in summary.config.lags if lag >= STALE_FROM):
         pairs = [paired(summary, DEFAULT, other, lag) for other in methods if other != DEFAULT]
         lines += [
             f"**Lag {lag}** (positive: `{DEFAULT}` is better)",
@@ -225,36 +240,56 @@ def _verdict(pairs: list[Paired], lag: int) -> str:
 
 
 def _recipes(summary: Summary, recipes: list[str]) -> str:
-    ours = f"{DEFAULT} + recipe"
     text = [
-        "## With what is around an objective",
+        "## With what the updater has around an objective",
         "",
-        "The recipe is the same for each: the baseline is multiplied by the batch's effective "
-        "sample size share (so it is biased low on stale data, after arXiv 2506.20520), a spring "
-        "1e-3 log^2 r toward the behaviour policy, and the step multiplied by the effective "
-        "sample size share.",
+        "Moorline does not run a bare objective: the baseline is multiplied by the batch's "
+        "effective-sample-size share (so it is biased low on stale data, after arXiv 2506.20520), "
+        "and so is the step. On fresh data both are the bare objective. The last method adds a "
+        "spring toward the behaviour policy, which Moorline does not.",
         "",
-        _scores_table(summary, recipes),
+        _scores_table(summary, [DEFAULT, *recipes], STALE_FROM),
     ]
-    others = [name for name in recipes if name != ours]
     plain = [name for name in summary.config.methods if METHODS[name].kind is Kind.OBJECTIVE]
-    if ours in recipes:
-        for lag in (lag for lag in summary.config.lags if lag >= 64):
-            pairs = [paired(summary, ours, other, lag) for other in others + plain]
-            text += ["", f"**Lag {lag}**: `{ours}` against", "", _paired_table(pairs)]
+    for lag in (lag for lag in summary.config.lags if lag >= STALE_FROM):
+        others = summary.measured([*recipes, *plain], lag)
+        if WITH_RECIPE in others:
+            pairs = [
+                paired(summary, WITH_RECIPE, name, lag) for name in others if name != WITH_RECIPE
+            ]
+            text += ["", f"**Lag {lag}**: `{WITH_RECIPE}` against", "", _paired_table(pairs)]
     return "\n".join(text)
+
+
+def _horizons(summary: Summary) -> str:
+    """AUC is a mean over the run, so its ratio depends on how long one looks on."""
+    updates = summary.config.updates
+    rows = []
+    for horizon in (updates * quarter // 4 for quarter in (2, 3, 4)):
+        shorter = summary.until(horizon)
+        for lag in (lag for lag in summary.config.lags if lag >= STALE_FROM):
+            ours, theirs = shorter.auc(DEFAULT, lag), shorter.auc(RIVAL, lag)
+            rows.append(
+                [str(horizon), str(lag), f"{ours:.3f}", f"{theirs:.3f}", f"{ours / theirs:.2f}"]
+            )
+    return (
+        "## How long one looks on\n\nAUC is a mean over all updates, and whoever has learnt stays "
+        "there: the longer the run, the nearer any two that learn. The same runs, as if "
+        "they had been stopped earlier, rates chosen anew:\n\n"
+        + _table(["updates", "lag", f"AUC of `{DEFAULT}`", f"of `{RIVAL}`", "ratio"], rows)
+    )
 
 
 def _ablations(summary: Summary, ablations: list[str]) -> str:
     originals = [name for name in ("dppo_kl", "ppo_clip") if name in summary.config.methods]
-    return "## Ablations\n\n" + _scores_table(summary, originals + ablations)
+    return "## Ablations\n\n" + _scores_table(summary, originals + ablations, STALE_FROM)
 
 
 def _diagnostics(summary: Summary, methods: list[str]) -> str:
     blocks = ["## Measured while learning\n\nMeans over updates and seeds, at the best rate."]
     for lag in summary.config.lags:
         rows = []
-        for method in methods:
+        for method in summary.measured(methods, lag):
             found = summary.diagnostics(method, lag)
             rows.append([f"`{method}`", *(f"{found[name]:.3g}" for name in DIAGNOSTICS)])
         blocks.append(f"**Lag {lag}**\n\n" + _table(["method", *DIAGNOSTICS.values()], rows))
@@ -271,7 +306,7 @@ def _grid(summary: Summary) -> str:
     blocks = ["## Appendix: every learning rate\n\nMean AUC / mean final over seeds."]
     for lag in config.lags:
         rows = []
-        for method in config.methods:
+        for method in summary.measured(config.methods, lag):
             row = [f"`{method}`"]
             for rate in config.learning_rates:
                 auc, final = (
