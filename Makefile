@@ -3,7 +3,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench-staleness bench-mismatch bench-ingest clean
+.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-ingest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,6 +29,9 @@ format: setup  ## let ruff rewrite what it can
 
 bench-staleness: setup  ## every objective under stale data (QUICK=1: the 3-minute subset)
 	@$(BIN)/python -m benchmarks.staleness $(if $(QUICK),--quick) $(ARGS)
+
+bench-real: setup  ## the same with a real model (under 2 hours; continues when interrupted; QUICK=1)
+	@$(BIN)/python -m benchmarks.real $(if $(QUICK),--quick) $(ARGS)
 
 bench-mismatch: setup  ## is the recorded probability the one the updater computes (float32, bfloat16)
 	@$(BIN)/python -m benchmarks.mismatch $(ARGS)

@@ -1,0 +1,1 @@
+"""Stale data and a real model: ``python -m benchmarks.real`` (see report.py)."""

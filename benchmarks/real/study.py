@@ -1,0 +1,292 @@
+"""Runs everything on a few processes, keeps each result, and continues where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.real import rules, train
+from benchmarks.real.summary import best_rate, cells, rate_cells
+from benchmarks.real.train import Cell, Config, Reply, Trace
+from updater import baselines, credit, objectives, policy, sampling, trainer
+
+POLL_SECONDS = 0.5
+BASE_PART_BATCHES = 8
+HELD_OUT = "held-out"
+
+
+class WorkerDied(RuntimeError):
+    """A process of the study ended without its result (killed, or out of memory)."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A part of what the base policy has to say: some batches, or the held-out replies."""
+
+    part: str
+    """HELD_OUT, or the number of the part."""
+
+    @property
+    def key(self) -> str:
+        return f"base-{self.part}"
+
+    @staticmethod
+    def all_for(config: Config) -> list[Base]:
+        parts = -(-max(config.lags) // BASE_PART_BATCHES)
+        return [Base(HELD_OUT), *(Base(str(number)) for number in range(parts))]
+
+
+Job = Base | Cell
+
+
+class Store:
+    """One JSON file for each finished job, valid for exactly this configuration and code."""
+
+    def __init__(self, root: Path, config: Config) -> None:
+        shaping = asdict(config)
+        # Which runs there are does not shape any of them.
+        for name in ("rules", "lags", "methods", "rates", "rate_method"):
+            del shaping[name]
+        digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
+        for module in (train, rules, trainer, baselines, credit, objectives, policy, sampling):
+            digest.update(Path(str(module.__file__)).read_bytes())
+        self._dir = root / digest.hexdigest()[:16]
+
+    def _path(self, job: Job) -> Path:
+        return self._dir / f"{job.key}.json"
+
+    def load(self, job: Job) -> Any | None:
+        """A job's result, or None when it is not finished."""
+        try:
+            return json.loads(self._path(job).read_text())
+        except FileNotFoundError:
+            return None
+
+    def save(self, job: Job, result: Any) -> None:
+        self._dir.mkdir(parents=True, exist_ok=True)
+        temporary = self._path(job).with_suffix(".tmp")
+        temporary.write_text(json.dumps(result))
+        os.replace(temporary, self._path(job))
+
+    def clear(self) -> None:
+        for path in self._dir.glob("*.json"):
+            path.unlink()
+
+    def trace(self, cell: Cell) -> Trace:
+        return Trace.from_json(self.load(cell))  # type: ignore[arg-type]
+
+    def base_replies(self, base: Base) -> list[list[Reply]]:
+        """Batch by batch; the held-out replies are one batch."""
+        batches = self.load(base)
+        assert batches is not None, f"{base.key} comes before every run"
+        return [[Reply.from_json(fields) for fields in batch] for batch in batches]
+
+    def base_batches(self, config: Config) -> list[list[Reply]]:
+        parts = [base for base in Base.all_for(config) if base.part != HELD_OUT]
+        return [batch for part in parts for batch in self.base_replies(part)]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that was found."""
+
+    config: Config
+    rate: float
+    traces: tuple[Trace, ...]
+    rate_traces: tuple[Trace, ...]
+    """The runs that chose the rate."""
+    base_replies: tuple[Reply, ...]
+    """Of the base policy, to training questions."""
+
+
+def run_study(model_dir: Path, config: Config, store: Store, workers: int) -> Study:
+    """Every job, finished ones from the store.
+
+    Raises:
+        KeyboardInterrupt: what was finished is in the store.
+        WorkerDied: likewise.
+    """
+    with _progress() as progress:
+        bar = progress.add_task("runs")
+        steps = progress.add_task("steps")
+
+        def finish(jobs: Sequence[Job]) -> None:
+            todo = [job for job in jobs if store.load(job) is None]
+            progress.update(bar, total=len(jobs), completed=len(jobs) - len(todo))
+            progress.reset(steps, total=max(1, sum(_steps(config, job) for job in todo)))
+            _run(todo, model_dir, config, store, workers, progress, bar, steps)
+
+        finish(Base.all_for(config))
+        choosing = rate_cells(config)
+        finish(choosing)
+        rate_traces = tuple(store.trace(cell) for cell in choosing)
+        rate = best_rate(rate_traces) if rate_traces else config.rates[0]
+        compared = cells(config, rate)
+        finish(compared)
+    return Study(
+        config,
+        rate,
+        tuple(store.trace(cell) for cell in compared),
+        rate_traces,
+        tuple(reply for batch in store.base_batches(config) for reply in batch),
+    )
+
+
+def _steps(config: Config, job: Job) -> int:
+    if isinstance(job, Cell):
+        return config.updates(job.lag)
+    return 0 if job.part == HELD_OUT else BASE_PART_BATCHES
+
+
+def _run(
+    todo: Sequence[Job],
+    model_dir: Path,
+    config: Config,
+    store: Store,
+    workers: int,
+    progress: Progress,
+    bar: TaskID,
+    steps: TaskID,
+) -> None:
+    for event in _work(todo, model_dir, config, store, workers):
+        if event is None:
+            progress.advance(steps)
+        else:
+            store.save(*event)
+            progress.advance(bar)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:>5}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+
+
+Event = tuple[Job, Any] | None
+"""A finished job with its result, or one step made."""
+
+
+def _work(
+    todo: Sequence[Job], model_dir: Path, config: Config, store: Store, workers: int
+) -> Iterator[Event]:
+    """What the worker processes report, as it comes."""
+    context = multiprocessing.get_context("spawn")
+    tasks: Queue[Job | None] = context.Queue()
+    events: Queue[Event] = context.Queue()
+    for job in todo:
+        tasks.put(job)
+    processes = [
+        context.Process(
+            target=_worker,
+            args=(model_dir, config, store, tasks, events, os.getpid()),
+            daemon=True,
+        )
+        for _ in range(min(workers, len(todo)))
+    ]
+    for process in processes:
+        tasks.put(None)
+        process.start()
+    left = len(todo)
+    try:
+        while left:
+            try:
+                event = events.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if any(process.exitcode for process in processes):
+                    raise WorkerDied(
+                        "a worker process ended early (killed, or out of memory): "
+                        "run again, perhaps with --workers 1; what was finished is kept"
+                    ) from None
+                continue
+            left -= event is not None
+            yield event
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _worker(
+    model_dir: Path,
+    config: Config,
+    store: Store,
+    tasks: Queue[Job | None],
+    events: Queue[Event],
+    parent: int,
+) -> None:
+    """Does jobs until there are none. One thread: the processes are the parallelism."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+
+    def tick() -> None:
+        if os.getppid() != parent:  # it was killed: nobody wants the result
+            raise SystemExit(1)
+        events.put(None)
+
+    while (job := tasks.get()) is not None:
+        events.put((job, _do(job, model_dir, config, store, tick)))
+
+
+def _do(job: Job, model_dir: Path, config: Config, store: Store, tick: train.Tick) -> Any:
+    """A job's result, ready for JSON."""
+    match job:
+        case Base(part) if part == HELD_OUT:
+            return [[asdict(reply) for reply in train.base_held_out(model_dir, config)]]
+        case Base(part):
+            first = int(part) * BASE_PART_BATCHES
+            numbers = range(first, first + BASE_PART_BATCHES)
+            batches = train.base_batches(model_dir, config, numbers, tick)
+            return [[asdict(reply) for reply in batch] for batch in batches]
+        case Cell():
+            start = store.base_replies(Base(HELD_OUT))[0]
+            base = store.base_batches(config)
+            return train.learn_cell(model_dir, config, job, base, start, tick).to_json()
+
+
+def _revision() -> str:
+    """Of the code, as git names it."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> dict[str, str | int]:
+    """Where and when it ran, for the report; nothing that names the host."""
+    return {
+        "revision": _revision(),
+        "cpus": os.cpu_count() or 1,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "finished_at": time.strftime("%Y-%m-%d", time.gmtime()),
+    }

@@ -1,0 +1,218 @@
+"""The real-model benchmark: its rules, its lag, what it concludes and what it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.real.rules import RULES, batch_at, held_out_questions, training_questions
+from benchmarks.real.study import Base, Store, Study
+from benchmarks.real.summary import (
+    Estimate,
+    Summary,
+    auc,
+    best_rate,
+    cells,
+    final,
+    rate_cells,
+)
+from benchmarks.real.train import (
+    DIAGNOSTICS,
+    Cell,
+    Config,
+    Evaluation,
+    Queue,
+    Reply,
+    SideEffect,
+    Trace,
+    as_example,
+    follow_share,
+)
+from daemon.events import Reason
+from updater.baselines import Baselines
+from updater.credit import assign_credit
+from updater.ingest import why_untrainable
+
+CONFIG = Config()
+RATE = 1e-3
+
+
+def a_trace(cell: Cell, end: float, kl_nats: float = 0.1, perplexity: float = 21.0) -> Trace:
+    updates = CONFIG.updates(cell.lag)
+    return Trace(
+        cell,
+        (Evaluation(0, 0.1, 120), Evaluation(8, end / 2, 40), Evaluation(updates, end, 120)),
+        (SideEffect(0, 0.0, 20.0), SideEffect(updates, kl_nats, perplexity)),
+        dict.fromkeys(DIAGNOSTICS, 0.5),
+        ("a | b\n\nc",),
+        1.0,
+    )
+
+
+def traces(ends: dict[str, float]) -> list[Trace]:
+    return [a_trace(cell, ends[cell.method]) for cell in cells(CONFIG, RATE)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "ended", "follows"),
+    [
+        ("brevity", "Sharks are fish.", True, True),
+        ("brevity", "Sharks are fish.", False, False),
+        ("brevity", " ".join(["word"] * 12), True, True),
+        ("brevity", " ".join(["word"] * 13), True, False),
+        ("brevity", "", True, False),
+        ("question", "Do you like sharks? \n", True, True),
+        ("question", "Do you like sharks?", False, False),
+        ("question", "Do you? I do.", True, False),
+        ("greeting", " Hi! Sharks are fish", False, True),
+        ("greeting", "hello there", True, True),
+        ("greeting", "His shark", True, False),
+        ("greeting", "Oh, hi!", True, False),
+    ],
+)
+def test_a_rule_praises_what_it_says(rule: str, text: str, ended: bool, follows: bool) -> None:
+    assert RULES[rule].follows(text, ended) is follows
+
+
+def test_no_held_out_topic_is_ever_trained_on() -> None:
+    topics = {question.split()[-1].rstrip(".") for question in training_questions(0)}
+    held_out = {question.split()[-1].rstrip(".") for question in held_out_questions(40)}
+    assert len(held_out) == 40
+    assert not topics & held_out
+
+
+@given(st.integers(1, 50), st.integers(1, 12))
+def test_batches_go_through_all_questions_before_any_comes_again(count: int, size: int) -> None:
+    items = list(range(count))
+    drawn = [item for number in range(count) for item in batch_at(items, number, size)]
+    assert drawn == [place % count for place in range(count * size)]
+
+
+def test_a_reply_becomes_an_interaction_that_the_product_would_train_on() -> None:
+    reply = Reply((1, 2), (3, 4), (-0.5, -0.1), "Hi there", True)
+    example = as_example(RULES["greeting"], reply, "one", version=7)
+    assert why_untrainable(example.interaction, 10, "benchmark", 100) in (None, Reason.NONE)
+    assert example.interaction.policy_version == 7
+    other = as_example(RULES["question"], reply, "two", version=7)
+    credited, _, _ = assign_credit([example, other], Baselines(), signals={})
+    assert credited[0].reward == 1.0
+    assert credited[1].reward == -1.0
+
+
+@pytest.mark.parametrize("lag", [0, 3, 8])
+def test_an_update_learns_from_replies_that_are_as_many_updates_old_as_the_lag(lag: int) -> None:
+    base = [[Reply((1,), (2,), (-1.0,), f"base {number}", True)] for number in range(lag)]
+    waiting = Queue(base)
+    learned = []
+    for update in range(lag + 5):
+        waiting.put([Reply((1,), (2,), (-1.0,), f"own {update}", True)], version=update)
+        learned.append(waiting.oldest())
+    assert [stored.replies for stored in learned[:lag]] == base
+    assert {stored.version for stored in learned[:lag]} <= {0}
+    assert [stored.version for stored in learned[lag:]] == list(range(5))
+    assert learned[-1].replies[0].text == "own 4"
+
+
+def test_share_of_replies_that_follow() -> None:
+    replies = [Reply((), (), (), text, True) for text in ("Hi", "Hey", "No", "Why?")]
+    assert follow_share(RULES["greeting"], replies) == 0.5
+
+
+def test_one_run_stands_for_all_methods_at_lag_0_and_nowhere_else() -> None:
+    found = cells(CONFIG, RATE)
+    assert len(found) == len(set(found)) == 3 * (1 + 3 + 3)
+    assert [cell.lag for cell in found[:9]] == [32] * 9
+    summary = Summary.of(traces({"dppo_kl": 0.8, "ppo_clip": 0.5, "pg_is": 0.6}), CONFIG)
+    assert summary.score("brevity", 0, "pg_is") is summary.score("brevity", 0, "dppo_kl")
+    assert summary.score("brevity", 8, "pg_is") is not summary.score("brevity", 8, "dppo_kl")
+
+
+def test_the_rate_is_chosen_on_the_rival() -> None:
+    found = rate_cells(CONFIG)
+    assert {cell.method for cell in found} == {"ppo_clip"}
+    assert {cell.rate for cell in found} == set(CONFIG.rates)
+    assert best_rate([a_trace(cell, 1e2 * cell.rate) for cell in found]) == max(CONFIG.rates)
+    assert rate_cells(replace(CONFIG, rates=(RATE,))) == []
+
+
+def test_auc_and_final_with_their_errors() -> None:
+    evaluations = [Evaluation(0, 0.0, 100), Evaluation(8, 0.5, 100)]
+    assert auc(evaluations).value == 0.25
+    assert final(evaluations).value == 0.5
+    assert final(evaluations).error == pytest.approx(0.05)
+    assert auc(evaluations).error == pytest.approx(
+        (0.05**2 + Estimate.of_share(0.0, 100).error ** 2) ** 0.5 / 2
+    )
+    assert Estimate.of_share(1.0, 10).error > 0.0
+
+
+def test_a_difference_inside_noise_is_no_claim() -> None:
+    equal = Summary.of(traces({"dppo_kl": 0.51, "ppo_clip": 0.5, "pg_is": 0.5}), CONFIG)
+    ahead = Summary.of(traces({"dppo_kl": 0.9, "ppo_clip": 0.3, "pg_is": 0.5}), CONFIG)
+    behind = Summary.of(traces({"dppo_kl": 0.3, "ppo_clip": 0.9, "pg_is": 0.5}), CONFIG)
+
+    def holds(summary: Summary) -> bool:
+        claim = next(
+            claim
+            for claim in summary.claims(0.1)
+            if "lag 32: final" in claim.text and "ppo_clip" in claim.text
+        )
+        return claim.holds
+
+    assert [holds(summary) for summary in (equal, ahead, behind)] == [False, True, False]
+
+
+def test_a_rise_in_perplexity_beyond_the_gate_is_told() -> None:
+    ends = dict.fromkeys(CONFIG.methods, 0.9)
+    claims = Summary.of(traces(ends), CONFIG).claims(0.10)
+    assert claims[-1].holds  # 21 / 20
+    assert not Summary.of(traces(ends), CONFIG).claims(0.04)[-1].holds
+
+
+def test_the_report_has_every_run_and_one_table_cell_a_reply(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.real import report
+
+    found = traces({"dppo_kl": 0.8, "ppo_clip": 0.5, "pg_is": 0.6})
+    reply = Reply((), (), (), "Hello", True)
+    study = Study(CONFIG, RATE, tuple(found), (), (reply,) * 10)
+    machine: dict[str, str | int] = {
+        "revision": "z",
+        "cpus": 2,
+        "torch": "x",
+        "transformers": "y",
+        "finished_at": "2026-01-01",
+    }
+    report.write(study, machine, tmp_path, "real")
+    text = (tmp_path / "real.md").read_text()
+    assert "100.0% ±" in text  # everybody greets
+    assert "a \\| b c" in text
+    lines = (tmp_path / "real.json").read_text().splitlines()
+    assert sum('"method"' in line for line in lines) == len(found)
+    assert (tmp_path / "real.png").stat().st_size > 10_000
+
+
+def test_the_store_gives_back_what_was_finished_under_the_same_configuration(
+    tmp_path: Path,
+) -> None:
+    trace = a_trace(cells(CONFIG, RATE)[0], 0.5)
+    store = Store(tmp_path, CONFIG)
+    assert store.load(trace.cell) is None
+    store.save(trace.cell, trace.to_json())
+    assert Store(tmp_path, replace(CONFIG, lags=(32,))).trace(trace.cell) == trace
+    assert Store(tmp_path, replace(CONFIG, own_batches=3)).load(trace.cell) is None
+    store.clear()
+    assert store.load(trace.cell) is None
+
+
+def test_the_base_policy_speaks_enough_for_the_largest_queue() -> None:
+    assert [base.key for base in Base.all_for(replace(CONFIG, lags=(0, 9)))] == [
+        "base-held-out",
+        "base-0",
+        "base-1",
+    ]
+    assert [base.key for base in Base.all_for(replace(CONFIG, lags=(0,)))] == ["base-held-out"]
