@@ -14,11 +14,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.staleness.methods import METHODS, Kind
-from benchmarks.staleness.summary import DEFAULT, Summary
+from benchmarks.staleness.summary import DEFAULT, RIVAL, UNCORRECTED, WITH_RECIPE, Summary
 
 # Okabe-Ito, told apart by colour-blind readers too; the default is thick.
 STYLES: dict[str, tuple[str, str]] = {
     "dppo_kl": ("#0072B2", "-"),
+    "dppo_kl + recipe": ("#004C78", "--"),
     "dppo_tv": ("#56B4E9", "-"),
     "drpo": ("#009E73", "-"),
     "m2po": ("#CC79A7", "-"),
@@ -34,7 +35,11 @@ STYLES: dict[str, tuple[str, str]] = {
 def draw(summary: Summary, path: Path) -> None:
     """Write the figure. Bands: lowest to highest seed."""
     lags = summary.config.lags
-    methods = [name for name in summary.config.methods if METHODS[name].kind is Kind.OBJECTIVE]
+    methods = [
+        name
+        for name in summary.config.methods
+        if METHODS[name].kind is Kind.OBJECTIVE or name == WITH_RECIPE
+    ]
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(3.1 * max(len(lags), 3), 7.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.0, 1.0])
@@ -45,7 +50,7 @@ def draw(summary: Summary, path: Path) -> None:
     left, right = lower.subplots(1, 2, sharey=True)
     _against_lag(left, summary, methods, "AUC (mean reward over all updates)", summary.auc)
     _against_lag(right, summary, methods, "final reward", summary.final)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = panels[-1].get_legend_handles_labels()
     lower.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(
         "Learning from stale data: each method at its best learning rate, "
@@ -57,7 +62,7 @@ def draw(summary: Summary, path: Path) -> None:
 
 def _look(method: str) -> dict[str, Any]:
     colour, line = STYLES[method]
-    prominent = method in (DEFAULT, "ppo_clip")
+    prominent = method in (DEFAULT, RIVAL)
     return {
         "color": colour,
         "linestyle": line,
@@ -67,7 +72,7 @@ def _look(method: str) -> dict[str, Any]:
 
 
 def _curves(axes: Axes, summary: Summary, methods: list[str], lag: int) -> None:
-    for method in methods:
+    for method in summary.measured(methods, lag):
         runs = np.array([run.trace.rewards for run in summary.best[method, lag]])
         updates = np.minimum(
             np.arange(runs.shape[1]) * summary.config.evaluate_every, summary.config.updates
@@ -79,7 +84,7 @@ def _curves(axes: Axes, summary: Summary, methods: list[str], lag: int) -> None:
             runs.min(axis=0),
             runs.max(axis=0),
             color=look["color"],
-            alpha=0.12,
+            alpha=0.15 if method in (DEFAULT, RIVAL, UNCORRECTED) else 0.05,
             linewidth=0,
         )
     axes.set_title("fresh data (lag 0)" if lag == 0 else f"lag {lag} updates")
@@ -96,11 +101,13 @@ def _against_lag(
     title: str,
     value: Callable[[str, int], float],
 ) -> None:
-    places = range(len(summary.config.lags))
+    lags = summary.config.lags
     for method in methods:
-        values = [value(method, lag) for lag in summary.config.lags]
-        axes.plot(places, values, marker="o", markersize=4, **_look(method))
-    axes.set_xticks(list(places), [str(lag) for lag in summary.config.lags])
+        points = {
+            i: value(method, lag) for i, lag in enumerate(lags) if (method, lag) in summary.best
+        }
+        axes.plot(points.keys(), points.values(), marker="o", markersize=4, **_look(method))
+    axes.set_xticks(range(len(lags)), [str(lag) for lag in lags])
     axes.set_xlabel("lag (updates)")
     axes.set_title(title)
     axes.set_ylim(-0.02, 1.04)
