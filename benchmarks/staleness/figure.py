@@ -106,7 +106,7 @@ def _against_lag(
         points = {
             i: value(method, lag) for i, lag in enumerate(lags) if (method, lag) in summary.best
         }
-        axes.plot(points.keys(), points.values(), marker="o", markersize=4, **_look(method))
+        axes.plot(list(points), list(points.values()), marker="o", markersize=4, **_look(method))
     axes.set_xticks(range(len(lags)), [str(lag) for lag in lags])
     axes.set_xlabel("lag (updates)")
     axes.set_title(title)

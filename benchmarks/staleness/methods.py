@@ -69,21 +69,26 @@ class Method:
     recomputes_anchor: bool = False
 
 
-def _objective(name: str, **limits: float) -> Loss:
+def _objective(name: str) -> Loss:
     def loss(tokens: Tokens) -> ObjectiveOutput:
-        return OBJECTIVES[name](tokens.log_p, tokens.log_q, tokens.advantage, tokens.mask, **limits)
+        return OBJECTIVES[name](tokens.log_p, tokens.log_q, tokens.advantage, tokens.mask)
 
     return loss
+
+
+def _ppo_unclipped(tokens: Tokens) -> ObjectiveOutput:
+    return OBJECTIVES["ppo_clip"](
+        tokens.log_p, tokens.log_q, tokens.advantage, tokens.mask, clip_low=1.0, clip_high=1e9
+    )
 
 
 def _ppo_unclipped_where(rare: bool) -> Loss:
     """PPO's clip lifted for q < 0.1 (rare) or for q >= 0.1."""
     clipped = _objective("ppo_clip")
-    unclipped = _objective("ppo_clip", clip_low=1.0, clip_high=1e9)
 
     def loss(tokens: Tokens) -> ObjectiveOutput:
         lift = (tokens.log_q.exp() < RARE_PROBABILITY) == rare
-        return _join(lift, unclipped(tokens), clipped(tokens))
+        return _join(lift, _ppo_unclipped(tokens), clipped(tokens))
 
     return loss
 

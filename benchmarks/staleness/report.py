@@ -14,6 +14,7 @@ from benchmarks.staleness.figure import draw
 from benchmarks.staleness.methods import METHODS, Kind
 from benchmarks.staleness.summary import (
     DEFAULT,
+    FINAL_SHARE,
     RIVAL,
     WITH_RECIPE,
     Claim,
@@ -22,7 +23,7 @@ from benchmarks.staleness.summary import (
     claims,
     paired,
 )
-from benchmarks.staleness.train import STALE_FROM
+from benchmarks.staleness.train import ADAM_BETAS, STALE_FROM
 
 Table = list[list[str]]
 DIAGNOSTICS = {
@@ -128,10 +129,14 @@ A policy of {task.parameter_count():,} parameters answers {task.PROMPTS} prompts
 {task.LENGTH_TOKENS - 1} tokens are structural (the base policy has them at
 {task.STRUCTURAL_PROBABILITY:.0%}), one is the pivot (at {task.PIVOT_PROBABILITY:.0%}), so the base
 policy is right {base:.1%} of the time. Every update learns from {config.batch_replies} replies, one
-sample for each prompt drawn, that were generated S updates ago; the queue starts with S batches
-from the base policy. A reply's log-probabilities are stored when it is generated. The advantage is
-the reward minus a decayed mean of its prompt's rewards, divided by the batch's rms; Adam, gradient
-clip 1, {config.updates} updates.
+sample for each prompt drawn, that were generated S updates ago (the lag); the queue starts with S
+batches from the base policy. A reply's log-probabilities are stored when it is generated. The
+advantage is the reward minus a decayed mean of its prompt's rewards, divided by the batch's rms;
+Adam with the updater's betas {ADAM_BETAS}, constant rate, gradient clip 1, {config.updates}
+updates.
+
+AUC is the mean reward over all updates; final is the mean of the last
+{FINAL_SHARE:.0%} of the evaluations, one every {config.evaluate_every} updates.
 
 All methods have the same budget: learning rates {rates}; {len(config.seeds)} seeds, paired (same
 base policy, same prompts, same random numbers). For each method and lag the rate with the best
