@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,40 @@ def test_feedback_becomes_a_release_that_accounts_for_it(
     assert all(torch.equal(adapter[n], t) for n, t in updater.trainer.live_adapter.items())
     parity = json.loads((directory / "parity.json").read_text())["sequences"]
     assert any(s["candidate_logprobs"] != s["parent_logprobs"] for s in parity)
+    updater.close()
+
+
+def test_every_kind_of_feedback_teaches_in_one_release(
+    tiny_model_dir: Path, state_dir: Path
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir, **{"learning.batch_examples": 5})
+    updater.interact(3, seed=9, rated=False)
+    updater.interact(5, rated=False)
+    (winner,) = some_sequences(1)
+    loser = replace(winner, completion_token_ids=winner.completion_token_ids[::-1])
+    lost = recorded(updater.policy, loser, "chatcmpl-lost")
+    kinds: list[dict[str, object]] = [
+        {"kind": "preference", "over": "chatcmpl-lost"},
+        {"kind": "correction", "text": "A glacier is a river of ice."},
+        {"kind": "signal", "signal": "regenerated"},
+        {"kind": "score", "value": 0.9},
+        {"kind": "thumbs", "value": -1},
+        {"kind": "signal", "signal": "sneezed"},
+    ]
+    for index, fields in enumerate(kinds):
+        name = f"chatcmpl-0-{min(index, 4)}"
+        said = Feedback.model_validate(
+            {"interaction_id": name, "rater": f"r{index}", "created_at": 1_000.0, **fields}
+        )
+        updater.tape.add(Topic.FEEDBACK, said.to_bytes())
+    updater.tape.add(Topic.INTERACTIONS, lost.to_bytes())
+    updater.loop.cycle()
+    (release,) = updater.published
+    assert release.examples == 5
+    assert updater.fates() == {Fate.TRAINED: 5, Fate.NOT_TRAINABLE: 1}
+    assert updater.fates(Topic.INTERACTIONS) == {Fate.TRAINED: 6, Fate.PENDING: 3}
+    for kind in ("corrections", "preferences", "signals"):
+        assert release.diagnostics[f"credit_{kind}"] == 1
     updater.close()
 
 
