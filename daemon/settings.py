@@ -13,9 +13,17 @@ import os
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from daemon.settings_sources import (
@@ -93,6 +101,8 @@ class StreamSettings(_Section):
     partitions: int = Field(default=4, ge=1)
     """For topics that Moorline creates; interactions and feedback must have the same count."""
     replication_factor: int = Field(default=1, ge=1)
+    retention_seconds: float = Field(default=14 * 86400.0, gt=0)
+    """How long the topics that Moorline creates keep events; at least the horizon."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
     sasl_username: str | None = None
@@ -247,6 +257,16 @@ class Settings(BaseSettings, _Section):
     bound: BoundSettings = BoundSettings()
     gate: GateSettings = GateSettings()
     updater: UpdaterSettings = UpdaterSettings()
+
+    @model_validator(mode="after")
+    def _events_outlive_the_horizon(self) -> Self:
+        if self.stream.retention_seconds < self.learning.horizon_seconds:
+            raise ValueError(
+                f"stream.retention_seconds is {self.stream.retention_seconds:.0f}, shorter than "
+                f"learning.horizon_seconds ({self.learning.horizon_seconds:.0f}): raise it, or "
+                "events are gone before they may still be joined"
+            )
+        return self
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 

@@ -141,7 +141,7 @@ class Updater:
 
     def _ensure_topics(self, loop: Loop) -> bool:
         try:
-            ensure_topics(self._settings.stream)
+            ensure_topics(self._settings.stream, self._settings.learning.horizon_seconds)
         except StreamUnavailable as error:
             logger.error("stream unavailable, will retry", extra={"cause": str(error)})
             loop.phase = Phase.STREAM_UNAVAILABLE
@@ -171,7 +171,7 @@ class Updater:
                 "released": self._ledger.newest_version(),
                 "rejected": self._ledger.count_rejections(),
             },
-            "lag_events": self._lag(),
+            **self._lag(),
             "accounting": self._ledger.accounting().as_dict(),
             "anchor_budget_left_nats": self._settings.bound.anchor_kl_nats,
         }
@@ -192,12 +192,16 @@ class Updater:
             )
         return shown
 
-    def _lag(self) -> dict[str, int]:
-        lag: dict[str, int] = {}
+    def _lag(self) -> dict[str, dict[str, float]]:
+        """Unread events by topic, and the age of the oldest of each, seconds."""
+        events: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         if self._reader.connected:
-            for (topic, _), events in self._reader.lag().items():
-                lag[str(topic)] = lag.get(str(topic), 0) + events
-        return lag
+            for (topic, _), count in self._reader.lag().items():
+                events[topic] = events.get(topic, 0) + count
+            for (topic, _), age in self._reader.lag_seconds().items():
+                seconds[topic] = round(max(seconds.get(topic, 0.0), age), 3)
+        return {"lag_events": events, "lag_seconds": seconds}
 
 
 def _version_of(pin: Any) -> int | None:

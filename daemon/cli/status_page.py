@@ -174,8 +174,12 @@ def _updater_rows(updater: Mapping[str, Any] | None, problem: str) -> list[Row]:
         rows.append(("last update", Text(_brief(last))))
     lag = updater.get("lag_events")
     if isinstance(lag, Mapping) and lag:
-        text = ", ".join(f"{topic} {count}" for topic, count in sorted(lag.items()))
-        rows.append(("lag, events", Text(text)))
+        ages = updater.get("lag_seconds") or {}
+        text = ", ".join(
+            f"{topic} {count} events" + (f", {number(ages.get(topic), 0)} s" if count else "")
+            for topic, count in sorted(lag.items())
+        )
+        rows.append(("lag", Text(text)))
     return rows
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka import errors as kafka_errors
-from kafka.admin import OffsetSpec
 from kafka.structs import OffsetAndMetadata
 
 from daemon import metrics
@@ -27,12 +26,15 @@ from daemon.stream.client import (
     connect,
     explained,
 )
+from daemon.stream.lag import Lag, end_offsets
 from daemon.stream.records import Gap, GapCause, Record, record_from
 from daemon.stream.topics import (
     Topic,
     TopicState,
+    check_not_compacted,
     check_partitions,
     describe,
+    describe_configs,
     require,
     topic_name,
 )
@@ -65,10 +67,8 @@ class Reader:
         self._gaps: list[Gap] = []
         self._looked_at = 0.0
         self._lock = threading.Lock()  # guards what other threads read
-        self._caught_up_at: dict[tuple[Topic, int], float] = {}
-        self._last_read_at: dict[tuple[Topic, int], float] = {}
         self._commit_refused = False
-        self._ends: dict[tuple[Topic, int], int] = {}
+        self._lag = Lag(settings, self._topics)
 
     @property
     def connected(self) -> bool:
@@ -94,8 +94,8 @@ class Reader:
         Raises:
             StreamUnavailable: no broker answered in ``connect_timeout_seconds``, or a topic does
                 not exist yet.
-            StreamRefused: a login or permission is wrong, partition counts differ, or a topic was
-                made again; the message has the remedy.
+            StreamRefused: a login or permission is wrong, partition counts differ, a topic was
+                made again, or compaction takes events away; the message has the remedy.
         """
         if self._consumer is not None:
             return
@@ -115,6 +115,8 @@ class Reader:
                 request_timeout_ms=max(timeout_ms, 10_000),
             )
             with explained(self._settings, self._admin):
+                names = [topic_name(self._settings, topic) for topic in self._topics]
+                check_not_compacted(self._settings, describe_configs(self._admin.client, names))
                 self._place(self._look())
         except BaseException:
             self._drop_clients()
@@ -189,47 +191,22 @@ class Reader:
         """Events that are in a partition and were not given by ``poll`` yet."""
         with self._lock:
             following = dict(self._next)
-        ends = self._end_offsets(following)
-        with self._lock:
-            self._ends |= ends  # what was last known stays, when the broker is away
-            lags = {
-                key: max(0, self._ends.get(key, 0) - offset) for key, offset in following.items()
-            }
-        now = time.time()
-        with self._lock:
-            for key, events in lags.items():
-                if events == 0:
-                    self._caught_up_at[key] = now
-        for topic in self._topics:
-            total = sum(events for key, events in lags.items() if key[0] is topic)
-            metrics.LAG_EVENTS.labels(topic.value).set(total)
-        return lags
+        return self._lag.events(following, self._end_offsets(following))
 
     def lag_seconds(self) -> dict[tuple[Topic, int], float]:
-        """For how long the oldest unread event of a partition has been waiting, at most; else 0.
+        """The age of the oldest unread event of each partition, where it is known; 0 without any.
 
-        It came after the last one that was read, and after the last moment without lag.
+        Looks at the record, so it may take a moment.
         """
-        lags = self.lag()
-        now = time.time()
         with self._lock:
-            seconds = {
-                key: max(
-                    0.0,
-                    now - max(self._last_read_at.get(key, 0.0), self._caught_up_at.get(key, 0.0)),
-                )
-                if events
-                else 0.0
-                for key, events in lags.items()
-            }
-        for topic in self._topics:
-            worst = max((value for key, value in seconds.items() if key[0] is topic), default=0.0)
-            metrics.LAG_SECONDS.labels(topic.value).set(worst)
-        return seconds
+            following = dict(self._next)
+        lags = self._lag.events(following, self._end_offsets(following))
+        return self._lag.seconds(following, lags)
 
     def close(self) -> None:
         """Disconnect. Idempotent."""
         self._drop_clients()
+        self._lag.close()
 
     # --- where to read ---
 
@@ -355,21 +332,17 @@ class Reader:
             records += [record_from(topic, topic_id, raw) for raw in batch]
         with self._lock:
             for record in records:
-                key = (record.topic, record.partition)
-                self._next[key] = record.offset + 1
-                self._last_read_at[key] = record.timestamp_ms / 1000
-            self._note_what_is_caught_up()
+                self._next[record.topic, record.partition] = record.offset + 1
+            self._pass_markers()
         self._keep_place()
         return records
 
-    def _note_what_is_caught_up(self) -> None:
+    def _pass_markers(self) -> None:
+        """A transaction's marker is no record: behind the last event it would look like lag."""
         assert self._consumer is not None
-        now = time.time()
-        for (topic, number), offset in self._next.items():
-            partition = TopicPartition(topic_name(self._settings, topic), number)
-            high = self._consumer.client.highwater(partition)
-            if high is not None and offset >= high:
-                self._caught_up_at[topic, number] = now
+        for key, offset in self._next.items():
+            partition = TopicPartition(topic_name(self._settings, key[0]), key[1])
+            self._next[key] = max(offset, self._consumer.client.position(partition) or 0)
 
     def _keep_place(self) -> None:
         """What ``connect`` must come back to: behind the last record that was given."""
@@ -396,35 +369,10 @@ class Reader:
                 )
 
     def _end_offsets(self, keys: Mapping[tuple[Topic, int], int]) -> dict[tuple[Topic, int], int]:
-        """The offset after the last record of each partition, as far as it can be known.
-
-        The larger of what the broker lists and what the last fetch said: the embedded broker lists
-        too little, and a fetch may be long ago.
-        """
         admin, consumer = self._admin, self._consumer
-        partitions = {
-            key: TopicPartition(topic_name(self._settings, key[0]), key[1]) for key in keys
-        }
-        ends: dict[tuple[Topic, int], int] = {}
-        if admin is None or consumer is None or not partitions:
-            return ends
-        try:
-            listed = admin.client.list_partition_offsets(
-                dict.fromkeys(partitions.values(), OffsetSpec.LATEST),
-                timeout_ms=1000,
-            )
-        except (kafka_errors.KafkaError, OSError, RuntimeError):
-            listed = {}
-        for key, partition in partitions.items():
-            try:
-                high = consumer.client.highwater(partition)
-            except kafka_errors.KafkaError:  # not assigned any more
-                high = None
-            known = [high] if high is not None else []
-            known += [listed[partition].offset] if partition in listed else []
-            if known:
-                ends[key] = max(known)
-        return ends
+        if admin is None or consumer is None:
+            return {}
+        return end_offsets(self._settings, admin.client, consumer.client, list(keys))
 
     def _drop_clients(self) -> None:
         consumer, self._consumer = self._consumer, None

@@ -20,8 +20,6 @@ logger = logging.getLogger("moorline.stream")
 
 Headers = tuple[tuple[str, bytes], ...]
 
-RETENTION_MS = 14 * 86_400_000
-"""Of the topics that Moorline makes: twice the default horizon of feedback."""
 DEAD_LETTER_MAX_BYTES = 4 * 2**20
 """A dead letter is the original plus headers, so its topic must take more than the original's."""
 
@@ -80,21 +78,27 @@ def software_version() -> str:
         return "unknown"
 
 
-def ensure_topics(settings: StreamSettings) -> bool:
+def ensure_topics(settings: StreamSettings, horizon_seconds: float = 0.0) -> bool:
     """Create the topics that are missing, and check all of them.
+
+    Args:
+        horizon_seconds: topics that keep events for less are warned of.
 
     Returns:
         Whether any was created.
 
     Raises:
         StreamUnavailable: no broker answered in ``connect_timeout_seconds``.
-        StreamRefused: a topic is missing and may not be created, or has partitions that do not
-            fit; the message has the command that repairs it.
+        StreamRefused: a topic is missing and may not be created, has partitions that do not fit,
+            or would lose events by compaction; the message has the command that repairs it.
     """
     with admin_session(settings) as admin:
         created = _create_missing(admin, settings)
         check_partitions(settings, describe(admin, settings, tuple(Topic)))
-        _warn_unless_compacted(admin, settings)
+        configs = describe_configs(admin, _names(settings, Topic))
+        check_not_compacted(settings, configs)
+        _warn_unless_compacted(settings, configs)
+        _warn_of_short_retention(settings, configs, horizon_seconds)
     return created
 
 
@@ -173,10 +177,79 @@ def check_partitions(settings: StreamSettings, states: Mapping[Topic, TopicState
         )
 
 
+def describe_configs(admin: KafkaAdminClient, names: Collection[str]) -> dict[str, dict[str, str]]:
+    """Topic -> setting -> value, as far as this user may see them."""
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
+    try:
+        described = admin.describe_configs(resources, config_filter="all")["topic"]
+        return {
+            name: {setting: str(found["value"]) for setting, found in configs.items()}
+            for name, configs in described.items()
+        }
+    except (kafka_errors.KafkaError, KeyError, TypeError, AttributeError):
+        return {}  # a restricted user cannot be told
+
+
+def check_not_compacted(settings: StreamSettings, configs: Mapping[str, Mapping[str, str]]) -> None:
+    """Check that no event is removed because a later one has its key: all have a reply's id.
+
+    Raises:
+        StreamRefused: a topic is compacted; with the command that repairs it.
+    """
+    for name in _names(settings, JOINED):
+        if "compact" in configs.get(name, {}).get("cleanup.policy", ""):
+            raise StreamRefused(
+                f"topic {name} is compacted: of all events of one reply the broker keeps only the "
+                f"last. {_alter(settings, name, 'cleanup.policy=delete')}"
+            )
+
+
+def _names(settings: StreamSettings, topics: Iterable[Topic]) -> list[str]:
+    """Of the topics and of their dead letters."""
+    return [name(settings, topic) for topic in topics for name in (topic_name, dlq_name)]
+
+
+def _alter(settings: StreamSettings, name: str, config: str) -> str:
+    return (
+        f"Run `kafka-configs.sh --bootstrap-server {settings.bootstrap} --alter --entity-type "
+        f"topics --entity-name {name} --add-config {config}`"
+    )
+
+
+def _warn_unless_compacted(
+    settings: StreamSettings, configs: Mapping[str, Mapping[str, str]]
+) -> None:
+    """An uncompacted releases topic forgets the newest release with its retention."""
+    name = topic_name(settings, Topic.RELEASES)
+    if "compact" not in configs.get(name, {}).get("cleanup.policy", "compact"):
+        remedy = _alter(settings, name, "cleanup.policy=compact")
+        logger.warning("releases topic is not compacted. %s", remedy, extra={"topic": name})
+
+
+def _warn_of_short_retention(
+    settings: StreamSettings, configs: Mapping[str, Mapping[str, str]], horizon_seconds: float
+) -> None:
+    """What an updater that was away may not find any more, though it might still be joined."""
+    for name in (topic_name(settings, topic) for topic in JOINED):
+        kept_ms = int(configs.get(name, {}).get("retention.ms", "-1"))
+        if 0 <= kept_ms < horizon_seconds * 1000:
+            remedy = _alter(settings, name, f"retention.ms={settings.retention_seconds * 1000:.0f}")
+            logger.warning(
+                "topic keeps events for less than learning.horizon_seconds. %s",
+                remedy,
+                extra={
+                    "topic": name,
+                    "retention_seconds": kept_ms / 1000,
+                    "horizon_seconds": horizon_seconds,
+                },
+            )
+
+
 def _create_missing(admin: KafkaAdminClient, settings: StreamSettings) -> bool:
     wanted: dict[str, dict[str, object]] = {}
     for topic in Topic:
-        configs = {"cleanup.policy": "delete", "retention.ms": str(RETENTION_MS)}
+        retention_ms = int(settings.retention_seconds * 1000)
+        configs = {"cleanup.policy": "delete", "retention.ms": str(retention_ms)}
         dead_configs = configs | {"max.message.bytes": str(DEAD_LETTER_MAX_BYTES)}
         if topic is Topic.RELEASES:
             configs = {"cleanup.policy": "compact"}
@@ -227,22 +300,3 @@ def _cannot_create(
         f"--partitions {partitions}`, or allow it: `kafka-acls.sh --add --allow-principal "
         f"User:{user} --operation Create --operation Describe --topic {name}`"
     )
-
-
-def _warn_unless_compacted(admin: KafkaAdminClient, settings: StreamSettings) -> None:
-    """An uncompacted releases topic forgets the newest release with its retention."""
-    name = topic_name(settings, Topic.RELEASES)
-    try:
-        described = admin.describe_configs(
-            [ConfigResource(ConfigResourceType.TOPIC, name)], config_filter="all"
-        )
-        policy = described["topic"][name]["cleanup.policy"]["value"]
-    except (kafka_errors.KafkaError, KeyError, TypeError):
-        return  # the embedded broker and restricted users cannot be asked
-    if "compact" not in str(policy):
-        logger.warning(
-            "releases topic is not compacted: run kafka-configs.sh --alter --entity-type topics "
-            "--entity-name %s --add-config cleanup.policy=compact",
-            name,
-            extra={"topic": name},
-        )

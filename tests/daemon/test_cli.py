@@ -99,6 +99,7 @@ UPDATER_STATUS = {
     "kl_anchor_nats": 0.101,
     "anchor_budget_left_nats": 0.399,
     "lag_events": {"interactions.v1": 4, "feedback.v1": 0},
+    "lag_seconds": {"interactions.v1": 12.3, "feedback.v1": 0.0},
     "accounting": {
         "topics": {
             "interactions.v1": {"trained": 48, "pending": 9},
@@ -400,6 +401,7 @@ def test_status_works_with_one_process_and_fails_with_none(
     text = moorline("status", state=state, **nobody | {"MOORLINE_UPDATER__PORT": str(updater.port)})
     assert "not reachable" in text
     assert "0.0312" in text
+    assert "interactions.v1 4 events, 12 s" in text
     assert "moorline up" in refusal("status", state=state, **nobody)
 
 

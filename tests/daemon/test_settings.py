@@ -261,3 +261,11 @@ def test_digest_changes_with_what_shapes_an_update_only() -> None:
 
 def test_dump_is_json() -> None:
     assert json.loads(Settings().model_dump_json())["alias"] == "assistant"
+
+
+def test_topics_must_keep_events_for_the_horizon() -> None:
+    message = error_of(overrides={"stream.retention_seconds": 86400})
+    assert "stream.retention_seconds is 86400" in message
+    assert "learning.horizon_seconds (604800)" in message
+    both = {"stream.retention_seconds": 86400, "learning.horizon_seconds": 86400}
+    assert load_settings(overrides=both, environment={}).stream.retention_seconds == 86400

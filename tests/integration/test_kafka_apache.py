@@ -45,7 +45,14 @@ from daemon.stream import (
     topic_name,
 )
 from daemon.stream.topics import describe
-from tests.integration.test_kafka_reader import positions_after, read_raw, release, take
+from tests.integration.test_kafka_reader import (
+    check_ages,
+    check_configs,
+    positions_after,
+    read_raw,
+    release,
+    take,
+)
 from tests.kafka_fixtures import ApacheKafka, wait_until
 
 pytest_plugins = ("tests.kafka_fixtures",)
@@ -398,6 +405,12 @@ def test_topics_are_made_as_they_must_be(settings: StreamSettings) -> None:
     assert with_admin(settings.bootstrap, policy) == "compact"
 
 
+def test_retention_and_compaction_are_set_and_checked(
+    settings: StreamSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_admin(settings.bootstrap, lambda admin: check_configs(settings, admin, caplog))
+
+
 def test_a_releases_topic_that_forgets_is_warned_of(
     settings: StreamSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -432,6 +445,41 @@ def test_lag_and_committed_offsets_are_right(settings: StreamSettings, start: St
     take(reader, 100 - len(records))
     assert sum(reader.lag().values()) == 0
     reader.close()
+
+
+def test_lag_in_seconds_is_the_age_of_the_oldest_unread_event(settings: StreamSettings) -> None:
+    ensure_topics(settings)
+    reader = Reader(settings, BOTH)
+    check_ages(settings, reader)
+    reader.close()
+
+
+def test_a_transaction_marker_behind_the_last_event_is_no_lag(settings: StreamSettings) -> None:
+    ensure_topics(settings)
+    producer = KafkaProducer(
+        bootstrap_servers=settings.bootstrap, transactional_id=f"{settings.topic_prefix}t"
+    )
+    producer.init_transactions()
+    producer.begin_transaction()
+    producer.send(topic_name(settings, Topic.FEEDBACK), b"v", partition=0).get(10)
+    producer.commit_transaction()
+    producer.close()
+    reader = Reader(settings, BOTH)
+    (record,) = take(reader, 1)
+
+    def caught_up() -> bool:
+        assert reader.poll(1, 0.2) == []
+        return sum(reader.lag().values()) == 0
+
+    wait_until(caught_up, 10)
+    assert set(reader.lag_seconds().values()) == {0.0}
+    later = Reader(settings, BOTH)  # the ledger knows only the record
+    later.seek(positions_after([record]))
+    assert later.poll(1, 0.5) == []
+    assert sum(later.lag().values()) == 0
+    assert later.gaps() == []
+    for one in (reader, later):
+        one.close()
 
 
 def test_offsets_that_somebody_resets_on_the_broker_move_nothing(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
+from daemon import metrics
 from daemon.broker import EmbeddedBroker
 from daemon.events import Reason, Release, ReleaseKind
 from daemon.settings import StreamSettings
@@ -27,6 +29,7 @@ from daemon.stream import (
     publish_release,
     topic_name,
 )
+from daemon.stream.topics import describe_configs
 from tests.kafka_fixtures import wait_until
 
 pytest_plugins = ("tests.kafka_fixtures",)
@@ -133,9 +136,46 @@ def test_lag_counts_what_was_not_read(produce: Publisher, reader: Reader) -> Non
     batch: list[Record] = []
     wait_until(lambda: bool(batch.__iadd__(reader.poll(1, 1))))
     wait_until(lambda: sum(reader.lag().values()) > 0)
-    assert all(seconds >= 0 for seconds in reader.lag_seconds().values())
+    assert max(reader.lag_seconds().values()) < 60
     assert take(reader, 10 - len(batch))
     assert sum(reader.lag().values()) == 0
+
+
+def test_lag_in_seconds_is_the_age_of_the_oldest_unread_event(
+    stream_settings: StreamSettings, reader: Reader
+) -> None:
+    ensure_topics(stream_settings)
+    check_ages(stream_settings, reader)
+
+
+def check_ages(settings: StreamSettings, reader: Reader) -> None:
+    """Also of a reader that has read nothing yet, and of one that has read a part."""
+    now_ms = int(time.time() * 1000)
+    producer = KafkaProducer(bootstrap_servers=settings.bootstrap)
+    for seconds in (500, 300, 100):
+        producer.send(
+            topic_name(settings, Topic.FEEDBACK),
+            b"%d" % seconds,
+            partition=0,
+            timestamp_ms=now_ms - seconds * 1000,
+        ).get(10)
+    producer.close()
+    reader.connect()
+    wait_until(lambda: sum(reader.lag().values()) == 3)
+
+    def oldest() -> float:
+        ages = reader.lag_seconds()
+        waited = time.time() - now_ms / 1000
+        assert all(age == 0 for key, age in ages.items() if key != (Topic.FEEDBACK, 0))
+        exposed = metrics.LAG_SECONDS.labels(Topic.FEEDBACK.value)._value.get()
+        assert exposed == ages[Topic.FEEDBACK, 0]
+        return max(0.0, ages[Topic.FEEDBACK, 0] - waited)
+
+    for seconds in (500, 300, 100):
+        assert oldest() == pytest.approx(seconds, abs=1)
+        (record,) = reader.poll(1, 5)
+        assert record.value == b"%d" % seconds
+    assert oldest() == 0
 
 
 def test_committed_offsets_are_visible_to_lag_tools(
@@ -224,6 +264,54 @@ def test_different_partition_counts_are_refused(
     for attempt in (lambda: ensure_topics(stream_settings), lambda: reader.poll(1, 0.1)):
         with pytest.raises(StreamRefused, match=r"--alter --topic \S*feedback.v1 --partitions 4"):
             attempt()
+
+
+def check_configs(
+    settings: StreamSettings, admin: KafkaAdminClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is made is as it must be; what somebody else made is refused, or warned of."""
+    ensure_topics(settings, horizon_seconds=7 * 86400)
+    assert caplog.text.count("retention") == caplog.text.count("compacted") == 0
+    names = [topic_name(settings, topic) for topic in Topic]
+    made = describe_configs(admin, names)
+    for name in names[:2]:
+        assert made[name]["cleanup.policy"] == "delete"
+        assert int(made[name]["retention.ms"]) == settings.retention_seconds * 1000
+    assert made[topic_name(settings, Topic.RELEASES)]["cleanup.policy"] == "compact"
+
+    def remake(prefix: str, topic: Topic, **configs: str) -> StreamSettings:
+        theirs = settings.model_copy(update={"topic_prefix": settings.topic_prefix + prefix})
+        options = {"num_partitions": 4, "replication_factor": 1}
+        named = {name.replace("_", "."): value for name, value in configs.items()}
+        admin.create_topics({topic_name(theirs, topic): options | {"configs": named}})
+        return theirs
+
+    short = remake("short.", Topic.FEEDBACK, retention_ms="3600000")
+    ensure_topics(short, horizon_seconds=3600)
+    assert "learning.horizon_seconds" not in caplog.text
+    ensure_topics(short, horizon_seconds=7 * 86400)
+    assert f"--add-config retention.ms={14 * 86_400_000}" in caplog.text
+    assert caplog.text.count("learning.horizon_seconds") == 1
+
+    compacted = remake("compacted.", Topic.FEEDBACK, cleanup_policy="compact")
+    reader = Reader(compacted, BOTH)
+    remake("compacted.", Topic.INTERACTIONS)
+    for attempt in (lambda: ensure_topics(compacted), lambda: reader.poll(1, 0.1)):
+        with pytest.raises(StreamRefused, match=r"feedback.v1 is compacted.*policy=delete`"):
+            attempt()
+    reader.close()
+    buried = remake("buried.", Topic.FEEDBACK)
+    options = {"num_partitions": 1, "replication_factor": 1}
+    policy = {"configs": {"cleanup.policy": "compact"}}
+    admin.create_topics({dlq_name(buried, Topic.FEEDBACK): options | policy})
+    with pytest.raises(StreamRefused, match=r"feedback.v1.dlq is compacted"):
+        ensure_topics(buried)
+
+
+def test_retention_and_compaction_are_set_and_checked(
+    stream_settings: StreamSettings, admin: KafkaAdminClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_configs(stream_settings, admin, caplog)
 
 
 def test_a_missing_topic_is_named_and_reading_begins_when_it_is_there(
