@@ -156,47 +156,34 @@ def assign_credit(
     if not 0.0 < ess_share <= 1.0:
         raise ValueError(f"ess_share is {ess_share}, it must be in (0, 1]")
     hearing = _Hearing(examples, baselines, signals, max_rater_share, max_tenant_share)
-    rated = [example for example in examples if hearing.rewards(example)]
-    rewards, weights = [], []
-    for example in rated:
-        values, shares = zip(*hearing.rewards(example), strict=True)
-        total = math.fsum(shares)
-        mean = math.fsum(s * value for s, value in zip(shares, values, strict=True)) / total
-        rewards.append(min(1.0, max(-1.0, mean)))
-        weights.append(min(1.0, total))
-
-    names = [cell_name(one.interaction.tenant, one.interaction.task) for one in rated]
-    good = [(r + 1.0) / 2.0 for r in rewards]
+    heard = [(one, *found) for one in examples if (found := hearing.reward(one)) is not None]
+    rewards = [r for _, r, _ in heard]
+    weights = [w for _, _, w in heard]
+    names = [cell_name(one.interaction.tenant, one.interaction.task) for one, _, _ in heard]
+    shares = [(r + 1.0) / 2.0 for r in rewards]
     expected = [
-        2.0 * ess_share * share - 1.0 for share in baselines.expected_shares(names, good, weights)
+        2.0 * ess_share * share - 1.0 for share in baselines.expected_shares(names, shares, weights)
     ]
     surprises = [r - b for r, b in zip(rewards, expected, strict=True)]
     deviation = _std(surprises, weights)
     scale = max(deviation, STD_FLOOR)
-    names_rated = [example.example_id for example in rated]
-    reward_of = dict(zip(names_rated, rewards, strict=True))
-    advantages = [w * surprise / scale for w, surprise in zip(weights, surprises, strict=True)]
-    advantage_of = dict(zip(names_rated, advantages, strict=True))
+    taught: dict[str, tuple[float | None, float]] = {
+        one.example_id: (r, w * surprise / scale)
+        for (one, r, w), surprise in zip(heard, surprises, strict=True)
+    }
     credited = tuple(
-        CreditedExample(
-            example,
-            reward=reward_of.get(example.example_id),
-            advantage=advantage_of.get(example.example_id, 0.0),
-            corrections=hearing.corrections(example),
-            preferences=hearing.preferences(example),
-        )
-        for example in examples
+        hearing.credited(one, *taught.get(one.example_id, (None, 0.0))) for one in examples
     )
-    after = baselines.after(names, good, weights, _agreements(examples, signals), moved_nats)
+    after = baselines.after(names, shares, weights, _agreements(examples, signals), moved_nats)
     stats = CreditStats(
         **hearing.stats(),
         examples=len(examples),
-        disputed_examples=sum(_is_disputed(example, signals) for example in rated),
+        disputed_examples=sum(_is_disputed(example, signals) for example in examples),
         mean_reward=_mean(rewards),
         reward_std=deviation,
         mean_baseline=_mean(expected),
         ess_share=ess_share,
-        zero_advantages=sum(advantage == 0.0 for advantage in advantages),
+        zero_advantages=sum(advantage == 0.0 for _, advantage in taught.values()),
     )
     return credited, after, stats
 
@@ -229,23 +216,27 @@ class _Hearing:
         voice = _voice(example, feedback)
         return _weight_of_kind(feedback) * self._trust[voice] * self._caps[voice]
 
-    def rewards(self, example: Example) -> list[tuple[float, float]]:
-        """(reward, weight) of its ratings and signals."""
-        return [
-            (value, self.weight(example, one))
-            for one in example.feedback
-            if (value := reward(one, self._signals)) is not None
-        ]
+    def reward(self, example: Example) -> tuple[float, float] | None:
+        """Its reward and what that weighs; None where nobody rated it."""
+        values, weights = [], []
+        for one in example.feedback:
+            value = reward(one, self._signals)
+            if value is not None:
+                values.append(value)
+                weights.append(self.weight(example, one))
+        if not values:
+            return None
+        mean = _mean(values, weights)
+        return min(1.0, max(-1.0, mean)), min(1.0, math.fsum(weights))
 
-    def corrections(self, example: Example) -> tuple[Correction, ...]:
-        return tuple(
+    def credited(self, example: Example, reward: float | None, advantage: float) -> CreditedExample:
+        """With the corrections and preferences of it."""
+        corrections = tuple(
             Correction(one.feedback_id, one.rater, one.text, self.weight(example, one))
             for one in example.feedback
             if one.kind is FeedbackKind.CORRECTION and one.text is not None
         )
-
-    def preferences(self, example: Example) -> tuple[Preference, ...]:
-        return tuple(
+        preferences = tuple(
             Preference(
                 one.feedback_id,
                 one.rater,
@@ -255,6 +246,7 @@ class _Hearing:
             for one in example.feedback
             if one.over_key is not None
         )
+        return CreditedExample(example, reward, advantage, corrections, preferences)
 
     def stats(self) -> dict[str, Any]:
         """The part of ``CreditStats`` that says who was heard."""
@@ -314,15 +306,13 @@ def _is_disputed(example: Example, signals: Mapping[str, float]) -> bool:
     return bool(values) and min(values) < 0.0 < max(values)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0
+def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    weights = [1.0] * len(values) if weights is None else weights
+    total = math.fsum(weights)
+    return math.fsum(w * v for w, v in zip(weights, values, strict=True)) / total if total else 0.0
 
 
 def _std(values: Sequence[float], weights: Sequence[float]) -> float:
     """Weighted standard deviation, around the weighted mean."""
-    total = math.fsum(weights)
-    if not total:
-        return 0.0
-    mean = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / total
-    spread = math.fsum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True))
-    return math.sqrt(spread / total)
+    mean = _mean(values, weights)
+    return math.sqrt(_mean([(v - mean) ** 2 for v in values], weights))
