@@ -16,6 +16,7 @@ from benchmarks.staleness.summary import (
     DEFAULT,
     FINAL_SHARE,
     RIVAL,
+    TIE,
     WITH_RECIPE,
     Claim,
     Paired,
@@ -38,8 +39,6 @@ DIAGNOSTICS = {
     "masked_share_positive": "masked A>0",
     "masked_share_negative": "masked A<0",
 }
-TIE = 0.005
-"""AUC or reward: smaller differences are called equal."""
 
 
 def write(summary: Summary, machine: dict[str, Any], directory: Path, name: str) -> list[Claim]:
