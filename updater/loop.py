@@ -145,10 +145,12 @@ class Loop:
     def _take_in(self) -> None:
         """Stream to ledger, until nothing is waiting or a batch is full; then the horizon."""
         try:
-            while self._ingest.step(self._settings.updater.poll_seconds).records:
+            while (step := self._ingest.step(self._settings.updater.poll_seconds)).records:
                 if self._ledger.count_ready() >= self._settings.learning.batch_examples:
                     break
-            if self.phase in UNAVAILABLE:
+            if step.stalled:  # it holds what no dead-letter topic takes, and has said so
+                self.phase = Phase.STREAM_UNAVAILABLE
+            elif self.phase in UNAVAILABLE:
                 self.phase = Phase.WAITING
         except StreamUnavailable as error:
             if self.phase is not Phase.STREAM_UNAVAILABLE:

@@ -54,11 +54,18 @@ class Tape:
         del positions  # advisory
 
 
-class NoDeadLetters:
-    """Nothing on these tapes is unreadable."""
+class Letters:
+    """A dead-letter topic that may be away."""
+
+    def __init__(self) -> None:
+        self.offsets: list[int] = []
+        self.away = False
 
     def send(self, record: Record, reason: Reason, stage: str) -> None:
-        raise AssertionError(f"unexpected dead letter: {reason} {stage} {record.offset}")
+        del reason, stage
+        if self.away:
+            raise StreamUnavailable("the dead-letter topic is gone")
+        self.offsets.append(record.offset)
 
 
 class Updater:
@@ -77,6 +84,7 @@ class Updater:
                 "learning.lora_alpha": 8,
                 "learning.learning_rate": 2e-3,
                 "learning.horizon_seconds": 10**10,
+                "stream.retention_seconds": 10**10,
                 "updater.poll_seconds": 0.01,
                 "bound.live_kl_nats": 0.5,
                 "gate.live_kl_mean_nats": 1.0,
@@ -88,6 +96,7 @@ class Updater:
         )
         learning = self.settings.learning
         self.tape = tape or Tape()
+        self.letters = Letters()
         self.published: list[Release] = []
         self.broker_up = True
         self.policy = Policy(model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=0)
@@ -101,7 +110,7 @@ class Updater:
             self.settings,
             ingest=Ingest(
                 self.tape,
-                NoDeadLetters(),
+                self.letters,
                 self.ledger,
                 alias=ALIAS,
                 vocab_size=self.policy.vocabulary_size,
@@ -226,6 +235,26 @@ def test_too_little_feedback_waits(tiny_model_dir: Path, state_dir: Path) -> Non
     assert updater.published == []
     assert updater.loop.phase is Phase.WAITING
     assert updater.fates() == {Fate.PENDING: 3}
+    updater.close()
+
+
+def test_a_dead_letter_that_is_not_accepted_stops_intake_and_is_shown(
+    tiny_model_dir: Path, state_dir: Path
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir)
+    updater.letters.away = True
+    updater.tape.add(Topic.FEEDBACK, b"not json")
+    updater.interact(1)
+    for _ in range(2):
+        updater.loop.cycle()
+        assert updater.loop.phase is Phase.STREAM_UNAVAILABLE, "not ready: somebody must look"
+    assert updater.ledger.accounting().total == 0
+    updater.letters.away = False
+    updater.loop.cycle()
+    assert updater.loop.phase is Phase.WAITING
+    assert updater.letters.offsets == [0]
+    assert updater.ledger.accounting().total == 3
+    assert updater.ledger.count_ready() == 1
     updater.close()
 
 
