@@ -182,8 +182,8 @@ def claims(summary: Summary) -> list[Claim]:
         if {(DEFAULT, lag), (UNCORRECTED, lag)} <= summary.best.keys():
             found.extend(_no_correction_collapses(summary, lag))
     for lag in stale:
-        ours = summary.measured((DEFAULT, WITH_RECIPE), lag)
-        found.extend(_beats_every_rival(summary, method, lag) for method in ours)
+        for ours in summary.measured((DEFAULT, WITH_RECIPE), lag):
+            found.append(_beats_every_rival(summary, ours, lag))
     return found
 
 
