@@ -225,6 +225,17 @@ def test_a_signal_weighs_less_than_a_word() -> None:
     assert hint.advantage == pytest.approx(SIGNAL_WEIGHT * word.advantage)
 
 
+def test_caps_are_on_what_words_weigh_not_on_their_number() -> None:
+    hints = [example(f"h{i}", signal(f"h{i}", "copied", "ann")) for i in range(4)]
+    _, _, stats = credit([*hints, *thumbs(1, 1, -1)])
+    assert (stats.capped_raters, stats.largest_rater_share) == (0, 0.25)
+    known = Baselines(agreements={rater_name("default", "ann"): Cell(0.0, 9.0)})
+    distrusted = [example(f"d{i}", rating(f"d{i}", -1, "ann")) for i in range(5)]
+    _, _, stats = credit([*distrusted, *thumbs(1, 1, -1)], known)
+    assert (stats.capped_raters, stats.distrusted_raters) == (0, 1)
+    assert stats.largest_rater_share == pytest.approx(0.25)
+
+
 def test_a_signal_that_lost_its_reward_while_it_waited_teaches_nothing() -> None:
     (credited,), after, stats = assign_credit(
         [example("a", signal("a", "copied"))], Baselines(), signals={}
