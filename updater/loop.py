@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 from daemon import metrics
-from daemon.artifacts import ArtifactStore, StoreError
+from daemon.artifacts import ArtifactStore
 from daemon.events import ArtifactFile, Decision, Divergence, Reason, Release, ReleaseKind, Verdict
 from daemon.failpoints import failpoint
 from daemon.settings import Settings
@@ -27,6 +27,7 @@ from updater.ingest import Ingest
 from updater.ledger import Ledger, LedgerUnavailable, examples_digest
 from updater.parity import PARITY_FILE, parity_bytes
 from updater.policy import OPTIMIZER_STATE, Policy
+from updater.retention import tidy
 from updater.staleness import Look
 from updater.trainer import (
     NonFiniteUpdate,
@@ -35,7 +36,7 @@ from updater.trainer import (
     Trainer,
     optimizer_bytes,
 )
-from updater.trust_region import BoundedStep, Refused, TrustRegion
+from updater.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
 from updater.values import Batch, Candidate
 
 logger = logging.getLogger("moorline.loop")
@@ -138,7 +139,12 @@ class Loop:
         metrics.UPDATES.labels(outcome=outcome).inc()
         metrics.UPDATE_SECONDS.observe(time.monotonic() - start)
         self._announce()
-        self._tidy()
+        tidy(
+            self._store,
+            self._ledger,
+            self._settings.alias,
+            self._settings.learning.keep_releases,
+        )
 
     # --- the verbs --------------------------------------------------------------------------
 
@@ -221,7 +227,7 @@ class Loop:
             [example for example in examples if example.example_id not in seen.set_aside],
             self._ledger.baselines(),
             signals=self._settings.learning.signals,
-            moved_nats=_moved_nats(self._last_divergences),
+            moved_nats=moved_from_live_nats(self._last_divergences),
             ess_share=seen.ess_share,
         )
         batch = Batch(credited, live_version, seen.set_aside, stats.as_dict())
@@ -353,24 +359,6 @@ class Loop:
             self._ledger.mark_published(release.version)
             metrics.RELEASES_PUBLISHED.inc()
 
-    def _tidy(self) -> None:
-        """Bytes that nobody can ask for any more leave the store; what may be trained on stays.
-
-        Kept: the newest releases, to roll back to; the live policy; and whoever wrote a reply that
-        still waits for feedback or for a batch.
-        """
-        newest = self._ledger.newest_version()
-        last = range(max(1, newest - self._settings.learning.keep_releases + 1), newest + 1)
-        kept = {*last, self._ledger.live_version(), *self._ledger.policy_versions_referenced()}
-        releases = [self._ledger.release(version) for version in sorted(kept)]
-        digests = {r.artifact_digest for r in releases if r is not None and r.artifact_digest}
-        try:
-            removed = self._store.collect_garbage(self._settings.alias, digests)
-        except (StoreError, OSError) as error:
-            logger.warning("store not tidied", extra={"cause": type(error).__name__})
-            return
-        metrics.ARTIFACTS_REMOVED.inc(len(removed))
-
     # --- details ----------------------------------------------------------------------------
 
     def _show_version(self, version: int) -> None:
@@ -383,9 +371,3 @@ class Loop:
     def _say(self, what: str, batch: Batch, reason: Reason, **fields: int) -> str:
         logger.info(what, extra={"reason": str(reason), "examples": len(batch.examples), **fields})
         return what if reason is Reason.NONE else str(reason)
-
-
-def _moved_nats(divergences: Sequence[Divergence]) -> float:
-    """How far the live policy is from its parent; 0 before the first release."""
-    moved = [one.mean_kl_nats for one in divergences if one.reference == "live"]
-    return max(moved, default=0.0)

@@ -154,6 +154,11 @@ def measure_divergence(
     )
 
 
+def moved_from_live_nats(divergences: Sequence[Divergence]) -> float:
+    """KL(live || candidate) of a release, nats per token: the larger one; 0 before the first."""
+    return max((one.mean_kl_nats for one in divergences if one.reference == "live"), default=0.0)
+
+
 def largest_inside(measure: Callable[[float], float], steps: int, min_scale: float) -> float | None:
     """The largest scale found whose ``measure`` (share of the limit used) is at most 1.
 

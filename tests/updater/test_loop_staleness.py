@@ -16,6 +16,7 @@ from daemon.events import Fate, Feedback, Reason, SamplingSettings
 from daemon.stream import Topic
 from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
 from tests.updater.test_loop import Tape, Updater
+from updater.retention import tidy
 
 
 class LateTape(Tape):
@@ -131,13 +132,15 @@ def test_only_what_can_still_be_asked_for_stays_in_the_store(
     after.close()
 
 
-def test_a_store_that_cannot_be_tidied_stops_nothing(tiny_model_dir: Path, state_dir: Path) -> None:
+def test_a_store_that_cannot_be_tidied_stops_nothing(
+    tiny_model_dir: Path, state_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     updater = Updater(tiny_model_dir, state_dir)
     updater.interact(4)
     updater.loop.cycle()
     pin = updater.settings.store_dir / "releases" / ALIAS / "pin.json"
-    updater.loop._tidy()
     pin.write_text("{")
-    updater.loop._tidy()
+    tidy(updater.store, updater.ledger, ALIAS, keep_releases=2)
+    assert "store not tidied" in caplog.messages
     assert updater.store.newest(ALIAS) is not None
     updater.close()

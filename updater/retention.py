@@ -1,0 +1,34 @@
+"""Which releases' bytes stay in the store, and the removal of the others."""
+
+from __future__ import annotations
+
+import logging
+
+from daemon import metrics
+from daemon.artifacts import ArtifactStore, StoreError
+from updater.ledger import LedgerReader
+
+logger = logging.getLogger("moorline.retention")
+
+
+def versions_to_keep(ledger: LedgerReader, keep_releases: int) -> set[int]:
+    """The newest releases, to roll back to; the live policy; and whoever wrote a reply that may
+    still be trained on."""
+    newest = ledger.newest_version()
+    last = range(max(1, newest - keep_releases + 1), newest + 1)
+    return {*last, ledger.live_version(), *ledger.policy_versions_referenced()}
+
+
+def tidy(store: ArtifactStore, ledger: LedgerReader, alias: str, keep_releases: int) -> None:
+    """Remove the bytes that nobody can ask for any more. What goes wrong is tried again later."""
+    kept = versions_to_keep(ledger, keep_releases)
+    releases = [ledger.release(version) for version in sorted(kept)]
+    digests = {r.artifact_digest for r in releases if r is not None and r.artifact_digest}
+    try:
+        removed = store.collect_garbage(alias, digests)
+    except (StoreError, OSError) as error:
+        logger.warning("store not tidied", extra={"cause": type(error).__name__})
+        return
+    metrics.ARTIFACTS_REMOVED.inc(len(removed))
+    if removed:
+        logger.info("store tidied", extra={"removed": len(removed)})
