@@ -199,7 +199,7 @@ def lineage(
 
 def _number(version: str) -> int:
     digits = version.rpartition("@")[2].removeprefix("v")
-    if not digits.isdecimal():
+    if not digits.isdecimal() or len(digits) > 18:
         raise typer.BadParameter(f"{version!r} is not a version, such as 42 or assistant@v000042")
     return int(digits)
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 from rich.text import Text
 
@@ -15,8 +15,9 @@ from daemon.cli.status_page import accounting_table as fates_table
 from daemon.cli.status_page import ago, number
 from daemon.events import Divergence, Fate, Reason, Release, policy_name
 from updater.audit import StreamAudit
-from updater.ledger.books import Joined, Lineage, Outcome, Story
+from updater.ledger.books import Lineage
 from updater.ledger.schema import FeedbackState
+from updater.ledger.stories import Joined, Outcome, Story
 
 _SHOWN = 10
 _SAID = {
@@ -91,10 +92,10 @@ def explanation(
             yield ""
         yield from _story(alias, story)
     if waiting:
-        yield f"[bold]{escape(asked)}[/] was not read yet; feedback waits for it:"
-        yield from (f"  {escape(name)}" for name in waiting)
+        yield f"[bold]{_plain(asked)}[/] was not read yet; feedback waits for it:"
+        yield from (f"  {_plain(name)}" for name in waiting)
     if remembered:
-        yield f"[bold]{escape(asked)}[/] was forgotten long after its end. What is known still:"
+        yield f"[bold]{_plain(asked)}[/] was forgotten long after its end. What is known still:"
     for example_id, fate, reason, decided_by in remembered:
         by = f" {policy_name(alias, decided_by)}" if fate is Fate.TRAINED and decided_by else ""
         why = f" ({_words(reason)})" if reason is not Reason.NONE else ""
@@ -103,7 +104,7 @@ def explanation(
 
 def _story(alias: str, story: Story) -> Iterator[str]:
     kind = {"forgotten": "an event whose row was removed"}.get(story.kind, f"{_a(story.kind)}")
-    yield f"[bold]{escape(story.name or str(story.place))}[/], {kind}, read from {story.place}"
+    yield f"[bold]{_plain(story.name or str(story.place))}[/], {kind}, read from {story.place}"
     for _, line in sorted(_moments(alias, story), key=lambda moment: moment[0]):
         yield f"  {line}"
     if story.first is not None:
@@ -111,22 +112,24 @@ def _story(alias: str, story: Story) -> Iterator[str]:
     if story.repeats:
         places = ", ".join(map(str, story.repeats[:_SHOWN]))
         yield f"  it came again {len(story.repeats)} times, without effect: {places}"
-    yield f"  [bold]Now:[/] {escape(_now(alias, story))}."
+    yield f"  [bold]Now:[/] {_plain(_now(alias, story))}."
 
 
 def _moments(alias: str, story: Story) -> Iterator[tuple[float, str]]:
     """(Unix seconds, what happened then)."""
     is_reply = story.kind == "interaction"
     if story.event_time is not None and story.arrived_at is not None:
-        what = "the reply ended" if is_reply else f"{story.rater} gave it"
-        yield story.event_time, f"{_when(story.event_time)}  {escape(what)}"
+        what = "the reply ended" if is_reply else f"{story.rater} gave it ({story.aspect})"
+        yield story.event_time, f"{_when(story.event_time)}  {_plain(what)}"
         yield story.arrived_at, f"{_when(story.arrived_at)}  it arrived at the broker"
     for other in story.joined:
         if other.arrived_at is None:
-            yield float("inf"), f"{' ' * 23}  it waits for its interaction {escape(other.name)}"
+            yield float("inf"), f"{' ' * 23}  it waits for its interaction {_plain(other.name)}"
             continue
-        what = f"feedback {other.name} of {other.rater}" if is_reply else f"reply {other.name}"
-        yield other.arrived_at, f"{_when(other.arrived_at)}  {escape(what)} arrived: {_of(other)}"
+        what = f"reply {other.name}"
+        if is_reply:
+            what = f"feedback {other.name} ({other.aspect}) of {other.rater}"
+        yield other.arrived_at, f"{_when(other.arrived_at)}  {_plain(what)} arrived: {_of(other)}"
     if story.outcome is not None:
         example = f" (example {story.example_id})" if story.example_id else ""
         decision = f"{_decision(alias, story)} was decided{example}"
@@ -175,6 +178,16 @@ def _divergence_words(divergences: Sequence[Divergence]) -> list[str]:
         for one in divergences
         if one.tokens_from == "traffic"
     ]
+
+
+def _plain(text: str) -> str:
+    """What clients chose, as names of raters and signals: nothing in it plays with a terminal."""
+    return escape_markup(
+        "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+            for letter in text
+        )
+    )
 
 
 def _words(value: Fate | Reason) -> str:

@@ -15,9 +15,19 @@ from daemon import cli
 from daemon.cli import common
 from daemon.events import Fate, Reason
 from daemon.stream import Topic
-from tests.updater.ledger_fixtures import HORIZON, HOUR, NOW, Log, interaction, rating, release
+from tests.updater.ledger_fixtures import (
+    HORIZON,
+    HOUR,
+    NOW,
+    Log,
+    interaction,
+    preference,
+    rating,
+    release,
+)
 from updater.ledger import Ledger
-from updater.ledger.books import Books, Place
+from updater.ledger.books import Books
+from updater.ledger.stories import Place
 
 REPLIES, RATINGS = Topic.INTERACTIONS, Topic.FEEDBACK
 
@@ -117,6 +127,27 @@ def test_rejected_waiting_and_unreadable_events_say_so(books: Books) -> None:
     assert (letter.kind, letter.reason) == ("dead letter", Reason.MALFORMED_JSON)
 
 
+def test_a_preference_is_in_the_story_of_both_replies(tmp_path: Path) -> None:
+    path, log = tmp_path / "ledger.sqlite", Log(partitions=1)
+    word = preference("won", "lost")
+    with Ledger(path, horizon_seconds=HORIZON) as ledger, Books(path) as books:
+        ledger.ingest([log.parsed(word), log.parsed(interaction("won"))], now=NOW)
+        assert books.awaiting("lost") == [word.feedback_id]
+        (waiting,) = books.stories(word.feedback_id)
+        assert [(one.name, one.arrived_at) for one in waiting.joined] == [
+            ("won/0", NOW),
+            ("lost/0", None),
+        ]
+        ledger.ingest([log.parsed(interaction("lost"))], now=NOW)
+        assert books.awaiting("lost") == []
+        for name in ("won", "lost"):
+            (story,) = books.stories(name)
+            assert [(one.name, one.aspect) for one in story.joined] == [
+                (word.feedback_id, "preference over lost/0")
+            ]
+    assert "(preference over lost/0) of" in moorline("explain", "lost", state=tmp_path)[1]
+
+
 def test_a_pruned_event_keeps_its_fate_and_its_example(state: Path) -> None:
     path = state / "ledger.sqlite"
     with Ledger(path, horizon_seconds=HORIZON) as ledger:
@@ -146,7 +177,7 @@ def test_explain_is_told_in_words_and_never_shows_a_body(state: Path) -> None:
     for words in (
         "an interaction, read from interactions.v1/0/0",
         "2025-06-15 15:06:40 UTC  the reply ended",
-        "of ann arrived: trained",
+        "(rating) of ann arrived: trained",
         "assistant@v000001 was decided (example ex-",
         "it is in the weights of assistant@v000001",
     ):
@@ -159,10 +190,22 @@ def test_explain_is_told_in_words_and_never_shows_a_body(state: Path) -> None:
     assert "token_ids" not in json.dumps(told)
 
 
+def test_what_a_client_chose_cannot_play_with_the_terminal(tmp_path: Path) -> None:
+    word = rating("r", rater="ann\x1b[2J[red]\n", feedback_id="fb-1")
+    with Ledger(tmp_path / "ledger.sqlite", horizon_seconds=HORIZON) as ledger:
+        log = Log()
+        ledger.ingest([log.parsed(interaction("r")), log.parsed(word)], now=NOW)
+    code, text = moorline("explain", "r", state=tmp_path)
+    assert code == 0
+    assert "of ann\\x1b[2J[red]\\n arrived" in text
+    assert "\x1b" not in text
+
+
 def test_an_unknown_event_or_version_is_one_line_and_exit_1(state: Path, tmp_path: Path) -> None:
     for arguments, words in (
         (("explain", "chatcmpl-nobody"), "knows no event 'chatcmpl-nobody'"),
         (("explain", "feedback.v1/0/99"), "knows no event"),
+        (("explain", f"feedback.v1/0/{10**30}"), "knows no event"),
         (("lineage", "7"), "there is no release 7"),
         (("lineage", "0"), "base model"),
     ):
@@ -183,7 +226,8 @@ def test_lineage_takes_every_way_to_name_a_version(state: Path) -> None:
     told = json.loads(moorline("lineage", "1", "--json", state=state)[1])
     assert told["raters"] == 2
     assert [one["interaction"] for one in told["examples"]] == ["r1/0"]
-    assert moorline("lineage", "newest", state=state)[0] == 2
+    for wrong in ("newest", "9" * 30):
+        assert moorline("lineage", wrong, state=state)[0] == 2
 
 
 def test_offline_audit_balances_while_an_updater_holds_the_ledger(state: Path) -> None:
