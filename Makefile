@@ -3,7 +3,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-ingest clean
+.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -35,6 +35,9 @@ bench-real: setup  ## the same with a real model (under 2 hours; continues when 
 
 bench-mismatch: setup  ## is the recorded probability the one the updater computes (float32, bfloat16)
 	@$(BIN)/python -m benchmarks.mismatch $(ARGS)
+
+bench-estimators: setup  ## divergence of a token: binary, top-k or exact; bias, decisions, cost (5 minutes)
+	@$(BIN)/python -m benchmarks.estimators $(ARGS)
 
 bench-ingest: setup  ## how fast events enter the ledger, and in how much memory
 	@$(BIN)/python -m benchmarks.ingest $(ARGS)

@@ -21,6 +21,8 @@ def versions_to_keep(ledger: LedgerReader, keep_releases: int) -> set[int]:
 
 def tidy(store: ArtifactStore, ledger: LedgerReader, alias: str, keep_releases: int) -> None:
     """Remove the bytes that nobody can ask for any more. What goes wrong is tried again later."""
+    if ledger.newest_version() == 0:
+        return
     kept = versions_to_keep(ledger, keep_releases)
     releases = [ledger.release(version) for version in sorted(kept)]
     digests = {r.artifact_digest for r in releases if r is not None and r.artifact_digest}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +57,13 @@ def test_what_was_not_measured_this_time_is_not_shown_from_last_time() -> None:
     names = {labels["name"] for _, labels, *_ in UPDATE_DIAGNOSTIC.collect()[0].samples}
     assert "ess_share" in names
     assert "mismatch_nats" not in names
+
+
+def test_the_documented_levels_are_those_that_ring() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\S*) ?\| (\S*) ?\| (.+) \|$", text, re.MULTILINE)
+    documented = {
+        name: (float(low or -math.inf), float(high or math.inf), meaning)
+        for name, low, high, meaning in rows
+    }
+    assert documented == {one.name: (one.low, one.high, one.meaning) for one in ALARMS}
