@@ -54,7 +54,7 @@ def trees() -> st.SearchStrategy[dict[str, Any]]:
                 optional={
                     "learning_rate": positive,
                     "threads": st.none() | st.integers(1, 64),
-                    "signals": st.dictionaries(texts, st.floats(-1, 1), max_size=3),
+                    "signals": st.dictionaries(texts.filter(bool), st.floats(-1, 1), max_size=3),
                 },
             ),
         },
