@@ -73,13 +73,13 @@ class PartitionAudit:
         found = []
         if self.without_fate.count:
             found.append(
-                f"{where}: {self.without_fate.count} records were passed over without a fate "
+                f"{where}: records passed over without a fate: {self.without_fate.count} "
                 f"(offsets {self.without_fate})"
             )
         if self.without_record.count:
             found.append(
-                f"{where}: {self.without_record.count} events have a fate, but no record on the "
-                f"broker (offsets {self.without_record}): it lost data, or the topic is compacted"
+                f"{where}: events that have no record on the broker: {self.without_record.count} "
+                f"(offsets {self.without_record}); it lost data, or the topic is compacted"
             )
         return found
 

@@ -20,6 +20,12 @@ from updater.ledger.schema import FeedbackState
 from updater.ledger.stories import Joined, Outcome, Story
 
 _SHOWN = 10
+_KINDS = {
+    "interaction": "an interaction",
+    "feedback": "feedback",
+    "dead letter": "a dead letter",
+    "forgotten": "an event whose row was removed",
+}
 _SAID = {
     Fate.TRAINED: "it is in the weights of {decision}",
     Fate.REJECTED: "its candidate was refused ({reason}; {decision})",
@@ -48,7 +54,7 @@ def audit_page(
     parts += [Text(f"note: {note}", style="yellow") for note in (stream.notes if stream else ())]
     if differences:
         parts += [Text(line, style="bold red") for line in differences]
-        parts.append(Text(f"The books do not balance: {len(differences)} differences."))
+        parts.append(Text(f"The books do not balance; differences: {len(differences)}."))
     else:
         total = accounting["total"]
         scope = "in the ledger and on the stream" if stream else "in the ledger (stream not read)"
@@ -58,9 +64,9 @@ def audit_page(
 
 
 def _partitions_table(stream: StreamAudit) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=True)
-    table.add_column("topic")
-    for heading in ("part", "offsets", "on broker", "in ledger", "markers", "removed", "missed"):
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=True)
+    table.add_column("topic", no_wrap=True)
+    for heading in ("part", "offsets", "broker", "ledger", "markers", "removed", "missed"):
         table.add_column(heading, justify="right")
     for heading in ("unread", ""):
         table.add_column(heading, justify="right")
@@ -103,7 +109,7 @@ def explanation(
 
 
 def _story(alias: str, story: Story) -> Iterator[str]:
-    kind = {"forgotten": "an event whose row was removed"}.get(story.kind, f"{_a(story.kind)}")
+    kind = _KINDS[story.kind]
     yield f"[bold]{_plain(story.name or str(story.place))}[/], {kind}, read from {story.place}"
     for _, line in sorted(_moments(alias, story), key=lambda moment: moment[0]):
         yield f"  {line}"
@@ -192,10 +198,6 @@ def _plain(text: str) -> str:
 
 def _words(value: Fate | Reason) -> str:
     return value.replace("_", " ")
-
-
-def _a(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def _when(unix_seconds: float) -> str:

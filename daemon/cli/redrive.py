@@ -182,9 +182,9 @@ def _summary(outcomes: Counter[str]) -> None:
         say("No dead letter waits.")
         return
     if outcomes[_READY]:
-        say(f"{outcomes[_READY]} letters would be put back; without --dry-run they are.")
+        say(f"Would be put back: {outcomes[_READY]}. Without --dry-run they are.")
     if outcomes[_REDRIVEN]:
-        say(f"Put back {outcomes[_REDRIVEN]} letters; `moorline status` shows their new fates.")
+        say(f"Put back: {outcomes[_REDRIVEN]}. `moorline status` shows their new fates.")
     for outcome, count in sorted(outcomes.items()):
         if outcome not in (_READY, _REDRIVEN):
-            say(f"{count} stay where they are: {outcome.replace('_', ' ')}", style="yellow")
+            say(f"Left where they are: {count} ({outcome.replace('_', ' ')}).", style="yellow")

@@ -132,9 +132,9 @@ def test_a_record_without_a_fate_and_a_fate_without_a_record_are_found(
     )
     found = audited(settings, tmp_path)
     passed_over, without_record = sorted(found.differences, key=lambda line: "broker" in line)
-    assert "interactions.v1 partition 0: 1 records were passed over without a fate" in passed_over
+    assert "interactions.v1 partition 0: records passed over without a fate: 1" in passed_over
     assert "(offsets 1)" in passed_over
-    assert "feedback.v1 partition 1: 1 events have a fate, but no record" in without_record
+    assert "feedback.v1 partition 1: events that have no record on the broker: 1" in without_record
     code, text = command(settings, tmp_path)
     assert code == 1
     assert "The books do not balance" in text

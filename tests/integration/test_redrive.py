@@ -118,7 +118,7 @@ def test_filters_choose_and_what_they_left_can_go_later(
     assert len(redrive(settings, tmp_path, "--dry-run", "--since", "2999-01-01")) == 0
     assert len(redrive(settings, tmp_path, "--dry-run", "--since", "2h")) == 4
     _, page = moorline("redrive", *options(settings), "--dry-run", state=tmp_path)
-    assert "4 letters would be put back" in page
+    assert "Would be put back: 4." in page
     chosen = ("--topic", "feedback.v1", "--reason", "unsupported_schema_version")
     assert [one["reason"] for one in redrive(settings, tmp_path, *chosen)] == [
         "unsupported_schema_version"
@@ -141,7 +141,7 @@ def test_a_poison_record_comes_back_three_times_and_then_stays(
     (told,) = redrive(settings, tmp_path)
     assert (told["redrives"], told["outcome"]) == (3, Refusal.TOO_OFTEN)
     _, page = moorline("redrive", *options(settings), state=tmp_path)
-    assert "1 stay where they are: redriven too often" in page
+    assert "Left where they are: 1 (redriven too often)." in page
     newest = records_of(settings, dlq_name(settings, RATINGS), 1)[-1]
     names = [name for name, _ in newest.headers]
     assert names.count(REDRIVES_HEADER) == names.count("moorline_origin_topic") == 1
