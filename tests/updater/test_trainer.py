@@ -12,7 +12,13 @@ from daemon.events import SamplingSettings
 from daemon.settings import LearningSettings
 from tests.updater.policy_fixtures import credited, recorded, some_sequences
 from updater.policy import Policy
-from updater.trainer import NonFiniteUpdate, Trainer, UnknownObjective, optimizer_bytes
+from updater.trainer import (
+    NonFiniteUpdate,
+    NothingToLearn,
+    Trainer,
+    UnknownObjective,
+    optimizer_bytes,
+)
 from updater.values import Batch, TokenSequence
 
 SETTINGS = LearningSettings(
@@ -130,6 +136,34 @@ def test_a_gradient_that_is_not_finite_changes_nothing(policy: Policy) -> None:
     before = policy.state()
     with pytest.raises(NonFiniteUpdate):
         trainer.propose(batch)
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.state().items())
+
+
+@pytest.mark.parametrize(
+    ("logprob", "why"),
+    [(math.nan, "not_finite"), (-math.inf, "not_finite"), (0.5, "positive_logprob")],
+)
+def test_bad_logprobs_are_refused_before_a_gradient_by_name(
+    policy: Policy, logprob: float, why: str
+) -> None:
+    trainer = Trainer(policy, SETTINGS)
+    batch, _ = batch_of(policy, [1.0, -1.0])
+    good, bad = batch.examples
+    reply = bad.example.interaction
+    logprobs = (logprob, *reply.completion_logprobs[1:])
+    bad = credited(reply.model_copy(update={"completion_logprobs": logprobs}), -1.0)
+    before = policy.state()
+    with pytest.raises(NonFiniteUpdate, match=why):
+        trainer.propose(Batch((good, bad), live_version=0))
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.state().items())
+    assert all(parameter.grad is None for _, parameter in policy.parameters)
+
+
+def test_a_batch_of_zero_advantages_makes_no_update(policy: Policy) -> None:
+    batch, _ = batch_of(policy, [0.0, 0.0])
+    before = policy.state()
+    with pytest.raises(NothingToLearn):
+        Trainer(policy, SETTINGS).propose(batch)
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state().items())
 
 
