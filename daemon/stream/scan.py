@@ -5,6 +5,7 @@ A consumer of its own, that moves no offsets and belongs to nobody's group.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -15,6 +16,8 @@ from kafka import errors as kafka_errors
 
 from daemon.settings import StreamSettings
 from daemon.stream.client import StreamUnavailable, connect, explained
+
+logger = logging.getLogger("moorline.stream")
 
 _POLL_MS = 500
 _POLL_RECORDS = 1000
@@ -66,8 +69,10 @@ class Scanner:
 
     def close(self) -> None:
         """Disconnect. Idempotent."""
-        with explained(self._settings, self._connection):
+        try:
             self._connection.client.close(autocommit=False)
+        except (kafka_errors.KafkaError, OSError, RuntimeError) as error:
+            logger.debug("close failed", extra={"error": type(error).__name__})
 
     def beginning(self, name: str, partition: int) -> int:
         """The first offset of a partition that retention has left."""
@@ -104,15 +109,13 @@ class Scanner:
         following = start
         deadline = time.monotonic() + self._patience_ms / 1000
         while stop is None or following < stop:
-            records = self._poll(place)
+            records, position, high = self._poll(place)
             if records:
                 following = records[-1].offset + 1
                 deadline = time.monotonic() + self._patience_ms / 1000
                 yield [raw for raw in records if stop is None or raw.offset < stop]
                 continue
-            high = client.highwater(place)
-            # The position moves over transaction markers, which are no records.
-            following = max(following, client.position(place))
+            following = max(following, position)
             if high is not None and following >= high:
                 return
             if time.monotonic() > deadline:
@@ -125,7 +128,8 @@ class Scanner:
     def _patience_ms(self) -> int:
         return int(max(self._settings.connect_timeout_seconds, 1.0) * 1000)
 
-    def _poll(self, place: TopicPartition) -> list[Any]:
+    def _poll(self, place: TopicPartition) -> tuple[list[Any], int, int | None]:
+        """Records; the next offset, moved over transaction markers; the end, where it is known."""
         client = self._connection.client
         with explained(self._settings, self._connection):
             try:
@@ -135,5 +139,4 @@ class Scanner:
                     f"topic {place.topic} partition {place.partition}: the offsets asked for are "
                     "not on the broker (any more)"
                 ) from None
-        found: list[Any] = batches.get(place, [])
-        return found
+            return batches.get(place, []), client.position(place) or 0, client.highwater(place)

@@ -178,6 +178,30 @@ def check_ages(settings: StreamSettings, reader: Reader) -> None:
     assert oldest() == 0
 
 
+def test_an_age_that_cannot_be_known_now_is_left_out(
+    own_tansu: EmbeddedBroker, topic_prefix: str, tmp_path: Path
+) -> None:
+    settings = StreamSettings(
+        bootstrap=own_tansu.bootstrap, topic_prefix=topic_prefix, connect_timeout_seconds=1
+    )
+    ensure_topics(settings)
+    publisher = Publisher(settings, tmp_path / "spool")
+    publisher.start()
+    put(publisher, Topic.FEEDBACK, 1)
+    publisher.close(0.1)
+    known, unknown = Reader(settings, BOTH), Reader(settings, BOTH)
+    for reader in (known, unknown):
+        reader.connect()
+        wait_until(lambda reader=reader: sum(reader.lag().values()) == 1)  # type: ignore[misc]
+    before = max(known.lag_seconds().values())
+    own_tansu.stop()
+    assert max(known.lag_seconds().values()) >= before
+    assert set(unknown.lag_seconds().values()) == {0.0}
+    assert len(unknown.lag_seconds()) == 7, "of eight partitions"
+    for reader in (known, unknown):
+        reader.close()
+
+
 def test_committed_offsets_are_visible_to_lag_tools(
     stream_settings: StreamSettings, admin: KafkaAdminClient, produce: Publisher, reader: Reader
 ) -> None:
