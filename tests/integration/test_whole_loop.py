@@ -190,7 +190,11 @@ def test_unreadable_events_are_dead_lettered_and_counted(up: Running) -> None:
         producer.send("feedback.v1", value=value).get(20)
     producer.close()
     wait_for(
-        lambda: up.updater()["accounting"]["topics"]["feedback.v1"].get("dead_lettered", 0) == before + 3, 60
+        lambda: (
+            up.updater()["accounting"]["topics"]["feedback.v1"].get("dead_lettered", 0)
+            == before + 3
+        ),
+        60,
     )
     assert up.updater()["accounting"]["balanced"]
 
