@@ -88,9 +88,13 @@ def _curves(axes: Axes, summary: Summary, methods: list[str], lag: int) -> None:
             linewidth=0,
         )
     axes.set_title("fresh data (lag 0)" if lag == 0 else f"lag {lag} updates")
+    aucs = [summary.auc(method, lag) for method in summary.measured(methods, lag)]
+    if max(aucs) - min(aucs) < 1e-3:
+        axes.text(0.97, 0.05, "all methods: one curve", ha="right", transform=axes.transAxes)
     axes.set_xlabel("update")
     axes.set_ylim(-0.02, 1.04)
     axes.set_xlim(0, summary.config.updates)
+    axes.set_xticks([summary.config.updates * quarter // 4 for quarter in range(4)])
     axes.grid(alpha=0.25, linewidth=0.6)
 
 

@@ -199,9 +199,9 @@ def _halves(updates: list[int | None]) -> str:
 
 
 def _reading(summary: Summary, methods: list[str]) -> str:
-    """The default against each other objective, where staleness matters; ties and losses named."""
+    """The default against each other objective, wherever data is stale; ties and losses named."""
     lines = [f"## `{DEFAULT}` against every rival, seed by seed", ""]
-    for lag in (lag for lag in summary.config.lags if lag >= STALE_FROM):
+    for lag in (lag for lag in summary.config.lags if lag > 0):
         pairs = [paired(summary, DEFAULT, other, lag) for other in methods if other != DEFAULT]
         lines += [
             f"**Lag {lag}** (positive: `{DEFAULT}` is better)",
@@ -307,7 +307,12 @@ def _grid(summary: Summary) -> str:
     for one in summary.scores:
         key = (one.trace.method, one.trace.lag, one.trace.learning_rate)
         cells.setdefault(key, []).append((one.auc, one.final))
-    blocks = ["## Appendix: every learning rate\n\nMean AUC / mean final over seeds."]
+    edges = (config.learning_rates[0], config.learning_rates[-1])
+    at_edge = [f"`{m}` at lag {lag}" for m, lag in summary.best if summary.rate(m, lag) in edges]
+    blocks = [
+        "## Appendix: every learning rate\n\nMean AUC / mean final over seeds. Best at an edge of "
+        f"the grid, so perhaps better beyond: {', '.join(at_edge) or 'none'}."
+    ]
     for lag in config.lags:
         rows = []
         for method in summary.measured(config.methods, lag):
