@@ -140,11 +140,11 @@ AUC is the mean reward over all updates; final is the mean of the last
 {FINAL_SHARE:.0%} of the evaluations, one every {config.evaluate_every} updates.
 
 All methods have the same budget: learning rates {rates};
-{len(config.seeds)} seeds, paired (same base policy, same prompts, same random numbers). For each method and lag the rate with the best
-mean AUC is shown; every other run is in the appendix. The reward is exact: the policy's
-probability of the right reply, averaged over all prompts. Limits of the objectives are their
-sources' defaults, not tuned (but drpo's is {drpo:g}, since its paper's 12.5 never
-binds). "±" is the standard error over seeds."""
+{len(config.seeds)} seeds, paired (same base policy, same prompts, same random numbers). For each
+method and lag the rate with the best mean AUC is shown; every other run is in the appendix. The
+reward is exact: the policy's probability of the right reply, averaged over all prompts. Limits of
+the objectives are their sources' defaults, not tuned (but drpo's is {drpo:g}, since its paper's
+12.5 never binds). "±" is the standard error over seeds."""
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
