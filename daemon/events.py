@@ -73,6 +73,8 @@ class Reason(StrEnum):
     INVALID_LOGPROBS = "invalid_logprobs"
     """A logprob is not finite or above zero."""
     TOKEN_OUT_OF_VOCABULARY = "token_out_of_vocabulary"
+    EMPTY_PROMPT = "empty_prompt"
+    """No token to start from: the distribution of the first reply token is not defined."""
     EMPTY_COMPLETION = "empty_completion"
     LENGTH_MISMATCH = "length_mismatch"
     TOO_LONG = "too_long"

@@ -257,6 +257,7 @@ def why_untrainable(
             ),
             Reason.UNKNOWN_POLICY,
         ),
+        (lambda: not interaction.prompt_token_ids, Reason.EMPTY_PROMPT),
         (lambda: length == 0, Reason.EMPTY_COMPLETION),
         (
             lambda: (

@@ -281,7 +281,7 @@ SPAN = PolicySpan(version=0, start=0, end=3)
         ({"prompt_token_ids": (-1,)}, Reason.TOKEN_OUT_OF_VOCABULARY),
         ({"prompt_token_ids": (1,) * 48}, Reason.TOO_LONG),
         ({"prompt_token_ids": (1,) * 47}, None),
-        ({"prompt_token_ids": ()}, None),
+        ({"prompt_token_ids": ()}, Reason.EMPTY_PROMPT),
         ({"finish_reason": "abort"}, Reason.ABORTED),
         ({"finish_reason": "length"}, None),
         ({"policy_spans": (PolicySpan(version=0, start=0, end=2),)}, Reason.LENGTH_MISMATCH),
@@ -339,6 +339,7 @@ def test_what_no_gradient_follows_from_has_a_reason(
         ({"completion_logprobs": (-0.1, 0.5, -0.1)}, Reason.INVALID_LOGPROBS),
         ({"completion_token_ids": (4, VOCABULARY, 6)}, Reason.TOKEN_OUT_OF_VOCABULARY),
         ({"completion_token_ids": (), "completion_logprobs": ()}, Reason.EMPTY_COMPLETION),
+        ({"prompt_token_ids": ()}, Reason.EMPTY_PROMPT),
         ({"completion_logprobs": (-0.1, -0.2)}, Reason.LENGTH_MISMATCH),
     ],
 )

@@ -228,6 +228,24 @@ def test_every_kind_of_feedback_teaches_in_one_release(
     updater.close()
 
 
+def test_a_reply_to_no_prompt_is_counted_and_measured_on_by_nobody(
+    tiny_model_dir: Path, state_dir: Path
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir)
+    updater.interact(3, seed=9, rated=False)
+    (sequence,) = some_sequences(1, seed=8)
+    reply = recorded(updater.policy, sequence, "chatcmpl-no-prompt")
+    updater.tape.add(
+        Topic.INTERACTIONS, reply.model_copy(update={"prompt_token_ids": ()}).to_bytes()
+    )
+    updater.interact(4)
+    updater.loop.cycle()
+    assert [release.version for release in updater.published] == [1]
+    fates = updater.fates(Topic.INTERACTIONS)
+    assert fates == {Fate.TRAINED: 4, Fate.PENDING: 3, Fate.NOT_TRAINABLE: 1}
+    updater.close()
+
+
 def test_too_little_feedback_waits(tiny_model_dir: Path, state_dir: Path) -> None:
     updater = Updater(tiny_model_dir, state_dir)
     updater.interact(3)

@@ -19,6 +19,7 @@ _COMPRESSION_LEVEL = 1  # half of what 9 saves at a tenth of its cost
 NOT_MEASURABLE = frozenset(
     {
         Reason.TOKEN_OUT_OF_VOCABULARY,
+        Reason.EMPTY_PROMPT,
         Reason.EMPTY_COMPLETION,
         Reason.TOO_LONG,
         Reason.UNKNOWN_POLICY,
