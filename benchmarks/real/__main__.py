@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -34,14 +36,18 @@ examples:
   python -m benchmarks.real --quick       a couple of minutes: does everything work?
   python -m benchmarks.real               all of it; after an interruption, the same command
                                           continues
+  python -m benchmarks.real --lags 32     only this lag; what was finished is used later as well
   python -m benchmarks.real --fresh       all of it from the start
-  python -m benchmarks.real --workers 1   slower, in half the memory (1.3 GB)
+  python -m benchmarks.real --workers 1   slower, in half the memory (about 1.3 GB)
 """
 
 
-def main() -> int:
-    arguments = _arguments()
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 1: a worker died, or there is no model; 130: interrupted."""
+    arguments = _arguments(argv)
     config = QUICK if arguments.quick else Config()
+    if arguments.lags:
+        config = replace(config, lags=tuple(sorted(set(arguments.lags))))
     console = Console(stderr=True)
     store = Store(UNFINISHED, config)
     if arguments.fresh:
@@ -64,7 +70,7 @@ def main() -> int:
     return 0  # the run reports what is true, whatever that is
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.real",
         description="How a real model learns from thumbs on replies that are S updates old.",
@@ -74,13 +80,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a small subset, into build/real: checks the machinery"
     )
+    parser.add_argument(
+        "--lags", type=int, nargs="+", metavar="S", help="only these (default: all)"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget what was already finished")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--model", type=Path, default=MODEL, help="made there when missing")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the files go")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")
+    if any(lag < 0 for lag in arguments.lags or ()):
+        parser.error("--lags must be 0 or more")
     return arguments
 
 

@@ -19,6 +19,12 @@ from benchmarks.real.summary import DEFAULT, Estimate, Score, Summary
 COLOURS = {"dppo_kl": "#0072B2", "ppo_clip": "#D55E00", "pg_is": "#8B5E3C"}
 LINES = {"dppo_kl": "-", "ppo_clip": "-", "pg_is": "--"}
 ONE_FOR_ALL = "#555555"
+KL_SHOWN_NATS = 1.0
+RISE_SHOWN = 0.5
+"""Longer bars are cut, and their value is written beside them: one collapsed run would make the
+others invisible."""
+TOO_LARGE = 1000.0
+"""From here on a power of ten says enough."""
 
 
 def draw(summary: Summary, path: Path) -> None:
@@ -37,8 +43,8 @@ def draw(summary: Summary, path: Path) -> None:
             _curves(axes, summary, rule, lag)
             axes.sharey(row[0])
         row[0].set_ylabel(f"{rule}\nreplies that follow the rule")
-        _bars(row[-2], summary, rule, lambda score: score.kl_nats)
-        _bars(row[-1], summary, rule, lambda score: score.perplexity_rise)
+        _bars(row[-2], summary, rule, lambda score: score.kl_nats, KL_SHOWN_NATS, "{:.1f}")
+        _bars(row[-1], summary, rule, lambda score: score.perplexity_rise, RISE_SHOWN, "+{:.0%}")
         row[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes, lag in zip(grid[0], lags, strict=False):
         axes.set_title("fresh data (lag 0)" if lag == 0 else f"lag {lag} updates")
@@ -65,7 +71,8 @@ def draw(summary: Summary, path: Path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     about = "; ".join(f"{rule}: {RULES[rule].about}" for rule in rules)
     figure.suptitle(
-        f"SmolLM2-135M learns from thumbs on stale replies (held-out topics, one seed)\n{about}",
+        "SmolLM2-135M learns from thumbs on stale replies: held-out topics, one seed, "
+        f"each method at its best learning rate\n{about}",
         fontsize=10,
     )
     figure.savefig(path, dpi=150)
@@ -104,18 +111,31 @@ def _curves(axes: Axes, summary: Summary, rule: str, lag: int) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
 
 
-def _bars(axes: Axes, summary: Summary, rule: str, value: Callable[[Score], float]) -> None:
+def _bars(
+    axes: Axes,
+    summary: Summary,
+    rule: str,
+    value: Callable[[Score], float],
+    shown: float,
+    words: str,
+) -> None:
     lags = sorted(summary.config.lags)
     width = 0.8 / len(summary.config.methods)
     for place, lag in enumerate(lags):
         methods = summary.methods(lag)
         for number, method in enumerate(methods):
+            height = value(summary.score(rule, lag, method))
+            at = place + (number - (len(methods) - 1) / 2) * width
             axes.bar(
-                place + (number - (len(methods) - 1) / 2) * width,
-                value(summary.score(rule, lag, method)),
+                at,
+                min(height, shown),
                 width * 0.92,
                 color=COLOURS[method] if lag else ONE_FOR_ALL,
             )
+            if height > shown:
+                text = words.format(height) if height < TOO_LARGE else f"{height:.0e}"
+                axes.text(at, shown, f"{text} ", rotation=90, ha="center", va="top", color="white")
     axes.axhline(0.0, color="#444444", linewidth=0.8)
     axes.set_xticks(range(len(lags)), [str(lag) for lag in lags])
+    axes.set_xlim(-0.6, len(lags) - 0.4)
     axes.grid(alpha=0.25, linewidth=0.6, axis="y")

@@ -30,7 +30,7 @@ from rich.progress import (
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.real import rules, train
-from benchmarks.real.summary import best_rate, cells, rate_cells
+from benchmarks.real.summary import cells
 from benchmarks.real.train import Cell, Config, Reply, Trace
 from updater import baselines, credit, objectives, policy, sampling, trainer
 
@@ -69,7 +69,7 @@ class Store:
     def __init__(self, root: Path, config: Config) -> None:
         shaping = asdict(config)
         # Which runs there are does not shape any of them.
-        for name in ("rules", "lags", "methods", "rates", "rate_method"):
+        for name in ("rules", "lags", "methods", "rates"):
             del shaping[name]
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
         for module in (train, rules, trainer, baselines, credit, objectives, policy, sampling):
@@ -115,10 +115,7 @@ class Study:
     """Everything that was found."""
 
     config: Config
-    rate: float
     traces: tuple[Trace, ...]
-    rate_traces: tuple[Trace, ...]
-    """The runs that chose the rate."""
     base_replies: tuple[Reply, ...]
     """Of the base policy, to training questions."""
 
@@ -141,17 +138,10 @@ def run_study(model_dir: Path, config: Config, store: Store, workers: int) -> St
             _run(todo, model_dir, config, store, workers, progress, bar, steps)
 
         finish(Base.all_for(config))
-        choosing = rate_cells(config)
-        finish(choosing)
-        rate_traces = tuple(store.trace(cell) for cell in choosing)
-        rate = best_rate(rate_traces) if rate_traces else config.rates[0]
-        compared = cells(config, rate)
-        finish(compared)
+        finish(cells(config))
     return Study(
         config,
-        rate,
-        tuple(store.trace(cell) for cell in compared),
-        rate_traces,
+        tuple(store.trace(cell) for cell in cells(config)),
         tuple(reply for batch in store.base_batches(config) for reply in batch),
     )
 

@@ -5,6 +5,9 @@ last evaluation, which asks more. Standard errors are those of the held-out repl
 replies has variance p (1 - p) / n); with one seed they do not cover how much a whole run would
 differ if it were made again.
 
+A method's learning rate at a lag is the one with the best AUC, mean over rules: one rule and one
+grid for all methods.
+
 At lag 0 with one pass over each batch p = q, so that all methods take the same step: one run stands
 for all of them.
 """
@@ -20,6 +23,8 @@ from benchmarks.real.train import Cell, Config, Evaluation, Trace
 DEFAULT = "dppo_kl"
 NOISE = 2.0
 """Standard errors: smaller differences are called none."""
+KEPT_SHARE = 0.8
+"""Of its peak: a run that ends lower has broken something."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +71,19 @@ def final(evaluations: Iterable[Evaluation]) -> Estimate:
     return Estimate.of_share(last.share, last.replies)
 
 
-def best_rate(traces: Iterable[Trace]) -> float:
-    """The learning rate of the run with the best AUC."""
-    return max(traces, key=lambda trace: auc(trace.evaluations).value).cell.rate
+def methods_at(config: Config, lag: int) -> tuple[str, ...]:
+    """At lag 0 the first stands for all."""
+    return config.methods if lag else config.methods[:1]
 
 
-def rate_cells(config: Config) -> list[Cell]:
-    """The runs that choose the learning rate."""
-    if len(config.rates) == 1:
-        return []
-    lag = max(config.lags)
-    return [Cell(config.rules[0], lag, config.rate_method, rate) for rate in config.rates]
-
-
-def cells(config: Config, rate: float) -> list[Cell]:
-    """The runs of the comparison: the largest lag first, then the others from 0 up."""
+def cells(config: Config) -> list[Cell]:
+    """All runs: the largest lag first, then the others from 0 up."""
     return [
         Cell(rule, lag, method, rate)
         for lag in sorted(config.lags, key=lambda lag: (lag != max(config.lags), lag))
+        for rate in config.rates
         for rule in config.rules
-        for method in (config.methods if lag else config.methods[:1])
+        for method in methods_at(config, lag)
     ]
 
 
@@ -95,6 +93,7 @@ class Score:
 
     trace: Trace
     auc: Estimate
+    peak: float
     final: Estimate
     kl_nats: float
     perplexity_rise: float
@@ -106,6 +105,7 @@ class Score:
         return cls(
             trace,
             auc(trace.evaluations),
+            max(one.share for one in trace.evaluations),
             final(trace.evaluations),
             last.kl_nats,
             last.perplexity / first.perplexity - 1.0,
@@ -143,29 +143,39 @@ class Claim:
 
 @dataclass(frozen=True)
 class Summary:
-    """All runs of the comparison."""
+    """All runs, and for each method and lag its best learning rate."""
 
     config: Config
-    scores: tuple[Score, ...]
+    scores: dict[Cell, Score]
+    rates: dict[tuple[str, int], float]
+    """(method, lag) -> learning rate."""
 
     @classmethod
     def of(cls, traces: Iterable[Trace], config: Config) -> Summary:
-        return cls(config, tuple(Score.of(trace) for trace in traces))
+        scores = {trace.cell: Score.of(trace) for trace in traces}
+
+        def mean_auc(method: str, lag: int, rate: float) -> float:
+            return mean(scores[Cell(rule, lag, method, rate)].auc.value for rule in config.rules)
+
+        rates = {
+            (method, lag): max(config.rates, key=lambda rate: mean_auc(method, lag, rate))
+            for lag in config.lags
+            for method in methods_at(config, lag)
+        }
+        return cls(config, scores, rates)
 
     def methods(self, lag: int) -> tuple[str, ...]:
-        return self.config.methods if lag else self.config.methods[:1]
+        return methods_at(self.config, lag)
 
-    def score(self, rule: str, lag: int, method: str) -> Score:
-        """The run of a method, or the one that stands for all at lag 0."""
-        wanted = (rule, lag, method if lag else self.config.methods[0])
-        return next(
-            one
-            for one in self.scores
-            if (one.trace.cell.rule, one.trace.cell.lag, one.trace.cell.method) == wanted
-        )
+    def score(self, rule: str, lag: int, method: str, rate: float | None = None) -> Score:
+        """The run of a method at its best rate, or at another."""
+        if rate is None:
+            rate = self.rates[method, lag]
+        return self.scores[Cell(rule, lag, method, rate)]
 
-    def scores_of(self, rule: str) -> list[Score]:
-        return [one for one in self.scores if one.trace.cell.rule == rule]
+    def start(self, rule: str) -> Evaluation:
+        """The base policy on held-out questions, from where every run starts."""
+        return self.score(rule, self.config.lags[0], self.config.methods[0]).trace.evaluations[0]
 
     def comparison(self, rival: str, lag: int) -> Comparison:
         pairs = {
@@ -196,7 +206,8 @@ class Summary:
         Args:
             perplexity_limit: rise that the product's gate allows, a share.
         """
-        found = [self._learns(lag) for lag in sorted(self.config.lags)]
+        lags = sorted(self.config.lags)
+        found = [claim for lag in lags for claim in (self._learns(lag), self._keeps(lag))]
         for one in self.comparisons():
             for what, difference in (("AUC", one.mean_auc), ("final reward", one.mean_final)):
                 found.append(
@@ -208,7 +219,11 @@ class Summary:
                     )
                 )
         worst = max(
-            (one for one in self.scores if one.trace.cell.method == DEFAULT),
+            (
+                self.score(rule, lag, DEFAULT)
+                for rule in self.config.rules
+                for lag in self.config.lags
+            ),
             key=lambda one: one.perplexity_rise,
         )
         found.append(
@@ -222,11 +237,22 @@ class Summary:
         )
         return found
 
+    def _keeps(self, lag: int) -> Claim:
+        scores = [self.score(rule, lag, DEFAULT) for rule in self.config.rules]
+        return Claim(
+            f"lag {lag}: {DEFAULT} keeps what it learned: final at least {KEPT_SHARE} x peak, "
+            "every rule",
+            ", ".join(
+                f"{one.trace.cell.rule} {one.final.value:.2f} / {one.peak:.2f}" for one in scores
+            ),
+            all(one.final.value >= KEPT_SHARE * one.peak for one in scores),
+        )
+
     def _learns(self, lag: int) -> Claim:
         gains = {}
         for rule in self.config.rules:
             score = self.score(rule, lag, DEFAULT)
-            start = score.trace.evaluations[0]
+            start = self.start(rule)
             gains[rule] = score.final - Estimate.of_share(start.share, start.replies)
         return Claim(
             f"lag {lag}: {DEFAULT} ends above the base policy on every rule",

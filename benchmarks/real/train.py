@@ -73,9 +73,7 @@ class Config:
     lags: tuple[int, ...] = (0, 8, 32)
     methods: tuple[str, ...] = ("dppo_kl", "ppo_clip", "pg_is")
     rates: tuple[float, ...] = (5e-4, 1.5e-3)
-    """Learning rates: the best for ``rate_method`` at the largest lag, on the first rule, is used
-    for all."""
-    rate_method: str = "ppo_clip"
+    """Learning rates: the same for every method; each is shown at its best."""
     own_batches: int = 16
     """Batches that a run generates itself; it learns from S batches of the base policy before."""
     batch_replies: int = 8

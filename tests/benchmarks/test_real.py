@@ -15,10 +15,8 @@ from benchmarks.real.summary import (
     Estimate,
     Summary,
     auc,
-    best_rate,
     cells,
     final,
-    rate_cells,
 )
 from benchmarks.real.train import (
     DIAGNOSTICS,
@@ -38,7 +36,7 @@ from updater.credit import assign_credit
 from updater.ingest import why_untrainable
 
 CONFIG = Config()
-RATE = 1e-3
+SLOW, FAST = CONFIG.rates
 
 
 def a_trace(cell: Cell, end: float, kl_nats: float = 0.1, perplexity: float = 21.0) -> Trace:
@@ -54,7 +52,11 @@ def a_trace(cell: Cell, end: float, kl_nats: float = 0.1, perplexity: float = 21
 
 
 def traces(ends: dict[str, float]) -> list[Trace]:
-    return [a_trace(cell, ends[cell.method]) for cell in cells(CONFIG, RATE)]
+    """Runs that end there at the faster rate, and worse at the slower."""
+    return [
+        a_trace(cell, ends[cell.method] * (1.0 if cell.rate == FAST else 0.5))
+        for cell in cells(CONFIG)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -123,20 +125,22 @@ def test_share_of_replies_that_follow() -> None:
 
 
 def test_one_run_stands_for_all_methods_at_lag_0_and_nowhere_else() -> None:
-    found = cells(CONFIG, RATE)
-    assert len(found) == len(set(found)) == 3 * (1 + 3 + 3)
-    assert [cell.lag for cell in found[:9]] == [32] * 9
-    summary = Summary.of(traces({"dppo_kl": 0.8, "ppo_clip": 0.5, "pg_is": 0.6}), CONFIG)
-    assert summary.score("brevity", 0, "pg_is") is summary.score("brevity", 0, "dppo_kl")
-    assert summary.score("brevity", 8, "pg_is") is not summary.score("brevity", 8, "dppo_kl")
+    found = cells(CONFIG)
+    assert len(found) == len(set(found)) == 2 * 3 * (1 + 3 + 3)
+    assert [cell.lag for cell in found[:18]] == [32] * 18
+    assert {cell.method for cell in found if cell.lag == 0} == {CONFIG.methods[0]}
 
 
-def test_the_rate_is_chosen_on_the_rival() -> None:
-    found = rate_cells(CONFIG)
-    assert {cell.method for cell in found} == {"ppo_clip"}
-    assert {cell.rate for cell in found} == set(CONFIG.rates)
-    assert best_rate([a_trace(cell, 1e2 * cell.rate) for cell in found]) == max(CONFIG.rates)
-    assert rate_cells(replace(CONFIG, rates=(RATE,))) == []
+def test_each_method_is_shown_at_its_own_best_rate() -> None:
+    found = [
+        a_trace(cell, 0.8 if (cell.method == "dppo_kl") == (cell.rate == SLOW) else 0.4)
+        for cell in cells(CONFIG)
+    ]
+    summary = Summary.of(found, CONFIG)
+    assert summary.rates["dppo_kl", 32] == SLOW
+    assert summary.rates["pg_is", 32] == FAST
+    assert summary.score("brevity", 32, "dppo_kl").final.value == 0.8
+    assert summary.score("brevity", 32, "dppo_kl", FAST).final.value == 0.4
 
 
 def test_auc_and_final_with_their_errors() -> None:
@@ -166,6 +170,17 @@ def test_a_difference_inside_noise_is_no_claim() -> None:
     assert [holds(summary) for summary in (equal, ahead, behind)] == [False, True, False]
 
 
+def test_a_run_that_ends_far_below_its_peak_is_told() -> None:
+    def fallen(trace: Trace) -> Trace:
+        return replace(trace, evaluations=(*trace.evaluations, Evaluation(99, 0.3, 120)))
+
+    steady = traces(dict.fromkeys(CONFIG.methods, 0.9))
+    for found, holds in ((steady, True), ([fallen(trace) for trace in steady], False)):
+        claims = Summary.of(found, CONFIG).claims(0.1)
+        kept = [claim.holds for claim in claims if "keeps what it learned" in claim.text]
+        assert kept == [holds] * len(CONFIG.lags)
+
+
 def test_a_rise_in_perplexity_beyond_the_gate_is_told() -> None:
     ends = dict.fromkeys(CONFIG.methods, 0.9)
     claims = Summary.of(traces(ends), CONFIG).claims(0.10)
@@ -179,7 +194,7 @@ def test_the_report_has_every_run_and_one_table_cell_a_reply(tmp_path: Path) -> 
 
     found = traces({"dppo_kl": 0.8, "ppo_clip": 0.5, "pg_is": 0.6})
     reply = Reply((), (), (), "Hello", True)
-    study = Study(CONFIG, RATE, tuple(found), (), (reply,) * 10)
+    study = Study(CONFIG, tuple(found), (reply,) * 10)
     machine: dict[str, str | int] = {
         "revision": "z",
         "cpus": 2,
@@ -193,13 +208,14 @@ def test_the_report_has_every_run_and_one_table_cell_a_reply(tmp_path: Path) -> 
     assert "a \\| b c" in text
     lines = (tmp_path / "real.json").read_text().splitlines()
     assert sum('"method"' in line for line in lines) == len(found)
+    assert sum('"best_lr": true' in line for line in lines) == len(found) / 2
     assert (tmp_path / "real.png").stat().st_size > 10_000
 
 
 def test_the_store_gives_back_what_was_finished_under_the_same_configuration(
     tmp_path: Path,
 ) -> None:
-    trace = a_trace(cells(CONFIG, RATE)[0], 0.5)
+    trace = a_trace(cells(CONFIG)[0], 0.5)
     store = Store(tmp_path, CONFIG)
     assert store.load(trace.cell) is None
     store.save(trace.cell, trace.to_json())
@@ -216,3 +232,13 @@ def test_the_base_policy_speaks_enough_for_the_largest_queue() -> None:
         "base-1",
     ]
     assert [base.key for base in Base.all_for(replace(CONFIG, lags=(0,)))] == ["base-held-out"]
+
+
+def test_the_command_refuses_to_run_without_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.real.__main__ import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["--workers", "0"])
+    assert stopped.value.code == 2
+    assert "--workers must be at least 1" in capsys.readouterr().err
