@@ -116,9 +116,10 @@ def reward(feedback: Feedback, signals: Mapping[str, float]) -> float | None:
         case FeedbackKind.THUMBS:
             return feedback.value
         case FeedbackKind.SCORE if feedback.value is not None:
-            # Halves first: the width of a huge range would overflow.
-            width = feedback.score_max / 2 - feedback.score_min / 2
-            share = (feedback.value / 2 - feedback.score_min / 2) / width
+            low, high, value = feedback.score_min, feedback.score_max, feedback.value
+            if math.isinf(high - low):  # too wide a range; half of a tiny one would be nothing
+                low, high, value = low / 2, high / 2, value / 2
+            share = (value - low) / (high - low)
             return min(1.0, max(-1.0, 2.0 * share - 1.0))
         case FeedbackKind.SIGNAL if feedback.signal is not None:
             return signals.get(feedback.signal)

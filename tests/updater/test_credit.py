@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import example as once
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,6 +71,8 @@ def test_thumbs_are_worth_what_they_say() -> None:
 
 
 @given(st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 3).map(sorted))
+@once([0.0, 5e-324, 5e-324])  # half of the smallest number is zero
+@once([-1.7e308, 0.0, 1.7e308])  # the width of a huge range is infinite
 def test_every_score_that_parses_has_a_reward_in_range(numbers: list[float]) -> None:
     low, value, high = numbers
     if low == high:
