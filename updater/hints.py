@@ -8,6 +8,8 @@ there is no hint, and the correction teaches by its text alone.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,18 @@ class ChatTokens:
     def __init__(self, model_dir: Path) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
         self._templated = self._tokenizer.chat_template is not None
+        self._control = _any_of(str(t) for t in self._tokenizer.added_tokens_decoder.values())
         self._reply_opening = self._find_reply_opening()
         self._reply_ending = self._find_reply_ending()
 
     def told(self, prompt_token_ids: tuple[int, ...], correction: str) -> tuple[int, ...] | None:
         """The prompt with the correction as a last turn of the user; None where there is no way."""
         opening = self._reply_opening
-        if not opening or prompt_token_ids[-len(opening) :] != opening:
+        plain = self._plain(correction)
+        if not plain or not opening or prompt_token_ids[-len(opening) :] != opening:
             return None
         before = self._render(("user", _QUESTION))
-        hint = HINT.format(correction=self._plain(correction))
+        hint = HINT.format(correction=plain)
         after = self._render(("user", _QUESTION), ("user", hint))
         if before is None or after is None or not after.startswith(before):
             return None
@@ -41,8 +45,9 @@ class ChatTokens:
         return (*prompt_token_ids[: -len(opening)], *turn, *opening)
 
     def reply(self, text: str) -> tuple[int, ...]:
-        """A whole reply: the text and the token that ends a turn."""
-        return (*self._ids(self._plain(text)), *self._reply_ending)
+        """A whole reply: the text and the token that ends a turn; empty where no text is left."""
+        plain = self._plain(text)
+        return (*self._ids(plain), *self._reply_ending) if plain else ()
 
     def _find_reply_opening(self) -> tuple[int, ...]:
         """What a template adds to a prompt to ask for a reply; empty: it has none."""
@@ -77,10 +82,18 @@ class ChatTokens:
         return text
 
     def _plain(self, text: str) -> str:
-        """The text without what the tokenizer would take for control tokens."""
-        for token in self._tokenizer.added_tokens_decoder.values():
-            text = text.replace(str(token), "")
-        return text
+        """The text without what the tokenizer would take for control tokens; "" for a blank one.
+
+        Twice: around one that was taken out another may close up, which a blank keeps open.
+        """
+        text = self._control.sub(" ", self._control.sub("", text))
+        return text if text.strip() else ""
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of them, the longest first; runs of blanks are no control tokens."""
+    names = sorted({token for token in tokens if token.strip()}, key=lambda t: (-len(t), t))
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")

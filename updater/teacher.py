@@ -95,7 +95,7 @@ class Teacher:
         settings, chat = self._settings, self._chat
         told: list[tuple[str, TokenSequence, TokenSequence, float]] = []
         texts: list[tuple[str, TokenSequence, float]] = []
-        not_told = too_long = 0
+        not_told = not_written = 0
         for one in corrected:
             reply = as_sequence(one.example.interaction)
             for correction in one.corrections:
@@ -112,13 +112,13 @@ class Teacher:
                     if text.completion_token_ids and self._fits(text):
                         texts.append((name, text, correction.weight))
                     else:
-                        too_long += 1
+                        not_written += 1
         self._tell(told, lessons)
         self._write_out(texts, lessons)
         self.diagnostics |= {
             "corrections": float(sum(len(one.corrections) for one in corrected)),
             "corrections_not_told": float(not_told),
-            "corrections_too_long": float(too_long),
+            "corrections_not_written": float(not_written),
         }
 
     def _tell(

@@ -76,7 +76,7 @@ def test_a_corrected_text_becomes_likelier(
     found = trainer.propose(Batch((corrected(chat_reply),), 0)).diagnostics
     assert total(policy, wanted) > before
     assert found["corrections"] == 1.0
-    assert found["corrections_not_told"] == found["corrections_too_long"] == 0.0
+    assert found["corrections_not_told"] == found["corrections_not_written"] == 0.0
     assert found["corrected_tokens"] == wanted.tokens
     assert found["corrected_logprob_nats"] == pytest.approx(before / wanted.tokens, rel=1e-4)
 
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_counted_and_alone_makes_no_update(
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state().items())
     thumb = credited(chat_reply, 1.0)
     found = trainer.propose(Batch((too_long, thumb), 0)).diagnostics
-    assert found["corrections_too_long"] == found["corrections_not_told"] == 1.0
+    assert found["corrections_not_written"] == found["corrections_not_told"] == 1.0
 
 
 def test_weights_of_zero_switch_lessons_off(
