@@ -27,7 +27,7 @@ format: setup  ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench-staleness: setup  ## every objective under stale data (QUICK=1: the 3-minute subset)
+bench-staleness: setup  ## every objective under stale data (under 45 minutes; continues when interrupted; QUICK=1)
 	@$(BIN)/python -m benchmarks.staleness $(if $(QUICK),--quick) $(ARGS)
 
 bench-real: setup  ## the same with a real model (under 2 hours; continues when interrupted; QUICK=1)
