@@ -98,6 +98,9 @@ class Reason(StrEnum):
     DIVERGENCE_BOUND = "divergence_bound"
     GATE_BLOCKED = "gate_blocked"
     NON_FINITE_UPDATE = "non_finite_update"
+    UPDATE_FAILED = "update_failed"
+    """An update with it raised an error, though the policy could be computed: a bug, or bad data
+    that no check knows. The log and the rejection say where."""
 
 
 class Event(BaseModel):

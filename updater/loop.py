@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 
 from daemon import metrics
@@ -27,6 +28,7 @@ from updater.ingest import Ingest
 from updater.ledger import Ledger, LedgerUnavailable, examples_digest
 from updater.parity import PARITY_FILE, parity_bytes
 from updater.policy import OPTIMIZER_STATE, Policy
+from updater.quarantine import OF_THE_MACHINE, cause_of, culprits
 from updater.retention import tidy
 from updater.staleness import Look
 from updater.trainer import (
@@ -37,7 +39,7 @@ from updater.trainer import (
     optimizer_bytes,
 )
 from updater.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
-from updater.values import Batch, Candidate
+from updater.values import Batch, Candidate, CreditedExample, Example
 
 logger = logging.getLogger("moorline.loop")
 
@@ -139,12 +141,8 @@ class Loop:
         metrics.UPDATES.labels(outcome=outcome).inc()
         metrics.UPDATE_SECONDS.observe(time.monotonic() - start)
         self._announce()
-        tidy(
-            self._store,
-            self._ledger,
-            self._settings.alias,
-            self._settings.learning.keep_releases,
-        )
+        keep = self._settings.learning.keep_releases
+        tidy(self._store, self._ledger, self._settings.alias, keep)
 
     # --- the verbs --------------------------------------------------------------------------
 
@@ -178,15 +176,19 @@ class Loop:
     def _learn(self) -> str:
         """One batch to its decision; returns the outcome's name."""
         self.phase = Phase.TRAINING
-        batch, baselines, seen = self._next_batch()
-        if not batch.has_signal:
-            return self._make_no_update(batch, baselines)
+        examples = self._ledger.ready_examples(self._settings.learning.batch_examples)
         try:
+            batch, baselines, seen = self._credited(examples)
+            logger.info("batch", extra={**batch.credit, **seen.diagnostics})
             proposal = self._trainer.propose(batch, seen)
         except NothingToLearn:
             return self._make_no_update(batch, baselines)
         except NonFiniteUpdate as error:
             return self._reject(batch, baselines, Reason.NON_FINITE_UPDATE, cause=str(error))
+        except OF_THE_MACHINE:
+            raise
+        except Exception as error:  # whatever it is, this batch must not come back for ever
+            return self._quarantine(examples, error)
         show(proposal.diagnostics)
         failpoint("loop.after_training")
 
@@ -218,9 +220,8 @@ class Loop:
         self._trainer.accept(step.adapter, proposal.optimizer)
         return "released"
 
-    def _next_batch(self) -> tuple[Batch, Baselines, Look]:
+    def _credited(self, examples: Sequence[Example]) -> tuple[Batch, Baselines, Look]:
         """Rated replies near enough to learn from, with credit."""
-        examples = self._ledger.ready_examples(self._settings.learning.batch_examples)
         live_version = self._ledger.live_version()
         seen = self._trainer.look(examples, live_version)
         credited, baselines, stats = assign_credit(
@@ -230,9 +231,7 @@ class Loop:
             moved_nats=moved_from_live_nats(self._last_divergences),
             ess_share=seen.ess_share,
         )
-        batch = Batch(credited, live_version, seen.set_aside, stats.as_dict())
-        logger.info("batch", extra={**batch.credit, **seen.diagnostics})
-        return batch, baselines, seen
+        return Batch(credited, live_version, seen.set_aside, stats.as_dict()), baselines, seen
 
     def _make_no_update(self, batch: Batch, baselines: Baselines) -> str:
         """The policy stays, and every example ends with the reason why it taught nothing."""
@@ -242,6 +241,32 @@ class Loop:
             learned = baselines if reason is Reason.NO_ADVANTAGE else None
             self._ledger.set_not_trainable(ended, reason, learned)
         return self._say("no update", batch, next(iter(reasons.values())))
+
+    def _quarantine(self, examples: Sequence[Example], error: Exception) -> str:
+        """The update raised: the examples that make it raise end here, the others stay ready."""
+        self._trainer.restore()
+        # Raises in its turn where the machine is at fault, not the batch.
+        self._trust_region.logprobs(self._trainer.live_adapter, self._trust_region.canaries)
+        guilty = culprits(examples, self._try)
+        logger.error(
+            "an update raised: the examples at fault are rejected, please report it",
+            extra={"cause": cause_of(error), "batch": len(examples), "rejected": len(guilty)},
+        )
+        uncredited = tuple(CreditedExample(one, None, 0.0) for one in guilty)
+        batch = Batch(uncredited, self._ledger.live_version())
+        return self._reject(batch, None, Reason.UPDATE_FAILED, cause=cause_of(error))
+
+    def _try(self, examples: Sequence[Example]) -> None:
+        """An update from these, thrown away."""
+        try:
+            batch, _, seen = self._credited(examples)
+            # A reply alone is as good as expected: with an advantage of 0 nothing would be tried.
+            ones = tuple(replace(one, advantage=one.advantage or 1.0) for one in batch.examples)
+            self._trainer.propose(replace(batch, examples=ones), seen)
+        except (NothingToLearn, NonFiniteUpdate):
+            pass
+        finally:
+            self._trainer.restore()
 
     def _bound(self, batch: Batch, proposal: Proposal) -> BoundedStep | Refused:
         """The largest step inside the divergence bound, measured on traffic outside the batch."""
@@ -325,7 +350,7 @@ class Loop:
     def _reject(
         self,
         batch: Batch,
-        baselines: Baselines,
+        baselines: Baselines | None,
         reason: Reason,
         *,
         divergences: Sequence[Divergence] = (),

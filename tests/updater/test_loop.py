@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from daemon.artifacts import ArtifactStore
+from daemon.artifacts import ArtifactMissing, ArtifactStore
 from daemon.base_model import model_digest
 from daemon.events import Fate, Feedback, FeedbackKind, Reason, Release, SamplingSettings
 from daemon.settings import Settings, load_settings
@@ -24,8 +25,10 @@ from updater.ingest import Ingest
 from updater.ledger import Ledger
 from updater.loop import Loop, Phase
 from updater.policy import Policy
-from updater.trainer import Trainer
+from updater.staleness import Look
+from updater.trainer import Proposal, Trainer
 from updater.trust_region import TrustRegion
+from updater.values import Batch
 
 
 class Tape:
@@ -354,6 +357,101 @@ def test_a_batch_without_signal_makes_no_update_and_says_so(
     assert updater.published == []
     reasons = updater.ledger.accounting().events[str(Topic.FEEDBACK)][Fate.NOT_TRAINABLE]
     assert reasons == {Reason.NO_ADVANTAGE: 4}
+    updater.close()
+
+
+class Refusing(Trainer):
+    """Raises at whatever it is told to raise at."""
+
+    poison: frozenset[str] = frozenset()
+    together = 10**9
+    error: Exception = ValueError("somebody's words")
+
+    def propose(self, batch: Batch, seen: Look | None = None, **options: Any) -> Proposal:
+        proposal = super().propose(batch, seen, **options)
+        names = {one.example.interaction.interaction_id for one in batch.examples}
+        if names & self.poison or len(names) >= self.together:
+            raise self.error
+        return proposal
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> type[Refusing]:
+    monkeypatch.setattr("tests.updater.test_loop.Trainer", Refusing)
+    return Refusing
+
+
+def test_an_example_that_makes_an_update_raise_is_rejected_and_the_others_teach(
+    tiny_model_dir: Path,
+    state_dir: Path,
+    refusing: type[Refusing],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(refusing, "poison", frozenset({"chatcmpl-0-2"}))
+    updater = Updater(tiny_model_dir, state_dir)
+    before = updater.ledger.baselines()
+    updater.interact(5)
+    updater.loop.cycle()
+    (rejection,) = updater.ledger.rejections()
+    assert rejection["reason"] == Reason.UPDATE_FAILED
+    assert rejection["examples"] == 1
+    assert updater.ledger.baselines() == before
+    assert updater.fates() == {Fate.REJECTED: 1, Fate.PENDING: 4}
+    (loud,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "ValueError in" in loud.__dict__["cause"]
+    assert "propose" in json.loads(rejection["record"])["cause"]
+    assert "somebody" not in rejection["record"] + caplog.text + str(loud.__dict__)
+    updater.loop.cycle()
+    assert [release.examples for release in updater.published] == [4]
+    assert updater.fates() == {Fate.REJECTED: 1, Fate.TRAINED: 4}
+    updater.close()
+
+
+def test_a_batch_of_which_no_example_is_at_fault_alone_is_rejected_whole(
+    tiny_model_dir: Path, state_dir: Path, refusing: type[Refusing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusing, "together", 2)
+    updater = Updater(tiny_model_dir, state_dir)
+    before = updater.policy.state()
+    updater.interact(4)
+    updater.loop.cycle()
+    assert updater.fates() == {Fate.REJECTED: 4}
+    assert all(torch.equal(before[n], t) for n, t in updater.policy.state().items())
+    updater.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("no"), ArtifactMissing("gone")])
+def test_a_machine_at_fault_costs_no_feedback(
+    tiny_model_dir: Path,
+    state_dir: Path,
+    refusing: type[Refusing],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    monkeypatch.setattr(refusing, "together", 1)
+    monkeypatch.setattr(refusing, "error", error)
+    updater = Updater(tiny_model_dir, state_dir)
+    updater.interact(4)
+    with pytest.raises(type(error)):
+        updater.loop.cycle()
+    assert updater.fates() == {Fate.PENDING: 4}
+    updater.close()
+
+
+def test_a_model_that_computes_nothing_any_more_costs_no_feedback(
+    tiny_model_dir: Path, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir)
+    updater.interact(4)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(updater.policy, "completion_logits", broken)
+    with pytest.raises(RuntimeError, match="device-side"):
+        updater.loop.cycle()
+    assert updater.fates() == {Fate.PENDING: 4}
     updater.close()
 
 

@@ -20,6 +20,7 @@ OF_THE_BATCH = frozenset(
         Reason.NO_ADVANTAGE,
         Reason.TOO_FAR,
         Reason.NON_FINITE_UPDATE,
+        Reason.UPDATE_FAILED,
         Reason.DIVERGENCE_BOUND,
         Reason.GATE_BLOCKED,
     }
