@@ -33,9 +33,10 @@ async def test_streams_keep_their_adapter_to_the_end(served: Served, lineage: Li
     server, client = served.server, served.server.openai_async()
     first = await asyncio.to_thread(lineage.release)
     await asyncio.to_thread(server.wait_version, first)
+    prepared = await asyncio.to_thread(lineage.prepare)
     streams = [asyncio.create_task(read_stream(client)) for _ in range(4)]
     await asyncio.sleep(0.5)
-    second = await asyncio.to_thread(lineage.release)
+    second = lineage.announce(prepared)
     await asyncio.to_thread(server.wait_version, second)
     in_flight = sum(not stream.done() for stream in streams)
     newer = await asyncio.to_thread(one_reply, server)

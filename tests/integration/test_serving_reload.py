@@ -39,9 +39,10 @@ async def test_streams_go_on_across_a_reload_and_every_token_has_its_version(
 ) -> None:
     server, client = reload_server.server, reload_server.server.openai_async()
     before = server.status()["policy_version"]
+    prepared = await asyncio.to_thread(lineage.prepare)
     streams = [asyncio.create_task(read_stream(client)) for _ in range(4)]
     await asyncio.sleep(0.5)
-    version = await asyncio.to_thread(lineage.release)
+    version = lineage.announce(prepared)
     replies = await asyncio.gather(*streams)
     await asyncio.to_thread(server.wait_version, version)
 

@@ -94,7 +94,7 @@ def make_release(
     parent_adapter_dir: Path | None = None,
     parity: bytes | None = None,
 ) -> Release:
-    """Put an adapter into the store as a release that the gate passed."""
+    """Put an adapter into the store, for a release that the gate passed: not announced yet."""
     if parity is None:
         parity = parity_json(
             reference_model(model_dir, adapter_dir), reference_model(model_dir, parent_adapter_dir)
@@ -106,7 +106,7 @@ def make_release(
             "parity.json": parity,
         }
     )
-    release = Release(
+    return Release(
         alias=alias,
         version=version,
         parent=parent,
@@ -122,5 +122,3 @@ def make_release(
             seconds=0.0,
         ),
     )
-    store.record_release(release)
-    return release

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import torch
 
-from daemon.events import Interaction
+from daemon.events import Interaction, Release
 from tests.serving.make_release import (
     make_release,
     parity_json,
@@ -45,11 +45,20 @@ class Lineage:
 
     def release(self, size: float = 0.05, **changes: Any) -> int:
         """Release one more version; ``changes`` override what an honest release would say."""
+        return self.announce(self.prepare(size, **changes))
+
+    def announce(self, release: Release) -> int:
+        """From now on servers want this version."""
+        self.server.store.record_release(release)
+        return release.version
+
+    def prepare(self, size: float = 0.05, **changes: Any) -> Release:
+        """Make one more version and put its bytes into the store: the slow part of a release."""
         version = max(self.adapters) + 1
         parent = self.server.status()["policy_version"] if self.server.url else version - 1
         adapter = changes.pop("adapter_dir", None) or self.adapter(f"v{version}", version, size)
         self.adapters[version] = adapter
-        make_release(
+        return make_release(
             self.server.store,
             self.model_dir,
             adapter,
@@ -58,7 +67,6 @@ class Lineage:
             parent_adapter_dir=self.adapters[parent],
             **changes,
         )
-        return version
 
     def parity_of(self, candidate_dir: Path | None, parent: int) -> bytes:
         return parity_json(reference_model(self.model_dir, candidate_dir), self.reference(parent))
