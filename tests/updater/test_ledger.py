@@ -34,6 +34,7 @@ from updater.ledger import (
     LedgerUnavailable,
     examples_digest,
 )
+from updater.ledger.examples import MOST_FEEDBACK
 
 REPLIES, RATINGS = Topic.INTERACTIONS, Topic.FEEDBACK
 
@@ -206,6 +207,22 @@ def test_of_one_reply_only_the_newest_hand_out_can_be_decided(ledger: Ledger) ->
     with pytest.raises(LedgerError, match="decided before"):
         ledger.commit_release(release(ledger, [older]), [older.example_id])
     assert ledger.accounting().fates[RATINGS][Fate.TRAINED] == 1
+    assert ledger.audit() == []
+
+
+def test_a_flood_on_one_reply_is_learned_from_bit_by_bit(ledger: Ledger) -> None:
+    log = Log()
+    raters = [f"r{number:03d}" for number in range(MOST_FEEDBACK + 6)]
+    feed(ledger, log, interaction("a"), *(correction("a", rater=name) for name in raters))
+    heard: list[str] = []
+    for size in (MOST_FEEDBACK, 6):
+        (example,) = ledger.ready_examples(1)
+        assert len(example.feedback) == size
+        heard += [one.rater for one in example.feedback]
+        ledger.commit_release(release(ledger, [example]), [example.example_id])
+    assert sorted(heard) == raters
+    assert ledger.count_ready() == 0
+    assert ledger.accounting().fates[RATINGS] == {Fate.TRAINED: len(raters)}
     assert ledger.audit() == []
 
 

@@ -21,6 +21,9 @@ _Model = TypeVar("_Model", Interaction, Feedback)
 _Place = tuple[float, str]
 """Event time and key: the order in which examples wait."""
 
+MOST_FEEDBACK = 64
+"""Of one example: a bound on the work of an update (a correction costs as much as a reply). What is
+beyond it stays ready, and is the next example of the same reply."""
 _SCAN_PER_SEQUENCE = 8
 """Rows looked at for every sequence asked for: a bound on the work, not on the result."""
 
@@ -111,8 +114,8 @@ def _example(connection: sqlite3.Connection, key: str) -> tuple[Example, Claim]:
         "SELECT f.id, f.over, f.feedback_id, f.event_time, b.body FROM feedback f"
         " JOIN feedback_bodies b ON b.id = f.id"
         " WHERE f.interaction = ? AND f.head = 1 AND f.state = 'ready'"
-        " ORDER BY f.event_time, f.feedback_id",
-        (identity,),
+        " ORDER BY f.event_time, f.feedback_id LIMIT ?",
+        (identity, MOST_FEEDBACK),
     ).fetchall()
     feedback = {
         row[0]: _parse(Feedback, row[4]).model_copy(
