@@ -92,23 +92,23 @@ def redrive(
         since=None if since is None else _moment(since),
         limit=limit,
     )
-    rows: list[tuple[Letter, str]] = []
+    rows: list[dict[str, Any]] = []  # no bodies: there may be many
     try:
         with redriving(stream, settings.state_dir) as redriver:
             for letter, outcome in _outcomes(
                 redriver, redriver.letters(wanted), max_redrives, dry_run=dry_run
             ):
-                rows.append((letter, outcome))
+                rows.append(_as_dict(letter, outcome))
     except (StreamUnavailable, ValueError, OSError) as error:
-        done = sum(outcome == _REDRIVEN for _, outcome in rows)
+        done = sum(row["outcome"] == _REDRIVEN for row in rows)
         told = f" ({done} letters were put back before)" if done else ""
         raise CommandError(f"{error}{told}") from None
     if as_json:
-        print_json([_as_dict(letter, outcome) for letter, outcome in rows])
+        print_json(rows)
         return
     if dry_run and rows:
         out.print(_table(rows))
-    _summary(Counter(outcome for _, outcome in rows))
+    _summary(Counter(row["outcome"] for row in rows))
 
 
 def _outcomes(
@@ -157,22 +157,22 @@ def _as_dict(letter: Letter, outcome: str) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[tuple[Letter, str]]) -> Table:
+def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for heading in ("letter", "came from", "reason", "when"):
         table.add_column(heading, overflow="fold")
     for heading in ("size", "redrives"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for letter, outcome in rows:
+    for row in rows:
         table.add_row(
-            letter.place,
-            letter.origin,
-            letter.reason,
-            ago(letter.timestamp_ms / 1000),
-            size(len(letter.value or b"")),
-            str(letter.redrives),
-            outcome.replace("_", " "),
+            row["letter"],
+            row["origin"],
+            row["reason"],
+            ago(row["at"]),
+            size(row["size_bytes"]),
+            str(row["redrives"]),
+            row["outcome"].replace("_", " "),
         )
     return table
 

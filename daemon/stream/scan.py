@@ -112,8 +112,8 @@ class Scanner:
             records, position, high = self._poll(place)
             if records:
                 following = records[-1].offset + 1
-                deadline = time.monotonic() + self._patience_ms / 1000
                 yield [raw for raw in records if stop is None or raw.offset < stop]
+                deadline = time.monotonic() + self._patience_ms / 1000  # the caller took its time
                 continue
             following = max(following, position)
             if high is not None and following >= high:
