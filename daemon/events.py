@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 SCHEMA_VERSION = "1.0"
+GREEDY_BELOW = 1e-5
+"""Temperature; vLLM's own limit: a lower one takes the argmax."""
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._:@+-]+$")]
@@ -64,14 +66,15 @@ class Reason(StrEnum):
     NO_INTERACTION = "no_interaction"
     """No interaction with this id (or that of ``over``) was seen inside the horizon."""
     GREEDY_SAMPLING = "greedy_sampling"
-    """Temperature 0: the behaviour policy is a point mass, so no ratio exists."""
+    """Temperature 0 (or under 1e-5, which is the same to vLLM): the behaviour policy is a point
+    mass, so no ratio exists."""
     ALTERED_SAMPLING = "altered_sampling"
     """Penalties, logit bias, structured output or bad words changed the distribution."""
     RAW_LOGPROBS = "raw_logprobs"
     """The client asked for plain logprobs, taken before temperature and truncation."""
     NO_LOGPROBS = "no_logprobs"
     INVALID_LOGPROBS = "invalid_logprobs"
-    """A logprob is not finite or above zero."""
+    """A logprob is above zero, or not finite in float32."""
     TOKEN_OUT_OF_VOCABULARY = "token_out_of_vocabulary"
     EMPTY_PROMPT = "empty_prompt"
     """No token to start from: the distribution of the first reply token is not defined."""

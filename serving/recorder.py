@@ -23,16 +23,19 @@ from pydantic import ValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from daemon import metrics
-from daemon.events import Interaction, LogprobConvention, PolicySpan, SamplingSettings
+from daemon.events import (
+    GREEDY_BELOW,
+    Interaction,
+    LogprobConvention,
+    PolicySpan,
+    SamplingSettings,
+)
 from daemon.logs import describe
 from serving.context import RequestContext, current_request
 from serving.models import version_of
 from serving.worker import PROCESSED_ROW
 
 logger = logging.getLogger("moorline.serving.recorder")
-
-GREEDY_BELOW = 1e-5
-"""vLLM's own limit: a lower temperature takes the argmax."""
 
 Publish = Callable[[Interaction], bool]
 """Takes an interaction without blocking; False when it had to be dropped."""

@@ -17,6 +17,7 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from daemon.events import (
+    GREEDY_BELOW,
     Fate,
     Feedback,
     Interaction,
@@ -31,6 +32,7 @@ from updater.ledger import Ledger, LedgerUnavailable, Parsed
 logger = logging.getLogger("moorline.ingest")
 
 _ABORTED = frozenset({"abort", "error", "aborted"})
+_LEAST_LOGPROB = -1e30
 _STAGE = "ingest"
 _PROGRESS_SECONDS = 1.0
 """Between looks at how much is unread: each asks the broker."""
@@ -269,7 +271,7 @@ def why_untrainable(
         (lambda: len(interaction.prompt_token_ids) + length > max_tokens, Reason.TOO_LONG),
         (lambda: interaction.finish_reason in _ABORTED, Reason.ABORTED),
         (lambda: not _spans_cover(interaction, length), Reason.LENGTH_MISMATCH),
-        (lambda: interaction.sampling.temperature == 0.0, Reason.GREEDY_SAMPLING),
+        (lambda: interaction.sampling.temperature < GREEDY_BELOW, Reason.GREEDY_SAMPLING),
         (lambda: bool(interaction.sampling.altered_by), Reason.ALTERED_SAMPLING),
         (lambda: _logprobs_missing(interaction), Reason.NO_LOGPROBS),
         (lambda: len(interaction.completion_logprobs) != length, Reason.LENGTH_MISMATCH),
@@ -284,8 +286,8 @@ def _out_of_vocabulary(token_ids: Sequence[int], vocab_size: int) -> bool:
 
 
 def _unusable(logprobs: Sequence[float | None]) -> bool:
-    """Whether one is missing, not finite, or above zero (beyond rounding)."""
-    return any(value is None or not math.isfinite(value) or value > 1e-4 for value in logprobs)
+    """Whether one is missing, not finite in float32, or above zero (beyond rounding)."""
+    return any(value is None or not _LEAST_LOGPROB <= value <= 1e-4 for value in logprobs)
 
 
 def _spans_cover(interaction: Interaction, length: int) -> bool:

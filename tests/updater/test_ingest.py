@@ -296,6 +296,8 @@ SPAN = PolicySpan(version=0, start=0, end=3)
             None,  # a swap fell inside: each token's own behaviour probability is recorded
         ),
         ({"sampling": SamplingSettings(temperature=0.0)}, Reason.GREEDY_SAMPLING),
+        ({"sampling": SamplingSettings(temperature=1e-30)}, Reason.GREEDY_SAMPLING),
+        ({"sampling": SamplingSettings(temperature=0.01)}, None),
         ({"sampling": SamplingSettings(altered_by=("logit_bias",))}, Reason.ALTERED_SAMPLING),
         ({"completion_logprobs": ()}, Reason.NO_LOGPROBS),
         ({"completion_logprobs": (-0.1, None, -0.1)}, Reason.NO_LOGPROBS),
@@ -303,6 +305,7 @@ SPAN = PolicySpan(version=0, start=0, end=3)
         ({"completion_logprobs": (-0.1, float("nan"), -0.1)}, Reason.INVALID_LOGPROBS),
         ({"completion_logprobs": (-0.1, float("-inf"), -0.1)}, Reason.INVALID_LOGPROBS),
         ({"completion_logprobs": (-0.1, float("inf"), -0.1)}, Reason.INVALID_LOGPROBS),
+        ({"completion_logprobs": (-0.1, -1e300, -0.1)}, Reason.INVALID_LOGPROBS),
         ({"completion_logprobs": (-0.1, 0.5, -0.1)}, Reason.INVALID_LOGPROBS),
         ({"completion_logprobs": (-0.1, 1e-6, -0.1)}, None),  # rounding
         ({"logprob_convention": LogprobConvention.RAW}, None),
