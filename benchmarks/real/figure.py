@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ KL_SHOWN_NATS = 1.0
 RISE_SHOWN = 0.5
 """Longer bars are cut, and their value is written beside them: one collapsed run would make the
 others invisible."""
+LABEL_LETTERS = 24
 TOO_LARGE = 1000.0
 """From here on a power of ten says enough."""
 
@@ -42,7 +44,7 @@ def draw(summary: Summary, path: Path) -> None:
         for axes, lag in zip(row, lags, strict=False):
             _curves(axes, summary, rule, lag)
             axes.sharey(row[0])
-        row[0].set_ylabel(f"{rule}\nreplies that follow the rule")
+        row[0].set_ylabel(textwrap.fill(f"{rule}: {RULES[rule].about}", LABEL_LETTERS))
         _bars(row[-2], summary, rule, lambda score: score.kl_nats, KL_SHOWN_NATS, "{:.1f}")
         _bars(row[-1], summary, rule, lambda score: score.perplexity_rise, RISE_SHOWN, "+{:.0%}")
         row[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -60,19 +62,20 @@ def draw(summary: Summary, path: Path) -> None:
         )
         for method in summary.config.methods
     ]
-    handles.append(
-        plt.Line2D([], [], color=ONE_FOR_ALL, linewidth=2, label="lag 0: all methods are one")
-    )
+    if 0 in lags:
+        handles.append(
+            plt.Line2D([], [], color=ONE_FOR_ALL, linewidth=2, label="lag 0: all methods are one")
+        )
     handles.append(
         plt.Line2D(
             [], [], color="#999999", linestyle=":", label="before: replies of the base policy only"
         )
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    about = "; ".join(f"{rule}: {RULES[rule].about}" for rule in rules)
     figure.suptitle(
-        "SmolLM2-135M learns from thumbs on stale replies: held-out topics, one seed, "
-        f"each method at its best learning rate\n{about}",
+        "SmolLM2-135M learns from thumbs on stale replies\n"
+        "left: share of replies to held-out questions that follow the rule "
+        "(band: standard error)\none seed, each method at its best learning rate",
         fontsize=10,
     )
     figure.savefig(path, dpi=150)

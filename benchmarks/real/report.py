@@ -118,7 +118,8 @@ def _markdown(
         f"{machine['finished_at']} ({machine['cpus']} cores, torch {machine['torch']}, "
         f"transformers {machine['transformers']}); do not edit. "
         f"All runs: [{name}.json]({name}.json).",
-        f"![Held-out reward, KL from base and perplexity]({name}.png)",
+        f"![Held-out reward, KL from base and perplexity]({name}.png)\n\n"
+        "Bars that would dwarf all others are cut and carry their value.",
         _set_up(study),
         "## The rules\n\n" + _rules(study, summary),
         "## What it was meant to show\n\n"
@@ -267,7 +268,23 @@ def _reading(summary: Summary) -> str:
         header = ["against", "rule", "AUC", "final", "KL from base (nats)"]
         text += ["", f"**Lag {lag}**", "", _table(header, rows), ""]
         text += [f"* {_verdict(one)}" for one in found]
+    text += ["", _collapses(summary)]
     return "\n".join(text)
+
+
+def _collapses(summary: Summary) -> str:
+    """Runs at any rate that ended under half of their peak, by method."""
+    fallen: dict[str, list[str]] = {}
+    for cell, score in summary.scores.items():
+        if score.final.value < 0.5 * score.peak:
+            where = f"{cell.rule} at lag {cell.lag}, rate {cell.rate:g}"
+            fallen.setdefault(cell.method, []).append(where)
+    lines = ["Runs that ended under half of their own peak, at any rate:", ""]
+    for method in summary.config.methods:
+        runs = sum(cell.method == method for cell in summary.scores)
+        found = fallen.get(method, [])
+        lines.append(f"* `{method}`: {len(found)} of {runs}" + "".join(f"; {one}" for one in found))
+    return "\n".join(lines)
 
 
 def _verdict(one: Comparison) -> str:
