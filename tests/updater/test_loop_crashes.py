@@ -22,6 +22,7 @@ from updater.ledger import Ledger
 
 POINTS = (
     "ingest.polled",
+    "ingest.dead_lettered",
     "ingest.before_ledger",
     "ingest.after_ledger",
     "loop.after_training",
@@ -46,6 +47,7 @@ class Announcing(Updater):
 def stream(updater: Updater) -> Tape:
     """Replies of the base model, rated and corrected; the later half is stale by then."""
     tape = Tape()
+    tape.add(Topic.FEEDBACK, b"unreadable")
     for index, sequence in enumerate(some_sequences(11)):
         name = f"chatcmpl-{index}"
         tape.add(Topic.INTERACTIONS, recorded(updater.policy, sequence, name).to_bytes())
