@@ -15,7 +15,7 @@ demo: setup  ## watch a real model learn from feedback (about 12 minutes); repor
 	@$(BIN)/moorline demo $(ARGS)
 
 test: setup lint  ## all checks and tests, slow ones too (under 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered $(ARGS)
 
 lint: setup  ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check .
