@@ -28,6 +28,7 @@ from tests.serving.server_process import ServerProcess, Tape  # noqa: E402
 ServerFactory = Callable[..., ServerProcess]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Side by side (`-n 2`), the slow tests share one process and with it their vLLM servers; of
     the others each file stays together."""
