@@ -13,6 +13,7 @@ from daemon.settings import SettingsError, load_settings
 from daemon.stream import StreamRefused
 from updater.gate import CanaryError
 from updater.ledger import LedgerError
+from updater.policy import ReleaseUnfit
 from updater.process import Updater
 from updater.trainer import UnknownObjective
 
@@ -33,6 +34,7 @@ def main() -> int:
         CanaryError,
         LedgerError,
         UnknownObjective,
+        ReleaseUnfit,
     ) as error:
         print(f"moorline update: {error}", file=sys.stderr)
         return 1

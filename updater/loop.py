@@ -27,7 +27,7 @@ from updater.gate import Gate
 from updater.ingest import Ingest
 from updater.ledger import Ledger, LedgerUnavailable, examples_digest
 from updater.parity import PARITY_FILE, parity_bytes
-from updater.policy import OPTIMIZER_STATE, Policy
+from updater.policy import OPTIMIZER_STATE, Policy, check_fits
 from updater.quarantine import OF_THE_MACHINE, cause_of, culprits
 from updater.retention import tidy
 from updater.staleness import Look
@@ -102,14 +102,15 @@ class Loop:
 
         Raises:
             StoreError: the live release's bytes are missing or changed.
+            ReleaseUnfit: it is of another base model or adapter rank.
         """
         version = self._ledger.live_version()
         release = self._ledger.release(version) if version else None
         if release is not None and release.artifact_digest is not None:
             directory = self._store.open(release.artifact_digest, release.files)
-            self._trainer.resume(
-                self._policy.read_adapter(directory), (directory / OPTIMIZER_STATE).read_bytes()
-            )
+            adapter = self._policy.read_adapter(directory)
+            check_fits(release, adapter, self._base_model_digest, self._trainer.live_adapter)
+            self._trainer.resume(adapter, (directory / OPTIMIZER_STATE).read_bytes())
             self._last_divergences = release.divergences
         logger.info("resumed", extra={"policy_version": version, "epoch": self._ledger.epoch})
         self._show_version(version)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from daemon.base_model import check_model_dir
+from daemon.events import Release
 from updater.values import TokenSequence
 
 AdapterState = dict[str, Tensor]
@@ -33,6 +34,32 @@ OPTIMIZER_STATE = "optimizer.safetensors"
 
 # Every linear layer of the usual decoder; vLLM serves adapters on all of them.
 ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ReleaseUnfit(RuntimeError):
+    """A release cannot be continued from with this model or rank; one line says what to do."""
+
+
+def check_fits(
+    release: Release, adapter: AdapterState, base_model_digest: str, own: AdapterState
+) -> None:
+    """Check that ``adapter``, of ``release``, continues on this base model as ``own`` would.
+
+    Raises:
+        ReleaseUnfit: it does not.
+    """
+    anew = "or learn anew with another state_dir"
+    if release.base_model_digest != base_model_digest:
+        raise ReleaseUnfit(
+            f"{release.name} was trained on another base model ({release.base_model_digest[:12]}) "
+            f"than model.path has ({base_model_digest[:12]}): set model.path back, {anew}"
+        )
+    if {n: t.shape for n, t in adapter.items()} != {n: t.shape for n, t in own.items()}:
+        rank = min(min(tensor.shape) for tensor in adapter.values())
+        raise ReleaseUnfit(
+            f"the adapter of {release.name} has rank {rank}, which is not learning.lora_rank: "
+            f"set it back, {anew}"
+        )
 
 
 class Policy:

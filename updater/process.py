@@ -47,8 +47,8 @@ class Updater:
         """Load the model, take the ledger, stand where it stands.
 
         Raises:
-            UnsafeModel, LedgerError, StoreError, CanaryError, PortUnavailable, ValueError: with one
-                line that says what to do.
+            UnsafeModel, LedgerError, StoreError, CanaryError, PortUnavailable, UnknownObjective,
+                ReleaseUnfit: with one line that says what to do.
         """
         self._settings = settings
         self._stop = threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from updater.hints import ChatTokens
 from updater.ingest import Ingest
 from updater.ledger import Ledger
 from updater.loop import Loop, Phase
-from updater.policy import Policy
+from updater.policy import Policy, ReleaseUnfit
 from updater.staleness import Look
 from updater.trainer import Proposal, Trainer
 from updater.trust_region import TrustRegion
@@ -297,6 +298,34 @@ def test_a_restart_continues_with_the_same_weights_and_the_next_version(
     assert (release.version, release.parent) == (2, 1)
     assert release.lease_epoch == 2
     second.close()
+
+
+@pytest.mark.parametrize(
+    ("rank", "changes", "why"),
+    [
+        (8, {}, r"has rank 4.*learning\.lora_rank"),
+        (4, {"rms_norm_eps": 1e-4}, "another base model"),
+    ],
+)
+def test_a_release_of_another_rank_or_base_model_is_not_continued_from(
+    tiny_model_dir: Path,
+    state_dir: Path,
+    tmp_path: Path,
+    rank: int,
+    changes: dict[str, float],
+    why: str,
+) -> None:
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model_dir)
+    first = Updater(model_dir, state_dir)
+    first.interact(4)
+    first.loop.cycle()
+    first.close()
+    if changes:
+        config = model_dir / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ReleaseUnfit, match=why):
+        Updater(model_dir, state_dir, **{"learning.lora_rank": rank})
 
 
 def test_a_release_decided_while_the_broker_is_away_is_announced_later_and_once(
