@@ -2,6 +2,7 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+OR_NONE := || [ $$? -eq 5 ]  # ARGS may choose none of the one kind
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest clean
 
@@ -15,7 +16,8 @@ demo: setup  ## watch a real model learn from feedback (about 12 minutes); repor
 	@$(BIN)/moorline demo $(ARGS)
 
 test: setup lint  ## all checks and tests, slow ones too (under 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report= $(ARGS) $(OR_NONE)
+	@$(BIN)/python -m pytest -m slow --cov --cov-append --cov-report=term:skip-covered $(ARGS) $(OR_NONE)
 
 lint: setup  ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check .

@@ -28,15 +28,6 @@ from tests.serving.server_process import ServerProcess, Tape  # noqa: E402
 ServerFactory = Callable[..., ServerProcess]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`-n 2`), the slow tests share one process and with it their vLLM servers; of
-    the others each file stays together."""
-    for item in items:
-        slow = item.get_closest_marker("slow") is not None
-        item.add_marker(pytest.mark.xdist_group("slow" if slow else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama (3 million parameters, tied embeddings) that vLLM can serve.
