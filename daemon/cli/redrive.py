@@ -29,7 +29,7 @@ from daemon.cli.status_page import ago, size
 from daemon.events import Reason
 
 if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
-    from daemon.stream.redrive import Letter, Redriver
+    from daemon.stream.redrive import Letter, Redriver, Wanted
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _READY = "ready"
@@ -53,7 +53,9 @@ def redrive(
         str | None,
         typer.Option(metavar="WHEN", help="Only letters from then on: 90min, 6h, 2d, 2026-01-31."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many letters.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Put back at most so many letters.")
+    ] = None,
     max_redrives: Annotated[
         int, typer.Option(min=1, help="A record that came back so often stays where it is.")
     ] = 3,
@@ -91,13 +93,12 @@ def redrive(
         reasons=reason or (),
         since=None if since is None else _moment(since),
         limit=limit,
+        max_redrives=max_redrives,
     )
     rows: list[dict[str, Any]] = []  # no bodies: there may be many
     try:
         with redriving(stream, settings.state_dir) as redriver:
-            for letter, outcome in _outcomes(
-                redriver, redriver.letters(wanted), max_redrives, dry_run=dry_run
-            ):
+            for letter, outcome in _outcomes(redriver, wanted, dry_run=dry_run):
                 rows.append(_as_dict(letter, outcome))
     except (StreamUnavailable, ValueError, OSError) as error:
         done = sum(row["outcome"] == _REDRIVEN for row in rows)
@@ -111,17 +112,16 @@ def redrive(
     _summary(Counter(row["outcome"] for row in rows))
 
 
-def _outcomes(
-    redriver: Redriver, letters: Iterator[Letter], max_redrives: int, *, dry_run: bool
-) -> Iterator[tuple[Letter, str]]:
+def _outcomes(redriver: Redriver, wanted: Wanted, *, dry_run: bool) -> Iterator[tuple[Letter, str]]:
     """Each letter and what was done, or would be."""
     from daemon.stream.redrive import BATCH_LETTERS
 
+    letters = redriver.letters(wanted)
     while batch := list(islice(letters, BATCH_LETTERS)):
         refused = {
             letter: refusal
             for letter in batch
-            if (refusal := redriver.refusal(letter, max_redrives)) is not None
+            if (refusal := redriver.refusal(letter, wanted)) is not None
         }
         going = [letter for letter in batch if letter not in refused]
         if not dry_run and going:

@@ -124,6 +124,8 @@ class Wanted:
     since: float | None = None
     """Dead letters of this moment or later, Unix seconds."""
     limit: int | None = None
+    """Of letters that may go: those that must stay use none of it up."""
+    max_redrives: int = 3
 
     def takes(self, letter: Letter) -> bool:
         return (not self.reasons or letter.reason in self.reasons) and (
@@ -160,18 +162,19 @@ class Redriver:
                             continue
                         if letter.came_from in self._sent:  # an updater runs: not twice in one run
                             continue
-                        if left == 0:
-                            return
-                        left = None if left is None else left - 1
+                        if self.refusal(letter, wanted) is None and left is not None:
+                            if left == 0:
+                                return
+                            left -= 1
                         yield letter
 
-    def refusal(self, letter: Letter, max_redrives: int) -> Refusal | None:
+    def refusal(self, letter: Letter, wanted: Wanted) -> Refusal | None:
         """Why a letter must stay; None: it may go."""
         if letter.about.get(_ORIGIN_HEADER) != topic_name(self._settings, letter.topic):
             return Refusal.NO_ORIGIN
         if "moorline_truncated_from_bytes" in letter.about:
             return Refusal.TRUNCATED
-        if letter.redrives >= max_redrives:
+        if letter.redrives >= wanted.max_redrives:
             return Refusal.TOO_OFTEN
         return None
 

@@ -192,6 +192,9 @@ def test_what_is_not_whole_or_not_ours_stays(settings: StreamSettings, tmp_path:
     outcomes = [one["outcome"] for one in redrive(settings, tmp_path)]
     assert outcomes == [Refusal.NO_ORIGIN, Refusal.NO_ORIGIN, Refusal.TRUNCATED]
     assert records_of(settings, topic_name(settings, RATINGS)) == []
+    bury(settings, (record(RATINGS, b"1"), Reason.MALFORMED_JSON))
+    outcomes = [one["outcome"] for one in redrive(settings, tmp_path, "--limit", "1")]
+    assert outcomes[3:] == ["redriven"], "what stays uses up no limit"
 
 
 def test_a_letter_that_comes_back_while_redriving_waits_for_the_next_run(
