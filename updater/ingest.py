@@ -27,7 +27,7 @@ from daemon.events import (
 from daemon.failpoints import failpoint
 from daemon.stream import Gap, Record, StreamUnavailable, Topic
 from updater.credit import why_no_credit
-from updater.ledger import Ledger, LedgerUnavailable, Parsed
+from updater.ledger import Ledger, Parsed
 
 logger = logging.getLogger("moorline.ingest")
 
@@ -62,7 +62,7 @@ class StepCounts:
     replayed: int = 0
     gaps: int = 0
     stalled: bool = False
-    """Something is held that could not be written; the log says what."""
+    """A dead letter is held that no topic takes; the log says why."""
     changes: Mapping[tuple[str, Fate, Reason], int] = field(default_factory=dict)
 
 
@@ -111,6 +111,7 @@ class Ingest:
 
         Raises:
             StreamUnavailable: the broker cannot be read.
+            LedgerUnavailable: the disk refused; what was read is held for the next step.
             LeaseLost: another updater took over.
         """
         if not self._held:
@@ -121,11 +122,7 @@ class Ingest:
             self._note_progress()
             return StepCounts(stalled=not dead_letters_ok)
         failpoint("ingest.before_ledger")
-        try:
-            done = self._ledger.ingest(ready, self._held_gaps)
-        except LedgerUnavailable as error:
-            logger.error("ledger unavailable, intake waits", extra={"cause": str(error)})
-            return StepCounts(stalled=True)
+        done = self._ledger.ingest(ready, self._held_gaps)
         failpoint("ingest.after_ledger")
         gaps, self._held_gaps = len(self._held_gaps), []
         self._held = self._held[self._acknowledged :]

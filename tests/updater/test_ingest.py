@@ -148,7 +148,8 @@ def test_a_ledger_that_cannot_be_written_holds_the_intake(
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "ingest", full)
         for _ in range(3):
-            assert ingest.step(0.0).stalled
+            with pytest.raises(LedgerUnavailable):
+                ingest.step(0.0)
     done = ingest.step(0.0)
     assert (done.records, done.gaps, done.stalled) == (2, 1, False)
     assert len(letters.sent) == 1, "not sent again for the ledger's sake"

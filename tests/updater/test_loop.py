@@ -23,7 +23,7 @@ from updater.behaviour import Archive
 from updater.gate import Gate, load_canaries
 from updater.hints import ChatTokens
 from updater.ingest import Ingest
-from updater.ledger import Ledger
+from updater.ledger import Ledger, LedgerUnavailable
 from updater.loop import Loop, Phase
 from updater.policy import Policy, ReleaseUnfit
 from updater.staleness import Look
@@ -277,6 +277,30 @@ def test_a_dead_letter_that_is_not_accepted_stops_intake_and_is_shown(
     assert updater.letters.offsets == [0]
     assert updater.ledger.accounting().total == 3
     assert updater.ledger.count_ready() == 1
+    updater.close()
+
+
+def test_a_full_disk_is_shown_as_what_it_is_said_once_and_passes(
+    tiny_model_dir: Path,
+    state_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    updater = Updater(tiny_model_dir, state_dir)
+    updater.interact(3)
+
+    def full(*_: object) -> None:
+        raise LedgerUnavailable("the disk is full: make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updater.ledger, "ingest", full)
+        for _ in range(3):
+            updater.loop.cycle()
+            assert updater.loop.phase is Phase.DISK_UNAVAILABLE
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+    updater.loop.cycle()
+    assert updater.loop.phase is Phase.WAITING
+    assert updater.fates() == {Fate.PENDING: 3}
     updater.close()
 
 
