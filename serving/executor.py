@@ -4,14 +4,23 @@ The engine's process polls shared memory for the worker's answer in a busy loop,
 after the last one: with a request running, always. On GPU that hides microseconds; on a small CPU
 machine it takes a whole core from the updater. vLLM has the quiet way too (it waits for a message
 when idle); here it is used after half a millisecond instead of a second.
+
+The message alone is not enough: the worker's socket drops a second one within about a millisecond
+(its queue holds one, and it learns only now and then that it was emptied). Two answers of a step
+come that close with a small model, and the engine would sleep until vLLM looks again by itself,
+five seconds later. So it looks again after a millisecond.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 BUSY_SECONDS = 0.0005
 """A step on CPU takes tens of milliseconds; waking up from the wait about a tenth of one."""
+LOOK_AGAIN_MS = 1
 
 
 class QuietExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is not typed for us
@@ -23,3 +32,9 @@ class QuietExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM is not typ
             condition = getattr(queue, "_spin_condition", None)
             if condition is not None:
                 condition.busy_loop_s = BUSY_SECONDS
+                condition.wait = partial(look_again_soon, condition.wait)
+
+
+def look_again_soon(wait: Callable[..., None], timeout_ms: int | None = None) -> None:
+    """``wait``, for a millisecond at most; its caller looks and waits again."""
+    wait(timeout_ms=LOOK_AGAIN_MS if timeout_ms is None else min(timeout_ms, LOOK_AGAIN_MS))
