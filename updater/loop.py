@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from enum import StrEnum
 
 from daemon import metrics
 from daemon.artifacts import ArtifactStore
@@ -27,6 +26,7 @@ from updater.gate import Gate
 from updater.ingest import Ingest
 from updater.ledger import Ledger, LedgerUnavailable, examples_digest
 from updater.parity import PARITY_FILE, parity_bytes
+from updater.phase import UNAVAILABLE, Phase
 from updater.policy import OPTIMIZER_STATE, Policy, check_fits
 from updater.quarantine import OF_THE_MACHINE, cause_of, culprits
 from updater.retention import tidy
@@ -42,26 +42,6 @@ from updater.trust_region import BoundedStep, Refused, TrustRegion, moved_from_l
 from updater.values import Batch, Candidate, CreditedExample, Example
 
 logger = logging.getLogger("moorline.loop")
-
-
-class Phase(StrEnum):
-    """What the updater is doing; shown by ``moorline status``."""
-
-    STARTING = "starting"
-    WAITING = "waiting"
-    """For enough feedback."""
-    TRAINING = "training"
-    MEASURING = "measuring"
-    GATING = "gating"
-    PINNED = "pinned"
-    """An operator has pinned a version: events are taken in, nothing is trained."""
-    STREAM_UNAVAILABLE = "stream_unavailable"
-    DISK_UNAVAILABLE = "disk_unavailable"
-    """The ledger's disk is full or broken; nothing is lost, intake waits."""
-
-
-UNAVAILABLE = (Phase.STREAM_UNAVAILABLE, Phase.DISK_UNAVAILABLE)
-"""Not ready: something outside must come back first."""
 
 
 class Loop:

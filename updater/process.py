@@ -30,7 +30,8 @@ from updater.gate import Gate, load_canaries
 from updater.hints import ChatTokens
 from updater.ingest import Ingest
 from updater.ledger import Ledger
-from updater.loop import UNAVAILABLE, Loop, Phase
+from updater.loop import Loop
+from updater.phase import UNAVAILABLE, Phase
 from updater.policy import Policy
 from updater.trainer import Trainer
 from updater.trust_region import TrustRegion

@@ -24,7 +24,8 @@ from updater.gate import Gate, load_canaries
 from updater.hints import ChatTokens
 from updater.ingest import Ingest
 from updater.ledger import Ledger, LedgerUnavailable
-from updater.loop import Loop, Phase
+from updater.loop import Loop
+from updater.phase import Phase
 from updater.policy import Policy, ReleaseUnfit
 from updater.staleness import Look
 from updater.trainer import Proposal, Trainer
