@@ -14,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.real.rules import RULES
-from benchmarks.real.summary import DEFAULT, Estimate, Score, Summary
+from benchmarks.real.summary import OURS, Estimate, Score, Summary
+from benchmarks.real.train import PRODUCT
 
 # Okabe-Ito, told apart by colour-blind readers too; as in the staleness figure.
-COLOURS = {"dppo_kl": "#0072B2", "ppo_clip": "#D55E00", "pg_is": "#8B5E3C"}
-LINES = {"dppo_kl": "-", "ppo_clip": "-", "pg_is": "--"}
+COLOURS = {"dppo_kl": "#0072B2", "ppo_clip": "#D55E00", "pg_is": "#8B5E3C", PRODUCT: "#009E73"}
+LINES = {"dppo_kl": "-", "ppo_clip": "-", "pg_is": "--", PRODUCT: "-"}
 ONE_FOR_ALL = "#555555"
 KL_SHOWN_NATS = 1.0
 RISE_SHOWN = 0.5
@@ -93,10 +94,10 @@ def _curves(axes: Axes, summary: Summary, rule: str, lag: int) -> None:
             [share.value for share in shares],
             color=colour,
             linestyle=LINES[method],
-            linewidth=2.2 if method == DEFAULT else 1.6,
+            linewidth=2.2 if method in OURS else 1.6,
             marker="o",
             markersize=3,
-            zorder=4 if method == DEFAULT else 3,
+            zorder=4 if method in OURS else 3,
         )
         axes.fill_between(
             updates,

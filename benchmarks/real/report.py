@@ -11,9 +11,9 @@ from typing import Any
 from benchmarks.real.figure import draw
 from benchmarks.real.rules import QUESTIONS, RULES
 from benchmarks.real.study import Study
-from benchmarks.real.summary import DEFAULT, Claim, Comparison, Estimate, Score, Summary
-from benchmarks.real.train import DIAGNOSTICS, follow_share
-from daemon.settings import GateSettings, LearningSettings
+from benchmarks.real.summary import Claim, Comparison, Estimate, Score, Summary
+from benchmarks.real.train import DIAGNOSTICS, PRODUCT, follow_share
+from daemon.settings import BoundSettings, GateSettings, LearningSettings
 from updater.objectives import OBJECTIVES
 
 HEADINGS = {
@@ -26,6 +26,9 @@ HEADINGS = {
     "masked_share_common": "masked q>=0.1",
     "masked_share_positive": "masked A>0",
     "masked_share_negative": "masked A<0",
+    "pace": "pace",
+    "step_scale": "step kept",
+    "set_aside_too_far": "replies too far",
 }
 
 
@@ -37,7 +40,11 @@ def write(study: Study, machine: dict[str, str | int], directory: Path, name: st
     document = {
         "config": {
             **asdict(study.config),
-            "limits": {method: dict(OBJECTIVES[method].limits) for method in study.config.methods},
+            "limits": {
+                method: dict(OBJECTIVES[method].limits)
+                for method in study.config.methods
+                if method != PRODUCT
+            },
             "questions": list(QUESTIONS),
             "machine": machine,
         },
@@ -139,6 +146,7 @@ def _markdown(
 def _set_up(study: Study) -> str:
     config = study.config
     settings = LearningSettings()
+    bound = BoundSettings()
     lags = ", ".join(str(lag) for lag in sorted(config.lags))
     rates = " and ".join(f"{rate:g}" for rate in config.rates)
     return f"""## Set-up
@@ -151,8 +159,16 @@ ago, S in {{{lags}}}. The queue starts with S batches of the base policy, the sa
 learns from these and then from {config.own_batches} batches of its own, which makes
 S + {config.own_batches} updates with AdamW, gradient clip {settings.gradient_clip:g}, one pass.
 Log-probabilities are recorded at generation and never recomputed. The limits of the objectives are
-their sources' defaults, not tuned. The pull to the anchor, pacing, the trust region and the gate
-are off, so that nothing but the objective bounds a step.
+their sources' defaults, not tuned. In `dppo_kl`, `ppo_clip` and `pg_is` the pull to the anchor,
+pacing, the trust region and the gate are off, so that nothing but the objective bounds a step.
+
+`{PRODUCT}` is `{settings.objective}` as the updater uses it, all settings at their defaults and
+only the gate off: credit low on stale replies, the step paced by effective sample size, replies
+further than {settings.too_far_nats:g} nats set aside, a pull to the anchor (weight
+{settings.anchor_weight:g}), and each step cut until KL(live || candidate) is at most
+{bound.live_kl_nats:g} nats and KL(anchor || candidate) at most {bound.anchor_kl_nats:g}, on the
+newest {config.batch_replies} replies and on the canaries. The KL column is measured on the same
+canaries, so it is bounded by construction for `{PRODUCT}`; reward and perplexity are not.
 
 All methods have the same learning rates, {rates}; a method is shown at the rate with its best AUC
 at that lag, mean over rules (all runs: appendix).
@@ -169,7 +185,8 @@ standard errors are called none, and a somewhat larger one on a single rule shou
 either.
 
 **Lag 0.** With one pass over fresh data p = q, and all these objectives have the same gradient: one
-run stands for all methods."""
+run stands for all methods. `{PRODUCT}`, whose difference is what it does about stale data, is not
+run at lag 0."""
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -239,16 +256,17 @@ def _bold(text: str, yes: bool) -> str:
 
 
 def _reading(summary: Summary) -> str:
-    """The default against each rival; ties and losses named."""
-    text = [f"## `{DEFAULT}` against its rivals", "", "Positive: the default has more."]
+    """Each of ours against each rival; ties and losses named."""
+    text = ["## Ours against the rivals", "", "Positive: ours has more."]
     for lag in sorted((lag for lag in summary.config.lags if lag), reverse=True):
         found = [one for one in summary.comparisons() if one.lag == lag]
         rows = []
         for one in found:
+            versus = [f"`{one.ours}`", f"`{one.rival}`"]
             for rule in summary.config.rules:
                 rows.append(
                     [
-                        f"`{one.rival}`",
+                        *versus,
                         rule,
                         one.auc[rule].signed,
                         one.final[rule].signed,
@@ -258,14 +276,14 @@ def _reading(summary: Summary) -> str:
             kl_nats = sum(one.kl_nats.values()) / len(one.kl_nats)
             rows.append(
                 [
-                    f"`{one.rival}`",
+                    *versus,
                     "**mean**",
                     f"**{one.mean_auc.signed}**",
                     f"**{one.mean_final.signed}**",
                     f"**{kl_nats:+.3f}**",
                 ]
             )
-        header = ["against", "rule", "AUC", "final", "KL from base (nats)"]
+        header = ["ours", "against", "rule", "AUC", "final", "KL from base (nats)"]
         text += ["", f"**Lag {lag}**", "", _table(header, rows), ""]
         text += [f"* {_verdict(one)}" for one in found]
     text += ["", _collapses(summary)]
@@ -301,7 +319,7 @@ def _verdict(one: Comparison) -> str:
     ]
     kl_nats = sum(one.kl_nats.values())
     return (
-        f"against `{one.rival}`, mean over rules: {words('AUC', one.mean_auc)}; "
+        f"`{one.ours}` against `{one.rival}`, mean over rules: {words('AUC', one.mean_auc)}; "
         f"{words('final', one.mean_final)}; it moved "
         f"{'further from' if kl_nats > 0 else 'less far from'} the base on unrelated prompts. "
         f"Clearly worse in: {', '.join(lost) or 'nothing'}."

@@ -32,7 +32,17 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.real import rules, train
 from benchmarks.real.summary import cells
 from benchmarks.real.train import Cell, Config, Reply, Trace
-from updater import baselines, credit, objectives, policy, sampling, trainer
+from updater import (
+    baselines,
+    credit,
+    objectives,
+    pacing,
+    policy,
+    sampling,
+    staleness,
+    trainer,
+    trust_region,
+)
 
 POLL_SECONDS = 0.5
 BASE_PART_BATCHES = 8
@@ -72,7 +82,10 @@ class Store:
         for name in ("rules", "lags", "methods", "rates"):
             del shaping[name]
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
-        for module in (train, rules, trainer, baselines, credit, objectives, policy, sampling):
+        for module in (
+            *(train, rules, trainer, baselines, credit, objectives, policy, sampling),
+            *(staleness, pacing, trust_region),
+        ):
             digest.update(Path(str(module.__file__)).read_bytes())
         self._dir = root / digest.hexdigest()[:16]
 

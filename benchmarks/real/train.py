@@ -10,8 +10,11 @@ The queue starts with S batches from the base policy. The last S updates generat
 nothing would learn from it: a run has S + ``own_batches`` updates. The same questions are asked in
 the same order, with the same random seeds, whatever the rule and the method.
 
-Left out, so that the objectives alone are compared: the pull to the anchor, pacing, the trust
-region and the gate.
+An objective's name runs that objective alone: the pull to the anchor, pacing, the trust region and
+the gate are left out. ``moorline`` is the update as the updater makes it with its default settings,
+without the gate: it looks at the batch first, sets aside what is too far, gives low credit to stale
+replies, paces the step by their effective sample size, pulls to the anchor, and goes only as far as
+the divergence bound allows.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from daemon.events import (
     PolicySpan,
     SamplingSettings,
 )
-from daemon.settings import LearningSettings
+from daemon.settings import BoundSettings, LearningSettings
 from updater.baselines import Baselines
 from updater.credit import assign_credit
 from updater.divergence import exact_kl
@@ -47,7 +50,8 @@ from updater.policy import Policy
 from updater.sampling import processed_logprobs
 from updater.staleness import Look
 from updater.trainer import Trainer
-from updater.values import Batch, Example
+from updater.trust_region import Refused, TrustRegion, moved_from_live_nats
+from updater.values import Batch, Example, TokenSequence
 
 SAMPLING = SamplingSettings(temperature=1.0)
 DIAGNOSTICS = (
@@ -60,7 +64,12 @@ DIAGNOSTICS = (
     "masked_share_common",
     "masked_share_positive",
     "masked_share_negative",
+    "pace",
+    "step_scale",
+    "set_aside_too_far",
 )
+PRODUCT = "moorline"
+"""The method that is the whole update; the others are objectives by name."""
 SAMPLES = 4
 """Held-out replies of the last policy that a run keeps for the reader."""
 
@@ -71,7 +80,7 @@ class Config:
 
     rules: tuple[str, ...] = ("brevity", "question", "greeting")
     lags: tuple[int, ...] = (0, 8, 32)
-    methods: tuple[str, ...] = ("dppo_kl", "ppo_clip", "pg_is")
+    methods: tuple[str, ...] = ("dppo_kl", "ppo_clip", "pg_is", PRODUCT)
     rates: tuple[float, ...] = (5e-4, 1.5e-3)
     """Learning rates: the same for every method; each is shown at its best."""
     own_batches: int = 16
@@ -116,6 +125,10 @@ class Reply:
     """Of the tokens, as sampled; empty where nobody learns from the reply."""
     text: str
     ended: bool
+
+    @property
+    def sequence(self) -> TokenSequence:
+        return TokenSequence(self.prompt_token_ids, self.token_ids)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Reply:
@@ -296,21 +309,21 @@ class Bystanders:
 
     def __init__(self, policy: Policy, model_dir: Path, micro_batch_tokens: int) -> None:
         self._policy = policy
-        self._canaries: CanarySet = load_canaries(None, model_dir)
+        self.canaries: CanarySet = load_canaries(None, model_dir)
         self._micro_batch_tokens = micro_batch_tokens
         with policy.using(None):
             self._base = self._logprobs()
 
     def _logprobs(self) -> list[Tensor]:
-        return self._policy.full_logprobs(self._canaries.sequences, self._micro_batch_tokens)
+        return self._policy.full_logprobs(self.canaries.sequences, self._micro_batch_tokens)
 
     def measure(self, update: int) -> SideEffect:
         now = self._logprobs()
-        chats = len(self._canaries.chats)
+        chats = len(self.canaries.chats)
         moved = [exact_kl(b, n) for b, n in zip(self._base[:chats], now[:chats], strict=True)]
         chosen = [
             part.gather(-1, torch.tensor(text.completion_token_ids)[:, None])
-            for text, part in zip(self._canaries.texts, now[chats:], strict=True)
+            for text, part in zip(self.canaries.texts, now[chats:], strict=True)
         ]
         return SideEffect(
             update,
@@ -368,6 +381,75 @@ class Queue:
         return self._waiting.popleft()
 
 
+def learning_settings(config: Config, cell: Cell) -> LearningSettings:
+    """How a run's updates are made."""
+    if cell.method == PRODUCT:
+        return LearningSettings(learning_rate=cell.rate, seed=config.seed)
+    return LearningSettings(
+        objective=cell.method, learning_rate=cell.rate, anchor_weight=0.0, seed=config.seed
+    )
+
+
+class ObjectiveAlone:
+    """Learns as if nothing were stale, and nothing but the objective bounds a step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._baselines = Baselines()
+
+    def learn(
+        self,
+        examples: Sequence[Example],
+        update: int,
+        traffic: Sequence[TokenSequence],  # noqa: ARG002
+    ) -> dict[str, float]:
+        """One update; returns its diagnostics, none if there was nothing to learn."""
+        credited, self._baselines, _ = assign_credit(examples, self._baselines, signals={})
+        batch = Batch(credited, live_version=update)
+        if not batch.has_signal:
+            return {}
+        proposal = self._trainer.propose(batch, Look(), now=0.0)
+        self._trainer.accept(proposal.adapter, proposal.optimizer)
+        return {**proposal.diagnostics, "step_scale": 1.0}
+
+
+class Product:
+    """Learns as ``updater/loop.py`` does, from the look to the bound."""
+
+    def __init__(self, trainer: Trainer, trust_region: TrustRegion) -> None:
+        self._trainer = trainer
+        self._trust_region = trust_region
+        self._baselines = Baselines()
+        self._moved_nats = 0.0
+
+    def learn(
+        self, examples: Sequence[Example], update: int, traffic: Sequence[TokenSequence]
+    ) -> dict[str, float]:
+        """One update; returns its diagnostics, none if there was nothing to learn."""
+        seen = self._trainer.look(examples, live_version=update)
+        credited, baselines, stats = assign_credit(
+            [example for example in examples if example.example_id not in seen.set_aside],
+            self._baselines,
+            signals={},
+            moved_nats=self._moved_nats,
+            ess_share=seen.ess_share,
+        )
+        batch = Batch(credited, update, seen.set_aside, stats.as_dict())
+        self._baselines = baselines
+        if not batch.has_signal:
+            return dict(seen.diagnostics)
+        proposal = self._trainer.propose(batch, seen, now=0.0)
+        step = self._trust_region.largest_step(
+            self._trainer.live_adapter, proposal.adapter, traffic
+        )
+        if isinstance(step, Refused):
+            self._trainer.restore()
+            return {**proposal.diagnostics, "step_scale": 0.0}
+        self._trainer.accept(step.adapter, proposal.optimizer)
+        self._moved_nats = moved_from_live_nats(step.divergences)
+        return {**proposal.diagnostics, "step_scale": step.scale}
+
+
 def learn_cell(
     model_dir: Path,
     config: Config,
@@ -379,14 +461,18 @@ def learn_cell(
     """One run from the base policy to its end."""
     began = time.monotonic()
     rule = RULES[cell.rule]
-    settings = LearningSettings(
-        objective=cell.method, learning_rate=cell.rate, anchor_weight=0.0, seed=config.seed
-    )
+    settings = learning_settings(config, cell)
     policy = new_policy(model_dir, config)
     actor = Actor(policy, model_dir, config.reply_tokens)
     bystanders = Bystanders(policy, model_dir, settings.micro_batch_tokens)
     trainer = Trainer(policy, settings)
-    baselines = Baselines()
+    learner: ObjectiveAlone | Product
+    if cell.method == PRODUCT:
+        canaries = bystanders.canaries.sequences
+        bound = TrustRegion(policy, canaries, BoundSettings(), settings.micro_batch_tokens)
+        learner = Product(trainer, bound)
+    else:
+        learner = ObjectiveAlone(trainer)
     waiting = Queue(base[: cell.lag])
     evaluations = [Evaluation(0, follow_share(rule, start), len(start))]
     side_effects = [bystanders.measure(0)]
@@ -395,20 +481,16 @@ def learn_cell(
     updates = config.updates(cell.lag)
     for update in range(updates):
         if update < config.own_batches:
-            waiting.put(_training_batch(actor, config, cell.lag + update), version=update)
+            newest = _training_batch(actor, config, cell.lag + update)
+            waiting.put(newest, version=update)
         oldest = waiting.oldest()
         examples = [
             as_example(rule, reply, f"{update}-{place}", oldest.version)
             for place, reply in enumerate(oldest.replies)
         ]
-        credited, baselines, _ = assign_credit(examples, baselines, signals={})
-        batch = Batch(credited, live_version=update)
-        if batch.has_signal:
-            # As if nothing were stale: no pacing, and nothing is set aside.
-            proposal = trainer.propose(batch, Look(), now=0.0)
-            trainer.accept(proposal.adapter, proposal.optimizer)
-            for name in DIAGNOSTICS:
-                sums[name] += proposal.diagnostics[name]
+        found = learner.learn(examples, update, [reply.sequence for reply in newest])
+        for name in DIAGNOSTICS:
+            sums[name] += found.get(name, 0.0)
         done = update + 1
         if done % config.evaluate_every == 0 or done == updates:
             rounds = config.final_rounds if done == updates else 1
