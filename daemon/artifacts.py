@@ -3,6 +3,7 @@
     <root>/artifacts/<digest>/<files>            named by the hash of what is in it; never changed
     <root>/releases/<alias>/v000042.json         one manifest a version, written after its bytes
     <root>/releases/<alias>/pin.json             the operator's rollback, while there is one
+    <root>/releases/<alias>/pin.reserve          the room to write it when the disk is full
 
 One process writes (the updater, under its ledger's lock; an operator only writes the pin), any
 number read. Bytes are written beside, synced, renamed and the directory synced, so that whatever is
@@ -12,27 +13,32 @@ visible under its name is whole; every read still checks every hash.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
 import secrets
 import shutil
-import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from daemon.durable import TEMPORARY_PREFIX, make_directory, sync_directory, write_file
+from daemon.artifact_files import difference, write_hashed
+from daemon.durable import (
+    OF_THE_DISK,
+    TEMPORARY_PREFIX,
+    make_directory,
+    make_reserve,
+    sync_directory,
+    write_file,
+)
 from daemon.events import ArtifactFile, Release, ReleaseKind, artifact_digest, policy_name
 from daemon.failpoints import failpoint
 from daemon.logs import describe
 
 logger = logging.getLogger("moorline.artifacts")
 
-_CHUNK_BYTES = 2**20
 _ABANDONED_SECONDS = 3600.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MANIFEST = re.compile(r"v(\d{6,})\.json")
@@ -40,6 +46,10 @@ _MANIFEST = re.compile(r"v(\d{6,})\.json")
 
 class StoreError(RuntimeError):
     """Something in the store is missing or wrong; the line says what to do."""
+
+
+class StoreUnavailable(StoreError):
+    """The disk refused (full, read-only, failing). Nothing half is visible; it may be repeated."""
 
 
 class ArtifactMissing(StoreError):
@@ -97,30 +107,30 @@ class ArtifactStore:
 
         Raises:
             ValueError: no files, or a name with a directory in it.
-            OSError: the disk is full or read-only; nothing became visible.
+            StoreUnavailable: the disk refused; nothing became visible.
         """
         if not files:
             raise ValueError("an artifact needs at least one file")
-        make_directory(self._artifacts)
         temporary = self._artifacts / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
-        temporary.mkdir()
-        try:
-            written = []
-            for name in sorted(files):
-                failpoint("artifacts.before_file")
-                written.append(_write_hashed(temporary, name, files[name]))
-            sync_directory(temporary)
-            digest = artifact_digest(tuple(written))
-            failpoint("artifacts.before_rename")
-            self._make_visible(temporary, digest, tuple(written))
-            failpoint("artifacts.after_rename")
-            sync_directory(self._artifacts)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with _writing(self.root):
+            make_directory(self._artifacts)
+            temporary.mkdir()
+            try:
+                written = []
+                for name in sorted(files):
+                    failpoint("artifacts.before_file")
+                    written.append(write_hashed(temporary, name, files[name]))
+                sync_directory(temporary)
+                digest = artifact_digest(tuple(written))
+                failpoint("artifacts.before_rename")
+                self._make_visible(temporary, digest, tuple(written))
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         failpoint("artifacts.after_put")
         return digest, tuple(written)
 
     def _make_visible(self, temporary: Path, digest: str, files: tuple[ArtifactFile, ...]) -> None:
+        """Give it its name, durably, or take it out of sight again."""
         final = self._artifacts / digest
         try:
             temporary.rename(final)
@@ -129,10 +139,29 @@ class ArtifactStore:
                 raise
             try:  # it is already there: keep it if it is sound, else put the good copy in its place
                 self.open(digest, files)
-            except StoreError:
+                sync_directory(self._artifacts)  # whoever put it may have died before
+                return
+            except (ArtifactMissing, ArtifactCorrupt):
                 logger.warning("corrupt artifact replaced", extra={"digest": digest})
                 self._discard(final)
                 temporary.rename(final)
+        failpoint("artifacts.after_rename")
+        try:
+            sync_directory(self._artifacts)
+        except OSError:
+            final.rename(temporary)
+            raise
+
+    def check_room(self, size_bytes: int) -> None:
+        """Before long work: ``StoreUnavailable`` if the disk has less than its result needs."""
+        with _writing(self.root):
+            make_directory(self._artifacts)
+            free_bytes = shutil.disk_usage(self._artifacts).free
+        if free_bytes < size_bytes:
+            raise StoreUnavailable(
+                f"the store {self.root} has {free_bytes} bytes left and the next artifact needs "
+                f"{size_bytes}: make room"
+            )
 
     def open(self, digest: str, files: tuple[ArtifactFile, ...]) -> Path:
         """The directory of an artifact, after every byte of it was checked.
@@ -158,7 +187,7 @@ class ArtifactStore:
                 f"artifact {digest[:12]} has missing or extra files ({odd}): {remedy}"
             )
         for file in files:
-            why = _difference(directory / file.name, file)
+            why = difference(directory / file.name, file)
             if why:
                 raise ArtifactCorrupt(f"{file.name} of artifact {digest[:12]} {why}: {remedy}")
         return directory
@@ -166,25 +195,28 @@ class ArtifactStore:
     # --- releases ------------------------------------------------------------------------------
 
     def record_release(self, release: Release) -> None:
-        """Make a release visible to servers; its bytes must be here already. Again is a no-op.
+        """Make a release visible to servers, durably; its bytes must be here already. Repeatable.
 
         Raises:
             ArtifactMissing, ArtifactCorrupt: the bytes are not (all) here.
             ReleaseConflict: this version is taken by a different release.
+            StoreUnavailable: the disk refused.
         """
         if release.kind is not ReleaseKind.BASE:
             self.open(release.artifact_digest or "", release.files)
         path = self._manifest_path(release.alias, release.version)
         if path.exists():
             with contextlib.suppress(ReleaseUnreadable):  # a broken one may be written anew
-                if self.release(release.alias, release.version) == release:
-                    return
-                raise ReleaseConflict(
-                    f"{release.name} is already recorded with other contents in {path}: "
-                    "is a second updater writing to this store?"
-                )
-        make_directory(path.parent)
-        write_file(path, release.to_bytes(), "artifacts.release")
+                if self.release(release.alias, release.version) != release:
+                    raise ReleaseConflict(
+                        f"{release.name} is already recorded with other contents in {path}: "
+                        "is a second updater writing to this store?"
+                    )
+        # Also where it is there already: that it is seen does not say that it reached the disk.
+        with _writing(self.root):
+            make_directory(path.parent)
+            make_reserve(self._reserve_path(release.alias))
+            write_file(path, release.to_bytes(), "artifacts.release")
 
     def release(self, alias: str, version: int) -> Release:
         """One manifest.
@@ -245,24 +277,32 @@ class ArtifactStore:
         Raises:
             ReleaseMissing, ReleaseUnreadable, ArtifactMissing, ArtifactCorrupt: this version could
                 not be served; the pin is as it was.
+            StoreUnavailable: the disk refused; a full one does not, once there was a release.
         """
         if version > 0:
             release = self.release(alias, version)
             if release.kind is not ReleaseKind.BASE:
                 self.open(release.artifact_digest or "", release.files)
         pin = Pin(version=version, reason=reason, pinned_at=time.time())
-        make_directory(self._alias_dir(alias))
-        write_file(self._pin_path(alias), pin.model_dump_json().encode(), "artifacts.pin")
+        path, content = self._pin_path(alias), pin.model_dump_json().encode()
+        with _writing(self.root):
+            make_directory(path.parent)
+            write_file(path, content, "artifacts.pin", self._reserve_path(alias))
         return pin
 
     def unpin(self, alias: str) -> bool:
-        """Follow the newest release again; whether there was a pin."""
-        try:
-            self._pin_path(alias).unlink()
-        except FileNotFoundError:
-            return False
-        failpoint("artifacts.after_unpin")
-        sync_directory(self._alias_dir(alias))
+        """Follow the newest release again; whether there was a pin.
+
+        Raises:
+            StoreUnavailable: the disk refused.
+        """
+        with _writing(self.root):
+            try:
+                self._pin_path(alias).unlink()
+            except FileNotFoundError:
+                return False
+            failpoint("artifacts.after_unpin")
+            sync_directory(self._alias_dir(alias))
         return True
 
     def pinned(self, alias: str) -> Pin | None:
@@ -346,34 +386,19 @@ class ArtifactStore:
     def _pin_path(self, alias: str) -> Path:
         return self._alias_dir(alias) / "pin.json"
 
-
-def _write_hashed(directory: Path, name: str, source: bytes | Path) -> ArtifactFile:
-    """Write one file durably, hashing what is written, not what was meant."""
-    ArtifactFile(name=name, sha256="0" * 64, size_bytes=0)  # refuses a name with a directory in it
-    hasher, size_bytes = hashlib.sha256(), 0
-    with contextlib.ExitStack() as stack:
-        target = stack.enter_context((directory / name).open("xb"))
-        if isinstance(source, Path):
-            reader = stack.enter_context(source.open("rb"))
-            chunks = iter(lambda: reader.read(_CHUNK_BYTES), b"")
-        else:
-            chunks = iter((source,))
-        for chunk in chunks:
-            target.write(chunk)
-            hasher.update(chunk)
-            size_bytes += len(chunk)
-        target.flush()
-        os.fsync(target.fileno())
-    return ArtifactFile(name=name, sha256=hasher.hexdigest(), size_bytes=size_bytes)
+    def _reserve_path(self, alias: str) -> Path:
+        return self._alias_dir(alias) / "pin.reserve"
 
 
-def _difference(path: Path, file: ArtifactFile) -> str | None:
-    """How the file on disk differs from the listed one, in words; None when it does not."""
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a regular file"
-    if status.st_size != file.size_bytes:
-        return f"has {status.st_size} bytes, not {file.size_bytes}"
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return None if digest == file.sha256 else "was changed (sha256 differs)"
+@contextlib.contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    """Turn what the disk says into one line, with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        raise StoreUnavailable(
+            f"the store {root} cannot be written now ({error.strerror}): "
+            "check free space, permissions and the disk"
+        ) from error

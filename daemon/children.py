@@ -42,11 +42,13 @@ class Child:
     ready_url: str | None = None
     """``http://...`` (200 is ready) or ``tcp://host:port`` (accepts is ready); None: at once."""
     alive_url: str | None = None
-    """Once ready, polled; silence for ``hang_seconds`` is a crash."""
+    """Polled; once ready, anything but 200 for ``hang_seconds`` is a crash."""
     grace_seconds: float = 10.0
     """From SIGTERM to SIGKILL."""
     ready_timeout_seconds: float = 900.0
     hang_seconds: float = 120.0
+    may_wait: bool = False
+    """Alive, it may be not ready for as long as it likes: what it waits for is elsewhere."""
     essential: bool = True
     """Whether the others must stop when this one cannot run. Learning is not: replies go on."""
 
@@ -81,7 +83,13 @@ class ChildProcess:
             daemon=True,
         )
         self._pump.start()
-        threading.Thread(target=self._probe, name=f"{child.name}-probe", daemon=True).start()
+        for watch, url in (
+            (self._watch_ready, child.ready_url),
+            (self._watch_alive, child.alive_url),
+        ):
+            if url is not None:
+                name = f"{child.name}{watch.__name__}"
+                threading.Thread(target=watch, args=(url,), name=name, daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -97,11 +105,21 @@ class ChildProcess:
         return self._process.poll()
 
     @property
+    def silent_seconds(self) -> float:
+        """Since it last said that it is alive (or ready), or was started."""
+        return time.monotonic() - self.heard_at
+
+    @property
     def hung(self) -> bool:
-        """Whether it was ready and has not answered for too long."""
-        silent_seconds = time.monotonic() - self.heard_at
+        """Whether it was ready and has not been heard of for too long."""
         watched = self.ready and self.child.alive_url is not None
-        return watched and silent_seconds > self.child.hang_seconds
+        return watched and self.silent_seconds > self.child.hang_seconds
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it should have got ready by now."""
+        waited = self.silent_seconds if self.child.may_wait else self.age_seconds
+        return not self.ready and waited > self.child.ready_timeout_seconds
 
     def last_words(self) -> str:
         """The last line that it wrote, for a person to read."""
@@ -136,15 +154,15 @@ class ChildProcess:
                     echo(self.child.name, line)  # or the child would block on a full pipe
         log.close()
 
-    def _probe(self) -> None:
+    def _watch_ready(self, url: str) -> None:
         while not self.ready and not self._ended.wait(_PROBE_INTERVAL_SECONDS):
-            if answers(self.child.ready_url or ""):
+            if answers(url):
                 self.heard_at = time.monotonic()
                 self.ready = True
-        if self.child.alive_url is None:
-            return
+
+    def _watch_alive(self, url: str) -> None:
         while not self._ended.wait(_ALIVE_INTERVAL_SECONDS):
-            if answers(self.child.alive_url):
+            if answers(url):
                 self.heard_at = time.monotonic()
 
 

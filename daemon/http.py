@@ -1,7 +1,8 @@
 """A tiny status server for a process whose work is not HTTP, and the client that reads one.
 
-``/metrics`` Prometheus, ``/healthz`` alive, ``/readyz`` 200 or 503, ``/status`` JSON. It answers on
-its own threads, so a long training step does not make the process look dead.
+``/metrics`` Prometheus, ``/healthz`` alive and ``/readyz`` ready (200 or 503), ``/status`` JSON. It
+answers on its own threads, so a long training step does not make the process look dead; one that
+hangs does not look alive for that, if the process tells (``alive``).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class StatusServer:
     Args:
         status: what ``/status`` says; called on the server's threads, must not block.
         ready: None when ready, else why not, in a few words.
+        alive: None when alive, else why not: it should be killed and started again.
         port: 0 for any free one; see ``port`` after construction.
 
     Raises:
@@ -62,10 +64,12 @@ class StatusServer:
         *,
         status: Callable[[], Mapping[str, Any]],
         ready: Callable[[], str | None] = lambda: None,
+        alive: Callable[[], str | None] = lambda: None,
         setting: str = "updater.port",
     ) -> None:
         self._status = status
         self._ready = ready
+        self._alive = alive
         try:
             self._server = _Server((host, port), self._handler())
         except OSError as error:
@@ -94,11 +98,9 @@ class StatusServer:
         """HTTP status, content type and body of one path."""
         match path:
             case "/healthz":
-                return 200, "application/json", b'{"alive":true}\n'
+                return _verdict("alive", self._alive())
             case "/readyz":
-                why_not = self._ready()
-                body = json.dumps({"ready": why_not is None, "why_not": why_not})
-                return (200 if why_not is None else 503), "application/json", f"{body}\n".encode()
+                return _verdict("ready", self._ready())
             case "/status":
                 body = json.dumps(_finite(self._status()), default=str)
                 return 200, "application/json", f"{body}\n".encode()
@@ -151,6 +153,11 @@ class _Server(ThreadingHTTPServer):
             logger.debug("status client went away", extra={"cause": type(error).__name__})
         else:
             logger.error("status connection failed", exc_info=sys.exc_info())
+
+
+def _verdict(question: str, why_not: str | None) -> tuple[int, str, bytes]:
+    body = json.dumps({question: why_not is None, "why_not": why_not})
+    return (200 if why_not is None else 503), "application/json", f"{body}\n".encode()
 
 
 def base_url(host: str, port: int) -> str:

@@ -90,6 +90,14 @@ POLICY_VERSION = _gauge(
     "serving: the version that answers; updater: the newest release",
     ["role"],
 )
+STORE_NEWEST_VERSION = _gauge(
+    "moorline_store_newest_version",
+    "Newest release in the store, served or not, as this server last saw it; 0: none",
+)
+STORE_WAIT_SECONDS = _gauge(
+    "moorline_store_wait_seconds",
+    "For how long this server's read of the store has been waiting for an answer, seconds; 0: none",
+)
 PINNED = _gauge("moorline_pinned", "1 while an operator has pinned a version, else 0")
 SWAPS = _counter(
     "moorline_swaps_total",
@@ -130,6 +138,19 @@ GAPS = _counter(
     ["topic", "cause"],
 )
 READY_EXAMPLES = _gauge("moorline_ready_examples", "Rated replies that wait for an update")
+
+UPDATER_PHASE = _gauge(
+    "moorline_updater_phase", "1 for what the updater is doing (Phase), 0 for the others", ["phase"]
+)
+PROGRESS_AGE_SECONDS = _gauge(
+    "moorline_progress_age_seconds",
+    "Since the updater last got anywhere (a forward pass, a step of the intake, a phase), seconds",
+)
+DISK_REFUSALS = _counter(
+    "moorline_disk_refusals_total",
+    "Writes that a disk refused (full, read-only, failing); where: ledger, store or spool",
+    ["where"],
+)
 
 # --- updater: updates and their bound ---------------------------------------------------------
 

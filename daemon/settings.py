@@ -230,6 +230,9 @@ class UpdaterSettings(_Section):
     """/metrics, /healthz, /readyz, /status."""
     host: str = "127.0.0.1"
     poll_seconds: float = Field(default=0.5, gt=0)
+    stall_seconds: float = Field(default=600.0, gt=0)
+    """An updater that gets nowhere for so long (no forward pass, no step of the intake) is stalled:
+    /healthz says so, and it is started again. More than a micro-batch and a gate's hashing take."""
     niceness: int = Field(default=5, ge=0, le=19)
     """CPU priority below the server's, so that replies go first where both share a machine."""
 

@@ -183,11 +183,12 @@ class Supervisor:
             slot.announced_ready = slot.ever_ready = True
             slot.gave_up = False
             self._say(NoticeKind.READY, slot, f"after {process.age_seconds:.1f} s")
-        if not process.ready and process.age_seconds > slot.child.ready_timeout_seconds:
+        if process.stuck:
             why = f"not ready after {slot.child.ready_timeout_seconds:.0f} s"
             return self._crashed(slot, process, why)
         if process.hung:
-            return self._crashed(slot, process, f"silent for {slot.child.hang_seconds:.0f} s")
+            why = f"no sign of life for {slot.child.hang_seconds:.0f} s"
+            return self._crashed(slot, process, why)
         return True
 
     def _crashed(

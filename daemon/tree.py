@@ -72,6 +72,7 @@ def plan(settings: Settings) -> Tree:
             ready_url=f"{updater}/readyz",
             alive_url=f"{updater}/healthz",
             grace_seconds=_UPDATE_TO_END_SECONDS + _STOP_MARGIN_SECONDS,
+            may_wait=True,  # for a broker, for room on a disk
             essential=False,
         )
     )
@@ -95,6 +96,7 @@ def alone(settings: Settings, name: str) -> Child:
         ready_url=f"{base}/readyz",
         alive_url=f"{base}/healthz",
         grace_seconds=drain + _STOP_MARGIN_SECONDS,
+        may_wait=name == "updater",
     )
 
 

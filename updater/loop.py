@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from daemon import metrics
-from daemon.artifacts import ArtifactStore
+from daemon.artifacts import ArtifactStore, PinUnreadable, StoreUnavailable
 from daemon.events import ArtifactFile, Decision, Divergence, Reason, Release, ReleaseKind, Verdict
 from daemon.failpoints import failpoint
 from daemon.settings import Settings
@@ -26,7 +26,7 @@ from updater.gate import Gate
 from updater.ingest import Ingest
 from updater.ledger import Ledger, LedgerUnavailable, examples_digest
 from updater.parity import PARITY_FILE, parity_bytes
-from updater.phase import UNAVAILABLE, Phase
+from updater.phase import Phase, Progress
 from updater.policy import OPTIMIZER_STATE, Policy, check_fits
 from updater.quarantine import OF_THE_MACHINE, cause_of, culprits
 from updater.retention import tidy
@@ -61,6 +61,7 @@ class Loop:
         publish: Callable[[Release], None],
         base_model_digest: str,
         software: dict[str, str],
+        progress: Progress,
     ) -> None:
         """``publish`` writes a release to its topic and returns when it is acknowledged."""
         self._settings = settings
@@ -74,8 +75,13 @@ class Loop:
         self._publish = publish
         self._base_model_digest = base_model_digest
         self._software = software
+        self._progress = progress
         self._last_divergences: tuple[Divergence, ...] = ()
-        self.phase = Phase.STARTING
+        self._candidate_bytes = 0
+
+    @property
+    def phase(self) -> Phase:
+        return self._progress.phase
 
     def resume(self) -> None:
         """Stand where the ledger stands: the live release's adapter and optimiser state.
@@ -98,51 +104,59 @@ class Loop:
     def cycle(self) -> None:
         """Take in what there is; learn from it if it is enough; announce what was decided.
 
-        A disk that refuses pauses the updater: nothing was committed, the next cycle tries again.
+        A disk that refuses pauses the updater, and so does a pin that cannot be read: nothing was
+        committed, and the next cycle tries again, with writes of its own.
         """
+        before = self.phase
         try:
-            self._cycle()
-        except LedgerUnavailable as error:
-            if self.phase is not Phase.DISK_UNAVAILABLE:
-                logger.error("ledger unavailable, will retry", extra={"cause": str(error)})
-            self.phase = Phase.DISK_UNAVAILABLE
+            self._cycle(before)
+        except (LedgerUnavailable, StoreUnavailable) as error:
+            where = "store" if isinstance(error, StoreUnavailable) else "ledger"
+            metrics.DISK_REFUSALS.labels(where=where).inc()
             self._trainer.restore()
+            self._wait(Phase.DISK_UNAVAILABLE, before, f"{where} unavailable, will retry", error)
+        except PinUnreadable as error:
+            self._wait(Phase.PIN_UNREADABLE, before, "pin unreadable, nothing is trained", error)
 
-    def _cycle(self) -> None:
-        self._take_in()
+    def _cycle(self, before: Phase) -> None:
+        reading = self._take_in(before)
         self._announce()
-        if self._store.pinned(self._settings.alias) is not None:
-            self.phase = Phase.PINNED
+        pinned = self._store.pinned(self._settings.alias) is not None
+        if pinned or not self._enough():
+            if reading:
+                self._progress.enter(Phase.PINNED if pinned else Phase.WAITING)
             return
-        if not self._enough():
-            self.phase = self.phase if self.phase in UNAVAILABLE else Phase.WAITING
-            return
+        self._store.check_room(self._candidate_bytes)
         start = time.monotonic()
         outcome = self._learn()
         metrics.UPDATES.labels(outcome=outcome).inc()
         metrics.UPDATE_SECONDS.observe(time.monotonic() - start)
         self._announce()
-        keep = self._settings.learning.keep_releases
-        tidy(self._store, self._ledger, self._settings.alias, keep)
+        tidy(self._store, self._ledger, self._settings.alias, self._settings.learning.keep_releases)
 
     # --- the verbs --------------------------------------------------------------------------
 
-    def _take_in(self) -> None:
-        """Stream to ledger, until nothing is waiting or a batch is full; then the horizon."""
+    def _take_in(self, before: Phase) -> bool:
+        """Stream to ledger, until nothing is waiting or a batch is full; then the horizon.
+
+        Returns:
+            Whether the stream can be read on.
+        """
+        reading = True
         try:
             while (step := self._ingest.step(self._settings.updater.poll_seconds)).records:
+                self._progress.note()
                 if self._ledger.count_ready() >= self._settings.learning.batch_examples:
                     break
             if step.stalled:  # it holds what no dead-letter topic takes, and has said so
-                self.phase = Phase.STREAM_UNAVAILABLE
-            elif self.phase in UNAVAILABLE:
-                self.phase = Phase.WAITING
+                self._progress.enter(Phase.STREAM_UNAVAILABLE)
+                reading = False
         except StreamUnavailable as error:
-            if self.phase is not Phase.STREAM_UNAVAILABLE:
-                logger.error("stream unavailable, will retry", extra={"cause": str(error)})
-            self.phase = Phase.STREAM_UNAVAILABLE
+            self._wait(Phase.STREAM_UNAVAILABLE, before, "stream unavailable, will retry", error)
+            reading = False
         self._ledger.expire()
         metrics.READY_EXAMPLES.set(self._ledger.count_ready())
+        return reading
 
     def _enough(self) -> bool:
         """A full batch, or a smaller one that has waited long enough."""
@@ -156,7 +170,7 @@ class Loop:
 
     def _learn(self) -> str:
         """One batch to its decision; returns the outcome's name."""
-        self.phase = Phase.TRAINING
+        self._progress.enter(Phase.TRAINING)
         examples = self._ledger.ready_examples(self._settings.learning.batch_examples)
         try:
             batch, baselines, seen = self._credited(examples)
@@ -173,7 +187,7 @@ class Loop:
         show(proposal.diagnostics)
         failpoint("loop.after_training")
 
-        self.phase = Phase.MEASURING
+        self._progress.enter(Phase.MEASURING)
         step = self._bound(batch, proposal)
         if isinstance(step, Refused):
             return self._reject(
@@ -185,7 +199,7 @@ class Loop:
             )
         candidate, files = self._write(batch, proposal, step)
 
-        self.phase = Phase.GATING
+        self._progress.enter(Phase.GATING)
         verdict = self._gate.judge(candidate.artifact_digest, files, self._trainer.live_adapter)
         failpoint("loop.after_gate")
         if verdict.decision is not Decision.PASS:
@@ -269,17 +283,17 @@ class Loop:
         self, batch: Batch, proposal: Proposal, step: BoundedStep
     ) -> tuple[Candidate, tuple[ArtifactFile, ...]]:
         """The candidate's bytes, durable under their hash."""
-        digest, files = self._store.put(
-            {
-                **self._policy.adapter_files(step.adapter),
-                OPTIMIZER_STATE: optimizer_bytes(proposal.optimizer),
-                PARITY_FILE: parity_bytes(
-                    self._trust_region.canaries,
-                    step.canary_logprobs,
-                    self._trust_region.live_canary_logprobs(self._trainer.live_adapter),
-                ),
-            }
-        )
+        contents = {
+            **self._policy.adapter_files(step.adapter),
+            OPTIMIZER_STATE: optimizer_bytes(proposal.optimizer),
+            PARITY_FILE: parity_bytes(
+                self._trust_region.canaries,
+                step.canary_logprobs,
+                self._trust_region.live_canary_logprobs(self._trainer.live_adapter),
+            ),
+        }
+        self._candidate_bytes = sum(map(len, contents.values()))
+        digest, files = self._store.put(contents)
         failpoint("loop.after_artifact")
         metrics.STEP_SCALE.set(step.scale)
         candidate = Candidate(
@@ -345,6 +359,7 @@ class Loop:
             "diagnostics": dict(diagnostics or {}),
             "verdict": verdict.model_dump(mode="json") if verdict else None,
             "cause": cause,
+            "offsets": self._ledger.release_offsets(),
         }
         self._trainer.restore()
         self._ledger.commit_rejection(
@@ -366,6 +381,12 @@ class Loop:
             metrics.RELEASES_PUBLISHED.inc()
 
     # --- details ----------------------------------------------------------------------------
+
+    def _wait(self, phase: Phase, before: Phase, what: str, error: Exception) -> None:
+        """Not ready; said once, however often it is tried."""
+        if before is not phase:
+            logger.error(what, extra={"cause": str(error)})
+        self._progress.enter(phase)
 
     def _show_version(self, version: int) -> None:
         metrics.POLICY_VERSION.labels(role="updater").set(version)

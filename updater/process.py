@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import logging
 import signal
-import threading
+import time
+from types import FrameType
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from transformers.utils.logging import disable_progress_bar
 
-from daemon.artifacts import ArtifactStore
-from daemon.base_model import check_model_dir, model_digest
+from daemon.artifacts import ArtifactStore, PinUnreadable
 from daemon.http import StatusServer
 from daemon.settings import Settings
 from daemon.stream import (
@@ -24,21 +25,15 @@ from daemon.stream import (
     publish_release,
 )
 from daemon.systemd import Notifier
-from updater.behaviour import Archive
+from updater.assembly import assemble
 from updater.diagnostics import ringing
-from updater.gate import Gate, load_canaries
-from updater.hints import ChatTokens
-from updater.ingest import Ingest
-from updater.ledger import Ledger
-from updater.loop import Loop
-from updater.phase import UNAVAILABLE, Phase
-from updater.policy import Policy
-from updater.trainer import Trainer
-from updater.trust_region import TrustRegion
+from updater.ledger import Ledger, LedgerUnavailable
+from updater.phase import UNAVAILABLE, Phase, Progress
 
 logger = logging.getLogger("moorline.updater")
 
 _RETRY_SECONDS = 5.0
+_LOOK_SECONDS = 0.1
 
 
 class Updater:
@@ -52,85 +47,66 @@ class Updater:
                 ReleaseUnfit: with one line that says what to do.
         """
         self._settings = settings
-        self._stop = threading.Event()
+        self._stopping = False
         self._snapshot: dict[str, Any] = {"alias": settings.alias}
-        self._loop: Loop | None = None
+        self._notifier = Notifier()
+        self._progress = Progress(settings.updater.stall_seconds, alive=self._notifier.ping)
         self._server = StatusServer(
             settings.updater.host,
             settings.updater.port,
             status=self._shown,
             ready=self._why_not_ready,
+            alive=self._progress.why_stalled,
         )
         self._server.start()
         learning = settings.learning
         if learning.threads:
             torch.set_num_threads(learning.threads)
-        model_dir = check_model_dir(settings.model.path)
         self._ledger = Ledger(settings.ledger_path, horizon_seconds=learning.horizon_seconds)
         self._store = ArtifactStore(settings.store_dir)
         disable_progress_bar()  # a log is no terminal
-        policy = Policy(
-            model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=learning.seed
-        )
-        canaries = load_canaries(settings.gate.canaries, model_dir)
-        trainer = Trainer(
-            policy,
-            learning,
-            Archive(policy, self._store, self._ledger.release),
-            ChatTokens(model_dir),
-        )
-        self._trust_region = TrustRegion(
-            policy, canaries.sequences, settings.bound, learning.micro_batch_tokens
-        )
         self._reader = Reader(settings.stream, (Topic.INTERACTIONS, Topic.FEEDBACK))
         self._reader.seek(
             {(Topic(topic), part): at for (topic, part), at in self._ledger.offsets().items()}
         )
         self._dead_letters = DeadLetters(settings.stream)
-        loop = Loop(
+        register_module_forward_hook(self._progress.note)
+        self._loop, self._trust_region = assemble(
             settings,
-            ingest=Ingest(
-                self._reader,
-                self._dead_letters,
-                self._ledger,
-                alias=settings.alias,
-                vocab_size=policy.vocabulary_size,
-                max_tokens=learning.max_example_tokens,
-                signals=learning.signals,
-                max_event_bytes=settings.stream.max_event_bytes,
-            ),
+            progress=self._progress,
             ledger=self._ledger,
             store=self._store,
-            policy=policy,
-            trainer=trainer,
-            trust_region=self._trust_region,
-            gate=Gate(policy, canaries, self._trust_region, self._store, settings.gate),
+            reader=self._reader,
+            dead_letters=self._dead_letters,
             publish=lambda release: publish_release(settings.stream, release),
-            base_model_digest=model_digest(model_dir),
-            software=_software(),
         )
-        loop.resume()
-        self._loop = loop
+        self._loop.resume()
 
     def run(self) -> None:
         """Cycle until SIGTERM or SIGINT; an update that is under way is finished first."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop.set())
-        assert self._loop is not None
-        loop = self._loop
-        notifier = Notifier()
-        notifier.ready("learning")
+            signal.signal(number, self._on_signal)
+        self._notifier.ready("learning")
         topics_exist = False
-        while not self._stop.is_set():
-            if not topics_exist:
-                topics_exist = self._ensure_topics(loop)
-            loop.cycle()
-            self._snapshot = self._status(loop)
-            notifier.ping()
-            if loop.phase in UNAVAILABLE:
-                self._stop.wait(_RETRY_SECONDS)
-        notifier.stopping()
+        while not self._stopping:
+            topics_exist = topics_exist or self._ensure_topics()
+            self._loop.cycle()
+            with contextlib.suppress(LedgerUnavailable):  # then the page shows what it showed
+                self._snapshot = self._status()
+            if self._progress.phase in UNAVAILABLE:
+                self._rest(_RETRY_SECONDS)
+        self._notifier.stopping()
         self.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # A plain flag: an Event's lock may be held by the very thread that this interrupts.
+        del number, frame
+        self._stopping = True
+
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stopping and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
         """Give back the lock, the sockets and the port."""
@@ -140,33 +116,32 @@ class Updater:
         self._server.close()
         logger.info("stopped")
 
-    def _ensure_topics(self, loop: Loop) -> bool:
+    def _ensure_topics(self) -> bool:
         try:
             ensure_topics(self._settings.stream, self._settings.learning.horizon_seconds)
         except StreamUnavailable as error:
-            logger.error("stream unavailable, will retry", extra={"cause": str(error)})
-            loop.phase = Phase.STREAM_UNAVAILABLE
+            if self._progress.phase is not Phase.STREAM_UNAVAILABLE:
+                logger.error("stream unavailable, will retry", extra={"cause": str(error)})
+            self._progress.enter(Phase.STREAM_UNAVAILABLE)
             return False
         return True
 
     def _shown(self) -> dict[str, Any]:
         """The last cycle's numbers under the phase of this moment."""
-        phase = str(self._loop.phase) if self._loop is not None else str(Phase.STARTING)
-        return {**self._snapshot, "phase": phase}
+        return {**self._snapshot, "phase": str(self._progress.phase)}
 
     def _why_not_ready(self) -> str | None:
-        phase = self._shown()["phase"]
-        return phase if phase in (Phase.STARTING, *UNAVAILABLE) else None
+        phase = self._progress.phase
+        return str(phase) if phase in (Phase.STARTING, *UNAVAILABLE) else None
 
-    def _status(self, loop: Loop) -> dict[str, Any]:
+    def _status(self) -> dict[str, Any]:
         """What ``/status`` shows until the next cycle."""
         version = self._ledger.live_version()
         release = self._ledger.release(version) if version else None
         shown: dict[str, Any] = {
             "alias": self._settings.alias,
-            "phase": str(loop.phase),
             "live_version": version,
-            "pinned": _version_of(self._store.pinned(self._settings.alias)),
+            "pinned": self._pinned_version(),
             "ready_examples": self._ledger.count_ready(),
             "updates": {
                 "released": self._ledger.newest_version(),
@@ -193,6 +168,13 @@ class Updater:
             )
         return shown
 
+    def _pinned_version(self) -> int | None:
+        try:
+            pin = self._store.pinned(self._settings.alias)
+        except PinUnreadable:  # the phase says so
+            return None
+        return pin.version if pin is not None else None
+
     def _lag(self) -> dict[str, dict[str, float]]:
         """Unread events by topic, and the age of the oldest of each, seconds."""
         events: dict[str, float] = {}
@@ -203,12 +185,3 @@ class Updater:
             for (topic, _), age in self._reader.lag_seconds().items():
                 seconds[topic] = round(max(seconds.get(topic, 0.0), age), 3)
         return {"lag_events": events, "lag_seconds": seconds}
-
-
-def _version_of(pin: Any) -> int | None:
-    return pin.version if pin is not None else None
-
-
-def _software() -> dict[str, str]:
-    names = ("moorline", "torch", "transformers", "peft")
-    return {name: importlib.metadata.version(name) for name in names}

@@ -29,7 +29,7 @@ from daemon.failpoints import failpoint
 from daemon.settings import StreamSettings
 from daemon.stream.link import Link
 from daemon.stream.outgoing import OutgoingEvent
-from daemon.stream.spool import Frame, Position, Spool
+from daemon.stream.spool import Frame, Position, Spool, SpoolNotSynced
 from daemon.stream.topics import Headers, Topic, cloud_event_headers, topic_name
 
 logger = logging.getLogger("moorline.stream")
@@ -422,8 +422,9 @@ class Publisher:
                     self._queue_bytes -= len(event.value)
                 written.append(event)
         except OSError as error:
-            self._disk_failed_at = time.monotonic()
-            logger.error("spool cannot be written", extra={"error": error.strerror or str(error)})
+            self._disk_failed("spool cannot be written", error)
+            if isinstance(error, SpoolNotSynced):
+                written.clear()  # they wait for the broker's word
         finally:
             if written:
                 self._sync(spool, written)
@@ -433,11 +434,15 @@ class Publisher:
             failpoint("publisher.before_spool_sync")
             spool.sync()
         except OSError as error:
-            self._disk_failed_at = time.monotonic()
-            logger.error("spool cannot be synced", extra={"error": error.strerror or str(error)})
+            self._disk_failed("spool cannot be synced", error)
             return
         for event in written:
             event.settle(kept=True)
+
+    def _disk_failed(self, what: str, error: OSError) -> None:
+        self._disk_failed_at = time.monotonic()
+        metrics.DISK_REFUSALS.labels(where="spool").inc()
+        logger.error(what, extra={"error": error.strerror or str(error)})
 
     def _drop_what_is_left(self) -> None:
         """At the end: what is neither delivered nor on disk is lost."""

@@ -33,6 +33,10 @@ class SpoolInUse(RuntimeError):
     """Another process uses this directory; the message says which directory and what to do."""
 
 
+class SpoolNotSynced(OSError):
+    """Frames are in the queue of which it cannot be said that they are on the disk."""
+
+
 @dataclass(frozen=True, order=True)
 class Position:
     """The end of a frame: segment number, and byte offset in it."""
@@ -115,6 +119,7 @@ class Spool:
         It survives this process from now on, and a power cut from the next ``sync``.
 
         Raises:
+            SpoolNotSynced: as ``sync``; the frame is not in the queue.
             OSError: the disk is full or broken; the frame is not in the queue.
         """
         needed = _HEADER.size + len(payload)
@@ -139,10 +144,16 @@ class Spool:
         """Make everything appended survive a power cut.
 
         Raises:
-            OSError: the disk is broken.
+            SpoolNotSynced: the disk is broken. What was appended since the last sync is in the
+                queue, and nobody will ever know whether it is on the disk.
         """
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             os.fdatasync(self._writer)
+        except OSError as error:
+            self._close_writer()  # asked again it might say yes; the next frame starts a segment
+            raise SpoolNotSynced(error.errno, error.strerror) from error
 
     def next(self) -> Frame | None:
         """The oldest unread frame, or None. It stays in the queue until it is released."""
@@ -287,7 +298,11 @@ class Spool:
         self._writer_segment = number
         self._next_number += 1
         self._segments[number] = _Segment()
-        _sync_directory(self.directory)
+        try:
+            _sync_directory(self.directory)
+        except OSError:
+            self._drop_segment(number)  # a power cut might take its name away, frames and all
+            raise
         return number
 
     def _close_writer(self) -> None:

@@ -17,8 +17,10 @@ UNITLESS = {
     "moorline_policy_version",
     "moorline_pinned",
     "moorline_step_scale",
+    "moorline_store_newest_version",
     "moorline_update_alarm",
     "moorline_update_diagnostic",
+    "moorline_updater_phase",
 }
 PRIVATE = {"user", "tenant", "rater", "interaction_id", "prompt", "reply", "text"}
 

@@ -25,7 +25,7 @@ from updater.hints import ChatTokens
 from updater.ingest import Ingest
 from updater.ledger import Ledger, LedgerUnavailable
 from updater.loop import Loop
-from updater.phase import Phase
+from updater.phase import Phase, Progress
 from updater.policy import Policy, ReleaseUnfit
 from updater.staleness import Look
 from updater.trainer import Proposal, Trainer
@@ -131,6 +131,7 @@ class Updater:
             publish=self._publish,
             base_model_digest=model_digest(model_dir),
             software={},
+            progress=Progress(),
         )
         self.loop.resume()
 

@@ -1,0 +1,84 @@
+"""Puts an updater's loop together from its settings and its ways in and out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+
+from daemon.artifacts import ArtifactStore
+from daemon.base_model import check_model_dir, model_digest
+from daemon.events import Release
+from daemon.settings import Settings
+from updater.behaviour import Archive
+from updater.gate import Gate, load_canaries
+from updater.hints import ChatTokens
+from updater.ingest import DeadLetterSink, Ingest, Source
+from updater.ledger import Ledger
+from updater.loop import Loop
+from updater.phase import Progress
+from updater.policy import Policy
+from updater.trainer import Trainer
+from updater.trust_region import TrustRegion
+
+
+def assemble(
+    settings: Settings,
+    *,
+    ledger: Ledger,
+    store: ArtifactStore,
+    reader: Source,
+    dead_letters: DeadLetterSink,
+    publish: Callable[[Release], None],
+    progress: Progress | None = None,
+) -> tuple[Loop, TrustRegion]:
+    """Load the model and put the loop together; it still has to ``resume``.
+
+    Args:
+        reader: has been sought to the ledger's offsets.
+        publish: writes a release to its topic and returns when it is acknowledged.
+        progress: told how the loop gets on; None: nobody asks.
+
+    Raises:
+        UnsafeModel, CanaryError, UnknownObjective: with one line that says what to do.
+    """
+    learning = settings.learning
+    model_dir = check_model_dir(settings.model.path)
+    policy = Policy(
+        model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=learning.seed
+    )
+    canaries = load_canaries(settings.gate.canaries, model_dir)
+    trainer = Trainer(
+        policy, learning, Archive(policy, store, ledger.release), ChatTokens(model_dir)
+    )
+    trust_region = TrustRegion(
+        policy, canaries.sequences, settings.bound, learning.micro_batch_tokens
+    )
+    loop = Loop(
+        settings,
+        progress=progress or Progress(),
+        ingest=Ingest(
+            reader,
+            dead_letters,
+            ledger,
+            alias=settings.alias,
+            vocab_size=policy.vocabulary_size,
+            max_tokens=learning.max_example_tokens,
+            signals=learning.signals,
+            max_event_bytes=settings.stream.max_event_bytes,
+        ),
+        ledger=ledger,
+        store=store,
+        policy=policy,
+        trainer=trainer,
+        trust_region=trust_region,
+        gate=Gate(policy, canaries, trust_region, store, settings.gate),
+        publish=publish,
+        base_model_digest=model_digest(model_dir),
+        software=_software(),
+    )
+    return loop, trust_region
+
+
+def _software() -> dict[str, str]:
+    names = ("moorline", "torch", "transformers", "peft")
+    return {name: importlib.metadata.version(name) for name in names}
