@@ -41,7 +41,7 @@ class Fate(StrEnum):
     DEAD_LETTERED = "dead_lettered"
     """Could not be read; the original bytes are on the dead-letter topic."""
     ERASED = "erased"
-    """Withdrawn by its subject."""
+    """Withdrawn by its subject: the one whose reply it is, or whose word."""
     NOT_TRAINABLE = "not_trainable"
     """Read and understood, but no honest gradient follows from it (see ``Reason``)."""
 
@@ -101,6 +101,9 @@ class Reason(StrEnum):
     DIVERGENCE_BOUND = "divergence_bound"
     GATE_BLOCKED = "gate_blocked"
     NON_FINITE_UPDATE = "non_finite_update"
+    RELEASE_WITHDRAWN = "release_withdrawn"
+    """It was in a release that was withdrawn for an erasure, and is no longer kept to learn from
+    again."""
     UPDATE_FAILED = "update_failed"
     """An update with it raised an error, though the policy could be computed: a bug, or bad data
     that no check knows. The log and the rejection say where."""
@@ -288,6 +291,56 @@ class Feedback(Event):
         return self
 
 
+class Erasure(Event):
+    """A person asks to be forgotten, or somebody for them: what they are in, up to a moment.
+
+    One of: a reply; a user, of one tenant or of all; a tenant. Users are named by a digest, because
+    the record of an erasure must not itself keep the name.
+    """
+
+    erasure_id: Identifier = Field(default_factory=lambda: f"er-{uuid.uuid4().hex}")
+    interaction_id: Identifier | None = Field(default=None, description="One reply, all choices")
+    tenant: str | None = Field(default=None, max_length=200)
+    users: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
+        default=(),
+        max_length=16,
+        description="sha256 of each name that the person has as `user` or as `rater`",
+    )
+    replay: bool = Field(
+        default=False, description="Also go back to the last release without them, and learn anew"
+    )
+    erased_at: FiniteFloat = Field(
+        default_factory=time.time, ge=0, description="Unix seconds; what comes later is not erased"
+    )
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """What is erased; an event whose own scopes (``scopes_of``) hold one of these."""
+        if self.interaction_id is not None:
+            return (f"interaction/{self.interaction_id}",)
+        if not self.users:
+            return (f"tenant/{self.tenant}",)
+        of_tenant = "" if self.tenant is None else f"/{self.tenant}"
+        return tuple(f"user/{digest}{of_tenant}" for digest in self.users)
+
+    @property
+    def key(self) -> str:
+        """The topic's key: of one subject only the newest erasure need be kept."""
+        return " ".join(sorted(self.scopes))
+
+    @model_validator(mode="after")
+    def _names_one_subject(self) -> Self:
+        about = (self.interaction_id is not None, self.tenant is not None or bool(self.users))
+        if sum(about) != 1:
+            raise ValueError("an erasure names a reply, or users and a tenant, or one of these")
+        return self
+
+
+def user_digest(name: str) -> str:
+    """Names a person without saying the name: sha256, 64 hexadecimal digits."""
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 class ReleaseKind(StrEnum):
     ADAPTER = "adapter"
     """A LoRA adapter over the base model; servers flip to it or merge it."""
@@ -354,6 +407,11 @@ class Release(Event):
     version: int = Field(ge=0)
     parent: int | None
     kind: ReleaseKind
+    restores: int | None = Field(
+        default=None,
+        description="These are the bytes of that earlier version: the releases between, which had "
+        "learned from somebody who was erased, are withdrawn",
+    )
     artifact_digest: str | None = Field(description="None only for the base model")
     files: tuple[ArtifactFile, ...]
     base_model_digest: str
@@ -405,4 +463,5 @@ def json_schemas() -> dict[str, dict[str, Any]]:
         "interactions.v1": TypeAdapter(Interaction).json_schema(),
         "feedback.v1": TypeAdapter(Feedback).json_schema(),
         "releases.v1": TypeAdapter(Release).json_schema(),
+        "erasures.v1": TypeAdapter(Erasure).json_schema(),
     }

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from daemon.events import (
     GREEDY_BELOW,
+    Erasure,
     Fate,
     Feedback,
     Interaction,
@@ -158,9 +159,17 @@ class Ingest:
                 )
             case Feedback():
                 reason = why_no_credit(parsed.event, self._signals)
-            case None:
+            case _:
                 return parsed
         return Parsed(record, parsed.event, reason or Reason.NONE)
+
+    def erasures_unread(self) -> bool:
+        """Whether somebody asks to be forgotten whom the ledger does not know of yet: nothing may
+        be learned before. Asks the broker; one that is away has nothing to tell."""
+        lag = self._reader.lag()
+        held = (parsed.record.topic is Topic.ERASURES for parsed in self._held)
+        unread = (events > 0 for (topic, _), events in lag.items() if topic is Topic.ERASURES)
+        return any(unread) or any(held)
 
     def _dead_letter_held(self) -> bool:
         """Send what is unreadable away, in order, until one is not accepted."""
@@ -205,10 +214,12 @@ def parse(record: Record, max_event_bytes: int) -> Parsed:
         return Parsed(record, None, Reason.EMPTY_VALUE)
     if len(value) > max_event_bytes:
         return Parsed(record, None, Reason.TOO_LARGE)
-    event: Interaction | Feedback
+    event: Interaction | Feedback | Erasure
     try:
         if record.topic is Topic.INTERACTIONS:
             event = Interaction.model_validate_json(value)
+        elif record.topic is Topic.ERASURES:
+            event = Erasure.model_validate_json(value)
         else:
             event = Feedback.model_validate_json(value)
             if "feedback_id" not in event.model_fields_set:

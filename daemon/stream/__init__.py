@@ -2,10 +2,11 @@
 
 The server's way out is ``Publisher`` (it never blocks), the updater's way in is ``Reader``, and
 what cannot be read goes to ``DeadLetters``. Releases go out by ``publish_release`` and are followed
-by ``ReleaseFollower``.
+by ``ReleaseFollower``; erasures go out by ``publish_erasure`` and come in with the ``Reader``.
 """
 
 from daemon.stream.client import StreamRefused, StreamUnavailable
+from daemon.stream.compacted import publish_erasure
 from daemon.stream.dead_letters import DeadLetters
 from daemon.stream.publisher import Publisher, PublisherStats
 from daemon.stream.reader import Reader
@@ -30,6 +31,7 @@ __all__ = [
     "Topic",
     "dlq_name",
     "ensure_topics",
+    "publish_erasure",
     "publish_release",
     "topic_name",
 ]

@@ -8,19 +8,18 @@ from __future__ import annotations
 import logging
 import time
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, TopicPartition
 from kafka import errors as kafka_errors
 from pydantic import ValidationError
 
 from daemon.events import Release
-from daemon.failpoints import failpoint
 from daemon.settings import StreamSettings
-from daemon.stream.client import Connection, StreamUnavailable, close_producer, connect, explained
-from daemon.stream.topics import Topic, cloud_event_headers, ensure_topics, topic_name
+from daemon.stream.client import Connection, StreamUnavailable, connect, explained
+from daemon.stream.compacted import write_acknowledged
+from daemon.stream.topics import Topic, ensure_topics, topic_name
 
 logger = logging.getLogger("moorline.stream")
 
-_ACKNOWLEDGE_SECONDS = 10.0
 _RETRY_SECONDS = 5.0
 _SLICE_SECONDS = 0.2
 
@@ -34,31 +33,10 @@ def publish_release(settings: StreamSettings, release: Release) -> None:
         StreamUnavailable: it was not acknowledged; try again later.
         StreamRefused: a login or permission is wrong.
     """
-    ensure_topics(settings)
-    connection = connect(
-        KafkaProducer,
-        settings,
-        "releases",
-        acks="all",
-        max_block_ms=int(settings.connect_timeout_seconds * 1000),
-        allow_auto_create_topics=False,
-    )
-    timestamp_ms = int(time.time() * 1000)
     event_id = f"{release.name}/{release.lease_epoch}"
-    headers = cloud_event_headers(Topic.RELEASES, event_id, "moorline/updater", timestamp_ms)
-    try:
-        failpoint("releases.before_send")
-        with explained(settings, connection):
-            connection.client.send(
-                topic_name(settings, Topic.RELEASES),
-                value=release.to_bytes(),
-                key=release.alias.encode(),
-                headers=list(headers),
-                timestamp_ms=timestamp_ms,
-            ).get(timeout=_ACKNOWLEDGE_SECONDS)
-        failpoint("releases.after_acknowledgement")
-    finally:
-        close_producer(connection.client)
+    write_acknowledged(
+        settings, Topic.RELEASES, release.alias, release.to_bytes(), event_id, "updater"
+    )
 
 
 class ReleaseFollower:

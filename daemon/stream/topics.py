@@ -31,8 +31,12 @@ class Topic(StrEnum):
     """What people and systems said of replies, keyed by interaction id."""
     RELEASES = "releases.v1"
     """Manifests of released policies, keyed by alias, compacted."""
+    ERASURES = "erasures.v1"
+    """Who asked to be forgotten, keyed by subject, compacted."""
 
 
+COMPACTED = (Topic.RELEASES, Topic.ERASURES)
+"""One partition each: the last record of a key is what counts, and its order."""
 JOINED = (Topic.INTERACTIONS, Topic.FEEDBACK)
 """Same key and same partition count, so that a join is local to a partition."""
 
@@ -167,14 +171,15 @@ def check_partitions(settings: StreamSettings, states: Mapping[Topic, TopicState
             f"same number: run `kafka-topics.sh --bootstrap-server {settings.bootstrap} --alter "
             f"--topic {name} --partitions {more.partitions}`"
         )
-    releases = states.get(Topic.RELEASES)
-    if releases is not None and releases.partitions != 1:
-        name = topic_name(settings, Topic.RELEASES)
-        raise StreamRefused(
-            f"topic {name} has {releases.partitions} partitions, but releases need one order: "
-            f"delete it (`kafka-topics.sh --bootstrap-server {settings.bootstrap} --delete "
-            f"--topic {name}`) and start again; releases are in the artifact store too"
-        )
+    for topic in COMPACTED:
+        if topic in states and states[topic].partitions != 1:
+            name = topic_name(settings, topic)
+            raise StreamRefused(
+                f"topic {name} has {states[topic].partitions} partitions, but it needs one order: "
+                f"delete it (`kafka-topics.sh --bootstrap-server {settings.bootstrap} --delete "
+                f"--topic {name}`) and start again; releases are in the artifact store too, and "
+                "erasures that the updater has read are in the ledger"
+            )
 
 
 def describe_configs(admin: KafkaAdminClient, names: Collection[str]) -> dict[str, dict[str, str]]:
@@ -219,11 +224,11 @@ def _alter(settings: StreamSettings, name: str, config: str) -> str:
 def _warn_unless_compacted(
     settings: StreamSettings, configs: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """An uncompacted releases topic forgets the newest release with its retention."""
-    name = topic_name(settings, Topic.RELEASES)
-    if "compact" not in configs.get(name, {}).get("cleanup.policy", "compact"):
-        remedy = _alter(settings, name, "cleanup.policy=compact")
-        logger.warning("releases topic is not compacted. %s", remedy, extra={"topic": name})
+    """With its retention, such a topic loses the newest release, or who is to be forgotten."""
+    for name in (topic_name(settings, topic) for topic in COMPACTED):
+        if "compact" not in configs.get(name, {}).get("cleanup.policy", "compact"):
+            remedy = _alter(settings, name, "cleanup.policy=compact")
+            logger.warning("topic is not compacted. %s", remedy, extra={"topic": name})
 
 
 def _warn_of_short_retention(
@@ -251,9 +256,9 @@ def _create_missing(admin: KafkaAdminClient, settings: StreamSettings) -> bool:
         retention_ms = int(settings.retention_seconds * 1000)
         configs = {"cleanup.policy": "delete", "retention.ms": str(retention_ms)}
         dead_configs = configs | {"max.message.bytes": str(DEAD_LETTER_MAX_BYTES)}
-        if topic is Topic.RELEASES:
+        if topic in COMPACTED:
             configs = {"cleanup.policy": "compact"}
-        partitions = 1 if topic is Topic.RELEASES else settings.partitions
+        partitions = 1 if topic in COMPACTED else settings.partitions
         for name, count, chosen in (
             (topic_name(settings, topic), partitions, configs),
             (dlq_name(settings, topic), 1, dead_configs),

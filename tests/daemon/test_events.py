@@ -16,6 +16,7 @@ from daemon.events import (
     Check,
     Decision,
     Divergence,
+    Erasure,
     Event,
     Fate,
     Feedback,
@@ -31,6 +32,7 @@ from daemon.events import (
     artifact_digest,
     json_schemas,
     policy_name,
+    user_digest,
 )
 
 identifiers = st.from_regex(r"[A-Za-z0-9._:@+-]{1,40}", fullmatch=True)
@@ -134,11 +136,21 @@ def releases(draw: st.DrawFn) -> Release:
     )
 
 
-events = interactions() | ratings() | releases()
+@st.composite
+def erasures(draw: st.DrawFn) -> Erasure:
+    if draw(st.booleans()):
+        return Erasure(interaction_id=draw(identifiers), replay=draw(st.booleans()))
+    users = draw(st.lists(hashes, max_size=3))
+    tenant = draw(short_texts if not users else st.none() | short_texts)
+    return Erasure(users=tuple(users), tenant=tenant, erased_at=draw(unix_seconds))
+
+
+events = interactions() | ratings() | releases() | erasures()
 SCHEMA_OF = {
     Interaction: "interactions.v1",
     Feedback: "feedback.v1",
     Release: "releases.v1",
+    Erasure: "erasures.v1",
 }
 
 
@@ -266,6 +278,33 @@ def test_interaction_that_cannot_be_is_refused(fields: dict[str, Any]) -> None:
     Interaction.model_validate(good)
     with pytest.raises(ValidationError):
         Interaction.model_validate(good | fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"interaction_id": "chatcmpl-1", "tenant": "acme"},
+        {"interaction_id": "chatcmpl-1", "users": [user_digest("ana")]},
+        {"users": ["ana"]},
+        {"tenant": "acme", "erased_at": -1},
+    ],
+)
+def test_an_erasure_names_one_subject_and_no_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Erasure.model_validate(fields)
+
+
+def test_an_erasure_is_keyed_by_its_subject() -> None:
+    ana, ben = user_digest("ana"), user_digest("ben")
+    assert Erasure(users=(ana, ben)).key == Erasure(users=(ben, ana), replay=True).key
+    subjects = [
+        Erasure(users=(ana,)),
+        Erasure(users=(ana,), tenant="acme"),
+        Erasure(tenant="acme"),
+        Erasure(interaction_id="acme"),
+    ]
+    assert len({one.key for one in subjects}) == len(subjects)
 
 
 @given(releases())

@@ -10,6 +10,7 @@ from typing import Any
 from daemon.events import (
     ArtifactFile,
     Decision,
+    Erasure,
     Feedback,
     FeedbackKind,
     Interaction,
@@ -21,6 +22,7 @@ from daemon.events import (
     SamplingSettings,
     Verdict,
     artifact_digest,
+    user_digest,
 )
 from daemon.settings import SIGNALS
 from daemon.stream import Record, Topic
@@ -97,6 +99,11 @@ def signal(
     return rating(identity, 1, rater, at, kind=kind, signal=name, **changes)
 
 
+def erasure(*users: str, at: float = NOW, **changes: Any) -> Erasure:
+    """Somebody asks to be forgotten, under every name that they have."""
+    return Erasure(users=tuple(map(user_digest, users)), erased_at=at, **changes)
+
+
 class Log:
     """A stream in memory: gives each event its topic, partition and offset."""
 
@@ -106,11 +113,16 @@ class Log:
         self._ends: dict[tuple[Topic, int], int] = {}
 
     def record(
-        self, event: Interaction | Feedback | bytes, at: float = NOW, topic: Topic | None = None
+        self,
+        event: Interaction | Feedback | Erasure | bytes,
+        at: float = NOW,
+        topic: Topic | None = None,
     ) -> Record:
         """The next record of its partition."""
         if isinstance(event, bytes):
             topic, key, value = topic or Topic.FEEDBACK, "", event
+        elif isinstance(event, Erasure):
+            topic, key, value = Topic.ERASURES, "", event.to_bytes()
         else:
             topic = Topic.INTERACTIONS if isinstance(event, Interaction) else Topic.FEEDBACK
             key, value = event.interaction_id, event.to_bytes()
@@ -119,7 +131,7 @@ class Log:
         self._ends[topic, partition] = offset + 1
         return Record(topic, self._topic_id, partition, offset, int(at * 1000), key.encode(), value)
 
-    def parsed(self, event: Interaction | Feedback | bytes, at: float = NOW) -> Parsed:
+    def parsed(self, event: Interaction | Feedback | Erasure | bytes, at: float = NOW) -> Parsed:
         """The next record of its partition, as ingest would hand it to the ledger."""
         return parsed(self.record(event, at))
 
@@ -128,7 +140,7 @@ def parsed(record: Record) -> Parsed:
     """A record, as ingest would hand it to the ledger."""
     found = parse(record, max_event_bytes=100_000)
     match found.event:
-        case None:
+        case None | Erasure():
             return found
         case Interaction():
             reason = why_untrainable(found.event, VOCABULARY, "assistant", 1000)
@@ -137,14 +149,20 @@ def parsed(record: Record) -> Parsed:
     return Parsed(record, found.event, reason or Reason.NONE)
 
 
-def release(ledger: Ledger, examples: Iterable[object] = (), version: int | None = None) -> Release:
+def release(
+    ledger: Ledger,
+    examples: Iterable[object] = (),
+    version: int | None = None,
+    restores: int | None = None,
+) -> Release:
     """The release that the ledger expects next."""
     files = (ArtifactFile(name="adapter_model.safetensors", sha256="0" * 64, size_bytes=1),)
     digest = artifact_digest(files)
     return Release(
         alias="assistant",
         version=ledger.next_version() if version is None else version,
-        parent=ledger.live_version(),
+        parent=ledger.live_version() if restores is None else restores,
+        restores=restores,
         kind=ReleaseKind.ADAPTER,
         artifact_digest=digest,
         files=files,

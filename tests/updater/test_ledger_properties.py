@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections import Counter
@@ -18,6 +19,7 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     multiple,
+    precondition,
     rule,
 )
 
@@ -29,6 +31,7 @@ from tests.updater.ledger_fixtures import (
     NOW,
     Log,
     correction,
+    erasure,
     interaction,
     parsed,
     preference,
@@ -222,7 +225,7 @@ def not_trainable(sent: Sent) -> tuple[Fate, Reason] | None:
 
 
 class Updater(RuleBasedStateMachine):
-    """An updater that reads, decides, forgets and restarts as it likes."""
+    """An updater that reads, decides, erases, forgets and restarts as it likes."""
 
     records = Bundle("records")
     batches = Bundle("batches")
@@ -233,8 +236,8 @@ class Updater(RuleBasedStateMachine):
         self.log = Log(partitions=2)
         self.now = NOW
         self.consumed = 0
-        self.taught: Counter[tuple[str, str, str]] = Counter()  # (key, rater, aspect)
-        self.trained_ratings = 0
+        self.taught: list[tuple[int, str, str, str]] = []  # (version, key, rater, aspect)
+        self.erased_at: dict[str, float] = {}
         self.epoch = 0
         self.names = 0
         self.generation = 0
@@ -258,9 +261,9 @@ class Updater(RuleBasedStateMachine):
     def key(self, number: int) -> str:
         return f"k{self.generation}-{number}"
 
-    @rule(target=records, number=NUMBERS)
-    def serve(self, number: int) -> list[Parsed]:
-        return self.read(interaction(self.key(number), at=self.now))
+    @rule(target=records, number=NUMBERS, user=st.sampled_from([None, *RATERS]))
+    def serve(self, number: int, user: str | None = None) -> list[Parsed]:
+        return self.read(interaction(self.key(number), at=self.now, user=user))
 
     @rule(
         target=records,
@@ -320,6 +323,12 @@ class Updater(RuleBasedStateMachine):
     @rule(target=batches, limit=st.integers(1, 3))
     def hand_out(self, limit: int) -> object:
         examples = self.ledger.ready_examples(limit)
+        for example in examples:
+            self.assert_not_erased(example.interaction.user, example.interaction.created_at)
+            for lost in example.rejected.values():
+                self.assert_not_erased(lost.user, lost.created_at)
+            for one in example.feedback:
+                self.assert_not_erased(one.rater, one.created_at)
         return multiple(examples) if examples else multiple()
 
     @rule(batch=consumes(batches), publish=st.booleans(), left_out=st.sampled_from([0, 0, 1]))
@@ -335,8 +344,7 @@ class Updater(RuleBasedStateMachine):
             return
         for example in batch[: len(batch) - len(aside)]:
             for one in example.feedback:  # type: ignore[attr-defined]
-                self.taught[one.key, one.rater, one.aspect] += 1
-                self.trained_ratings += 1
+                self.taught.append((version, one.key, one.rater, one.aspect))
         assert self.ledger.live_version() == version
         if publish:
             self.ledger.mark_published(version)
@@ -360,6 +368,37 @@ class Updater(RuleBasedStateMachine):
         """Handed out twice, or before a restart, and decided once."""
         assert "decided before" in str(error)
 
+    def assert_not_erased(self, who: str | None, at: float) -> None:
+        assert who is None or at > self.erased_at.get(who, 0.0)
+
+    @rule(who=st.sampled_from(RATERS), replay=st.booleans(), on_the_stream=st.booleans())
+    def erase(self, who: str, replay: bool, on_the_stream: bool) -> None:
+        asked = erasure(who, at=self.now, replay=replay)
+        if on_the_stream:
+            self.ledger.ingest([parsed(self.log.record(asked, self.now))], now=self.now)
+        else:
+            self.ledger.forget(asked, now=self.now)
+        found = self.ledger.erasure(asked.erasure_id)
+        assert found is not None
+        assert found.clean_ancestor < min(found.releases, default=math.inf)
+        self.erased_at[who] = self.now
+        # Their words stay in the weights, but nobody knows any more whose they were.
+        self.taught = [
+            (version, key, "" if rater == who else rater, aspect)
+            for version, key, rater, aspect in self.taught
+        ]
+
+    @precondition(lambda self: self.ledger.replay_wanted() is not None)
+    @rule(older=st.booleans())
+    def restore(self, older: bool) -> None:
+        ancestor = self.ledger.replay_wanted()
+        assert ancestor is not None
+        made = self.ledger.release(ancestor) if older else None
+        ancestor = made.parent or 0 if made is not None else ancestor
+        self.ledger.commit_restoration(release(self.ledger, restores=ancestor))
+        assert self.ledger.replay_wanted() is None
+        self.taught = [one for one in self.taught if one[0] <= ancestor]
+
     @rule(hours=st.sampled_from([1, 1, 13, 60]))
     def time_passes(self, hours: int) -> None:
         self.generation += hours == 60
@@ -381,8 +420,9 @@ class Updater(RuleBasedStateMachine):
     @invariant()
     def a_word_teaches_once(self) -> None:
         counted = self.ledger.accounting().fates.get(Topic.FEEDBACK, {}).get(Fate.TRAINED, 0)
-        assert counted == self.trained_ratings
-        assert max(self.taught.values(), default=0) <= 1
+        assert counted == len(self.taught)
+        words = Counter((key, rater, aspect) for _, key, rater, aspect in self.taught if rater)
+        assert max(words.values(), default=0) <= 1
 
     def teardown(self) -> None:
         if hasattr(self, "ledger"):

@@ -5,6 +5,7 @@ Nothing outside this package imports sqlite3.
 
 from updater.ledger.accounting import Accounting
 from updater.ledger.database import LeaseLost, LedgerError, LedgerLocked, LedgerUnavailable
+from updater.ledger.erasure import Forgotten
 from updater.ledger.examples import examples_digest
 from updater.ledger.expiry import Expired
 from updater.ledger.reader import LedgerReader
@@ -14,6 +15,7 @@ from updater.ledger.writer import Ingested, Ledger
 __all__ = [
     "Accounting",
     "Expired",
+    "Forgotten",
     "Ingested",
     "LeaseLost",
     "Ledger",

@@ -155,8 +155,10 @@ _NEVER = (
         "interactions whose body is missing or was kept too long",
     ),
     (
-        "SELECT count(*) FROM feedback f WHERE (state IN ('waiting', 'ready')) <>"
-        " EXISTS (SELECT 1 FROM feedback_bodies WHERE id = f.id)",
+        "SELECT count(*) FROM feedback f JOIN interactions i ON i.id = f.interaction WHERE"
+        " CASE WHEN EXISTS (SELECT 1 FROM feedback_bodies WHERE id = f.id)"
+        " THEN NOT (f.state IN ('waiting', 'ready') OR f.state = 'trained' AND i.retained = 1)"
+        " ELSE f.state IN ('waiting', 'ready') END",
         "ratings whose body is missing or was kept too long",
     ),
     (
@@ -179,6 +181,16 @@ _NEVER = (
         " untrainable IS NULL) <> EXISTS (SELECT 1 FROM behaviour_policies WHERE interaction ="
         " i.id)",
         "interactions whose behaviour policies are missing or were kept too long",
+    ),
+    (
+        "SELECT count(*) FROM interactions WHERE (state = 'erased') <>"
+        " (position IS NOT NULL AND subject IS NULL)",
+        "interactions that are erased and belong to somebody, or to nobody and are not",
+    ),
+    (
+        "SELECT (SELECT count(*) FROM interaction_bodies WHERE key IN doomed_keys)"
+        " + (SELECT count(*) FROM feedback_bodies WHERE key IN doomed_keys)",
+        "bodies whose key is about to be destroyed",
     ),
     (
         "SELECT count(*) FROM (SELECT 1 FROM events WHERE fate = 'trained'"

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from daemon.events import Fate, Release
+from daemon.events import Erasure, Fate, Release
 from daemon.stream import GapCause, Topic
 from updater.ledger.database import Database, LedgerError
+from updater.ledger.erasure import Forgotten, clean_ancestor, concerned, taught_versions
 from updater.ledger.stories import Stories
 
 _CHUNK = 10_000
@@ -64,7 +65,8 @@ class Books(Stories):
             Consumed(row[0], Topic(row[1]), *row[2:])
             for row in self._database.rows(
                 "SELECT id, topic, topic_id, partition, next_offset, consumed FROM positions"
-                " ORDER BY id"
+                " WHERE topic <> ? ORDER BY id",
+                Topic.ERASURES,  # instructions, compacted by the broker
             )
         ]
 
@@ -112,6 +114,28 @@ class Books(Stories):
             )
         ]
 
+    # --- for an erasure ---------------------------------------------------------------------
+
+    def would_forget(self, erasure: Erasure) -> Forgotten:
+        """What an erasure would come to now. Reads whole tables."""
+        with self._database.snapshot() as connection:
+            rows = concerned(connection, erasure)
+            taught = taught_versions(connection, erasure)
+            words = set(rows.feedback)
+            for reply in rows.interactions:
+                words.update(
+                    word
+                    for (word,) in connection.execute(
+                        "SELECT id FROM feedback WHERE (interaction = ?1 OR over = ?1)"
+                        " AND state <> 'erased'",
+                        (reply,),
+                    )
+                )
+        live = self.live_version()
+        ancestor = clean_ancestor(live, taught, self.release)
+        replay = erasure.replay and ancestor != live
+        return Forgotten(len(rows.interactions), len(words), taught, ancestor, replay)
+
     # --- one release ------------------------------------------------------------------------
 
     def behind(self, version: int) -> Lineage:
@@ -137,7 +161,8 @@ class Books(Stories):
         ((raters,),) = self._database.rows(
             "SELECT count(DISTINCT f.rater) FROM events e JOIN positions p ON p.id = e.position"
             " JOIN feedback f ON f.id = e.subject AND f.position = e.position"
-            " AND f.offset = e.offset WHERE e.decided_by = ? AND e.fate = ? AND p.topic = ?",
+            " AND f.offset = e.offset WHERE e.decided_by = ? AND e.fate = ? AND p.topic = ?"
+            " AND f.rater <> ''",
             version,
             Fate.TRAINED,
             Topic.FEEDBACK,

@@ -189,6 +189,12 @@ class Database:
                 raise
         failpoint(f"ledger.{step}.committed")
 
+    def wipe(self) -> None:
+        """Leave no old page in the WAL, as far as readers let it go; end of ``secure_delete``."""
+        with self._mutex, translated_errors(self.path):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._connection.execute("PRAGMA secure_delete = OFF")
+
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
         """Several reads of one and the same moment."""
@@ -211,6 +217,12 @@ class Database:
         """A value of ``meta``."""
         found = self.rows("SELECT value FROM meta WHERE name = ?", name)
         return str(found[0][0]) if found else None
+
+
+def read_meta(connection: sqlite3.Connection, name: str) -> str | None:
+    """A value of ``meta``, inside a transaction."""
+    row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+    return None if row is None else str(row[0])
 
 
 def set_meta(connection: sqlite3.Connection, name: str, value: str | None) -> None:

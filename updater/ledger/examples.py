@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
-from pydantic import ValidationError
-
-from daemon.events import Feedback, Interaction
+from daemon.events import Interaction
 from updater.credit import outranked
-from updater.ledger.database import LedgerError
-from updater.values import Example, TokenSequence
-
-_Model = TypeVar("_Model", Interaction, Feedback)
+from updater.ledger.bodies import Bodies
+from updater.values import Example, TokenSequence, as_sequence
 
 _Place = tuple[float, str]
 """Event time and key: the order in which examples wait."""
@@ -52,13 +46,16 @@ def examples_digest(example_ids: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(example_ids)).encode()).hexdigest()
 
 
-def read_ready(connection: sqlite3.Connection, limit: int) -> list[tuple[Example, Claim]]:
+def read_ready(
+    connection: sqlite3.Connection, bodies: Bodies, limit: int
+) -> list[tuple[Example, Claim]]:
     """At most ``limit`` (1 or more) examples that wait for a batch, oldest interaction first.
 
     Half of them, rounded up, are the oldest, so that nothing starves; the others are spread evenly
     over the rest by age, so that a batch holds fresh replies however many stale ones wait.
 
     Raises:
+        BodyErased: the key of a body is gone.
         LedgerError: a body is damaged.
     """
     oldest = _oldest(connection, limit)
@@ -68,7 +65,7 @@ def read_ready(connection: sqlite3.Connection, limit: int) -> list[tuple[Example
         chosen = {*sure, *_spread(connection, limit - len(sure), after=sure[-1])}
         others = [place for place in oldest if place not in chosen]
         chosen.update(others[: limit - len(chosen)])
-    return [_example(connection, key) for _, key in sorted(chosen)]
+    return [_example(connection, bodies, key) for _, key in sorted(chosen)]
 
 
 def _oldest(connection: sqlite3.Connection, limit: int) -> list[_Place]:
@@ -104,21 +101,18 @@ def _spread(connection: sqlite3.Connection, number: int, after: _Place) -> list[
     return found
 
 
-def _example(connection: sqlite3.Connection, key: str) -> tuple[Example, Claim]:
-    identity, event_time, body = connection.execute(
-        "SELECT i.id, i.event_time, b.body FROM interactions i"
-        " JOIN interaction_bodies b ON b.id = i.id WHERE i.key = ?",
-        (key,),
+def _example(connection: sqlite3.Connection, bodies: Bodies, key: str) -> tuple[Example, Claim]:
+    identity, event_time = connection.execute(
+        "SELECT id, event_time FROM interactions WHERE key = ?", (key,)
     ).fetchone()
     rows = connection.execute(
-        "SELECT f.id, f.over, f.feedback_id, f.event_time, b.body FROM feedback f"
-        " JOIN feedback_bodies b ON b.id = f.id"
+        "SELECT f.id, f.over, f.feedback_id, f.event_time FROM feedback f"
         " WHERE f.interaction = ? AND f.head = 1 AND f.state = 'ready'"
         " ORDER BY f.event_time, f.feedback_id LIMIT ?",
         (identity, MOST_FEEDBACK),
     ).fetchall()
     feedback = {
-        row[0]: _parse(Feedback, row[4]).model_copy(
+        row[0]: bodies.feedback(row[0]).model_copy(
             update={"feedback_id": row[2], "created_at": row[3]}
         )
         for row in rows
@@ -128,26 +122,27 @@ def _example(connection: sqlite3.Connection, key: str) -> tuple[Example, Claim]:
     over = tuple(sorted({row[1] for row in rows if row[1] is not None}))
     example = Example(
         example_id=example_id(key, (one.feedback_id for one in heard.values())),
-        interaction=_parse(Interaction, body).model_copy(update={"created_at": event_time}),
+        interaction=bodies.interaction(identity).model_copy(update={"created_at": event_time}),
         feedback=tuple(heard.values()),
-        rejected=dict(_rejected(connection, loser) for loser in over),
+        rejected=dict(_rejected(connection, bodies, loser) for loser in over),
     )
     return example, Claim(
         key, identity, tuple(heard), over, tuple(sorted(feedback.keys() - heard.keys()))
     )
 
 
-def _rejected(connection: sqlite3.Connection, identity: int) -> tuple[str, Interaction]:
-    key, event_time, body = connection.execute(
-        "SELECT i.key, i.event_time, b.body FROM interactions i"
-        " JOIN interaction_bodies b ON b.id = i.id WHERE i.id = ?",
-        (identity,),
+def _rejected(
+    connection: sqlite3.Connection, bodies: Bodies, identity: int
+) -> tuple[str, Interaction]:
+    key, event_time = connection.execute(
+        "SELECT key, event_time FROM interactions WHERE id = ?", (identity,)
     ).fetchone()
-    return key, _parse(Interaction, body).model_copy(update={"created_at": event_time})
+    return key, bodies.interaction(identity).model_copy(update={"created_at": event_time})
 
 
 def read_traffic(
     connection: sqlite3.Connection,
+    bodies: Bodies,
     limit: int,
     max_tokens: int,
     excluded: Collection[int],
@@ -157,6 +152,10 @@ def read_traffic(
     Args:
         max_tokens: longer sequences are passed over.
         excluded: ``interactions.id`` of the batch at hand, replies that lost included.
+
+    Raises:
+        BodyErased: the key of a body is gone.
+        LedgerError: a body is damaged.
     """
     scan = limit * _SCAN_PER_SEQUENCE + len(excluded)
     unrated = connection.execute(
@@ -175,21 +174,4 @@ def read_traffic(
         for identity, tokens, measurable in [*unrated, *rated]
         if measurable and tokens <= max_tokens and identity not in excluded
     ]
-    return [_sequence(connection, identity) for identity in chosen[:limit]]
-
-
-def _sequence(connection: sqlite3.Connection, identity: int) -> TokenSequence:
-    (body,) = connection.execute(
-        "SELECT body FROM interaction_bodies WHERE id = ?", (identity,)
-    ).fetchone()
-    interaction = _parse(Interaction, body)
-    return TokenSequence(interaction.prompt_token_ids, interaction.completion_token_ids)
-
-
-def _parse(model: type[_Model], body: bytes) -> _Model:
-    try:
-        return model.model_validate_json(zlib.decompress(body))
-    except (zlib.error, ValidationError):
-        pass
-    # Raised outside the handler: the cause would carry somebody's words.
-    raise LedgerError("a stored body is damaged: restore the ledger from a backup")
+    return [as_sequence(bodies.interaction(identity)) for identity in chosen[:limit]]

@@ -62,6 +62,11 @@ class Expiry:
                 (InteractionState.DECIDED, identity),
             )
             self._execute("DELETE FROM interaction_bodies WHERE id = ?", (identity,))
+            self._execute(
+                "DELETE FROM feedback_bodies WHERE id IN"
+                " (SELECT id FROM feedback WHERE interaction = ?)",
+                (identity,),
+            )
         return expired, len(rows) - expired
 
     def _waiting_feedback(self, before: float, limit: int) -> int:
@@ -80,13 +85,13 @@ class Expiry:
 
     def _tombstones(self, before: float, limit: int) -> int:
         rows = self._execute(
-            "SELECT id FROM interactions INDEXED BY interactions_forgotten"
+            "SELECT id, subject FROM interactions INDEXED BY interactions_forgotten"
             " WHERE retained = 0 AND open_preferences = 0 AND event_time < ?"
             " ORDER BY event_time LIMIT ?",
             (before, limit),
         ).fetchall()
         pruned = 0
-        for (identity,) in rows:
+        for identity, subject in rows:
             waiting = self._execute(
                 "SELECT 1 FROM feedback WHERE interaction = ? AND state = 'waiting' LIMIT 1",
                 (identity,),
@@ -95,5 +100,16 @@ class Expiry:
                 continue
             self._execute("DELETE FROM feedback WHERE interaction = ?", (identity,))
             self._execute("DELETE FROM interactions WHERE id = ?", (identity,))
+            self._drop_subject(subject)
             pruned += 1
         return pruned
+
+    def _drop_subject(self, subject: int | None) -> None:
+        """Of whom nothing is left; their key goes too."""
+        for (key,) in self._execute(
+            "DELETE FROM subjects WHERE id = ?1 AND NOT EXISTS"
+            " (SELECT 1 FROM interactions WHERE subject = ?1) RETURNING key",
+            (subject,),
+        ).fetchall():
+            if key is not None:
+                self._execute("INSERT OR IGNORE INTO doomed_keys VALUES (?)", (key,))

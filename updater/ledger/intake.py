@@ -6,8 +6,9 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from daemon.events import Erasure
 from daemon.stream import Gap, GapCause, Record
-from updater.ledger.fates import Fates
+from updater.ledger.erasure import Eraser
 from updater.ledger.joins import Joins
 from updater.ledger.rules import Arrival, Parsed
 
@@ -21,6 +22,8 @@ class _Cursor:
     """Records before it were consumed by an earlier batch."""
     arrived_at: float
     seen: set[int] = field(default_factory=set)
+    instructions: int = 0
+    """Of those: erasures. They have a row of their own, and no fate."""
 
     def is_new(self, offset: int) -> bool:
         return offset >= self.start and offset not in self.seen
@@ -29,11 +32,10 @@ class _Cursor:
 class Intake:
     """Takes one batch, inside one transaction."""
 
-    def __init__(
-        self, connection: sqlite3.Connection, fates: Fates, horizon_seconds: float
-    ) -> None:
+    def __init__(self, connection: sqlite3.Connection, joins: Joins, eraser: Eraser) -> None:
         self._execute = connection.execute
-        self._joins = Joins(connection, fates, horizon_seconds)
+        self._joins = joins
+        self._eraser = eraser
         self._cursors: dict[tuple[str, str, int], _Cursor] = {}
 
     def consume(self, records: Sequence[Parsed], now: float) -> tuple[int, int]:
@@ -48,7 +50,11 @@ class Intake:
             if not cursor.is_new(parsed.record.offset):
                 continue
             arrival = Arrival.of(parsed.record, cursor.id, now)
-            self._joins.take(parsed, arrival)
+            if isinstance(parsed.event, Erasure):
+                self._eraser.carry_out(parsed.event, arrival.at, now)
+                cursor.instructions += 1
+            else:
+                self._joins.take(parsed, arrival)
             cursor.seen.add(parsed.record.offset)
             cursor.arrived_at = max(cursor.arrived_at, arrival.at)
             new += 1
@@ -58,7 +64,7 @@ class Intake:
                 " WHERE id = ?",
                 (
                     max([cursor.start, *(offset + 1 for offset in cursor.seen)]),
-                    len(cursor.seen),
+                    len(cursor.seen) - cursor.instructions,
                     cursor.arrived_at,
                     cursor.id,
                 ),

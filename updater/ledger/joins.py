@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
-import zlib
 from dataclasses import fields
 from typing import Literal
 
-from daemon.events import Fate, Feedback, Interaction, Reason
-from daemon.stream import Record
+from daemon.events import Erasure, Fate, Feedback, Interaction, Reason, user_digest
+from updater.ledger.bodies import Bodies
 from updater.ledger.fates import Fates
-from updater.ledger.rules import Arrival, Known, Parsed, Rating, prompt_digest, rule
+from updater.ledger.keys import KeyRing
+from updater.ledger.rules import Arrival, Known, Parsed, Rating, Ruling, prompt_digest, rule
 from updater.ledger.schema import FeedbackState, InteractionState
+from updater.ledger.tombstones import Tombstones
 
 _AWAITED = InteractionState.AWAITED
-_COMPRESSION_LEVEL = 1  # half of what 9 saves at a tenth of its cost
+_ERASED = Ruling(FeedbackState.ERASED, Fate.ERASED, Reason.NONE)
 
 NOT_MEASURABLE = frozenset(
     {
@@ -36,15 +37,25 @@ class Joins:
     """Applies the rules to the tables, inside one transaction."""
 
     def __init__(
-        self, connection: sqlite3.Connection, fates: Fates, horizon_seconds: float
+        self,
+        connection: sqlite3.Connection,
+        fates: Fates,
+        keys: KeyRing,
+        tombstones: Tombstones,
+        horizon_seconds: float,
     ) -> None:
         self._execute = connection.execute
         self._fates = fates
+        self._keys = keys
+        self._bodies = Bodies(connection, keys)
+        self._tombstones = tombstones
         self._horizon_seconds = horizon_seconds
 
     def take(self, parsed: Parsed, arrival: Arrival) -> None:
         """One consumed record: its row in ``events``, and what follows from it."""
         match parsed.event:
+            case Erasure():
+                raise TypeError("an erasure is an instruction, not an event: see Intake")
             case None:
                 self._fates.record(
                     arrival.position, arrival.offset, Fate.DEAD_LETTERED, parsed.reason, None
@@ -63,30 +74,60 @@ class Joins:
                 arrival.position, arrival.offset, Fate.DUPLICATE, Reason.REPEATED_EVENT, row[0]
             )
             return
-        identity = self._write_interaction(event, parsed, arrival)
-        self._keep_body("interaction_bodies", identity, parsed.record)
-        fate = Fate.PENDING if parsed.reason is Reason.NONE else Fate.NOT_TRAINABLE
-        self._fates.record(arrival.position, arrival.offset, fate, parsed.reason, identity)
+        erased = self._tombstones.cover(event, min(event.created_at, arrival.at))
+        subject, key = (None, 0) if erased else self._subject(event)
+        identity = self._write_interaction(event, parsed, arrival, subject)
+        fate, reason = Fate.ERASED, Reason.NONE
+        if not erased:
+            self._bodies.keep("interaction", identity, parsed.record.value or b"", key)
+            fate = Fate.PENDING if parsed.reason is Reason.NONE else Fate.NOT_TRAINABLE
+            reason = parsed.reason
+        self._fates.record(arrival.position, arrival.offset, fate, reason, identity)
         if row is not None:
             for rating in self._waiting(identity):
                 self._admit_if_known(rating)
 
-    def _write_interaction(self, event: Interaction, parsed: Parsed, arrival: Arrival) -> int:
-        """Its row, over that of an awaited one if there is one; returns ``interactions.id``."""
-        trainable = parsed.reason is Reason.NONE
+    def _subject(self, event: Interaction) -> tuple[int, int]:
+        """Its row of ``subjects``, and the key for its body: the user's, or one of its own."""
+        user = "" if event.user is None else user_digest(event.user)
+        row = self._execute(
+            "SELECT id, key FROM subjects WHERE tenant = ? AND user = ?", (event.tenant, user)
+        ).fetchone()
+        if row is not None and row[1] is not None:
+            return row[0], row[1]
+        key = self._keys.new()
+        (subject,) = self._execute(
+            "INSERT INTO subjects (tenant, user, key) VALUES (?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET key = excluded.key RETURNING id",
+            (event.tenant, user, key if user else None),
+        ).fetchone()
+        return subject, key
+
+    def _write_interaction(
+        self, event: Interaction, parsed: Parsed, arrival: Arrival, subject: int | None
+    ) -> int:
+        """Its row, over that of an awaited one if there is one; returns ``interactions.id``.
+
+        Args:
+            subject: None: it was erased before it came.
+        """
+        erased = subject is None
+        trainable = parsed.reason is Reason.NONE and not erased
         length = len(event.completion_token_ids)
+        state = InteractionState.PENDING if trainable else InteractionState.DECIDED
         row = {
             "key": event.key,
+            "subject": subject,
             "position": arrival.position,
             "offset": arrival.offset,
-            "state": InteractionState.PENDING if trainable else InteractionState.DECIDED,
-            "untrainable": None if trainable else parsed.reason,
+            "state": InteractionState.ERASED if erased else state,
+            "untrainable": None if trainable or erased else parsed.reason,
             "event_time": min(event.created_at, arrival.at),
             "arrived_at": arrival.at,
-            "prompt": prompt_digest(event.prompt_token_ids),
+            "prompt": None if erased else prompt_digest(event.prompt_token_ids),
             "tokens": len(event.prompt_token_ids) + length,
             "measurable": parsed.reason not in NOT_MEASURABLE and length > 0,
-            "retained": True,
+            "retained": not erased,
         }
         assignments = ", ".join(f"{name} = excluded.{name}" for name in row)
         (identity,) = self._execute(
@@ -105,17 +146,24 @@ class Joins:
     def _take_feedback(self, event: Feedback, parsed: Parsed, arrival: Arrival) -> None:
         of = self._known_or_awaited(event.key, arrival)
         over = None if event.over_key is None else self._known_or_awaited(event.over_key, arrival)
+        event_time = min(event.created_at, arrival.at)
+        if self._tombstones.cover(event, event_time):
+            state, fate, reason = FeedbackState.ERASED, Fate.ERASED, Reason.NONE
+        elif parsed.reason is Reason.NONE:
+            state, fate, reason = FeedbackState.WAITING, Fate.PENDING, Reason.NONE
+        else:
+            state, fate, reason = FeedbackState.CLOSED, Fate.NOT_TRAINABLE, parsed.reason
         row = (
             of.id,
             None if over is None else over.id,
             event.feedback_id,
-            event.rater,
+            "" if state is FeedbackState.ERASED else event.rater,
             event.aspect,
             arrival.position,
             arrival.offset,
-            min(event.created_at, arrival.at),
+            event_time,
             arrival.at,
-            FeedbackState.WAITING if parsed.reason is Reason.NONE else FeedbackState.CLOSED,
+            state,
         )
         inserted = self._execute(
             "INSERT INTO feedback (interaction, over, feedback_id, rater, aspect, position, offset,"
@@ -133,11 +181,10 @@ class Joins:
             )
             return
         (identity,) = inserted
-        fate = Fate.PENDING if parsed.reason is Reason.NONE else Fate.NOT_TRAINABLE
-        self._fates.record(arrival.position, arrival.offset, fate, parsed.reason, identity)
-        if parsed.reason is not Reason.NONE:
+        self._fates.record(arrival.position, arrival.offset, fate, reason, identity)
+        if state is not FeedbackState.WAITING:
             return
-        self._keep_body("feedback_bodies", identity, parsed.record)
+        self._bodies.keep("feedback", identity, parsed.record.value or b"", self._keys.new())
         self._execute(
             "UPDATE interactions SET event_time = max(event_time, ?)"
             " WHERE id IN (?, ?) AND state = 'awaited'",
@@ -155,6 +202,8 @@ class Joins:
         of, over = named[0], named[1] if len(named) > 1 else None
         head = self._head(rating)
         ruling = rule(rating, of, over, head, self._horizon_seconds)
+        if self._erased_for_its_tenant(rating):
+            ruling = _ERASED
         if ruling.is_head and head is not None:
             self._unseat(head)
         self._execute(
@@ -169,6 +218,20 @@ class Joins:
             )
         else:
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating.id,))
+
+    def _erased_for_its_tenant(self, rating: Rating) -> bool:
+        """Whose reply it is, and so of which tenant a rater speaks, is known only now."""
+        if not self._tombstones.any:
+            return False
+        tenants = self._execute(
+            "SELECT s.tenant FROM interactions i JOIN subjects s ON s.id = i.subject"
+            " WHERE i.id = ?",
+            (rating.interaction,),
+        )
+        return any(
+            self._tombstones.cover_rater(rating.rater, tenant, rating.event_time)
+            for (tenant,) in tenants.fetchall()
+        )
 
     def _unseat(self, head: Rating) -> None:
         """A later rating takes the head's place; what was decided of the old one stays."""
@@ -239,9 +302,3 @@ class Joins:
             Rating(state=FeedbackState(state), **dict(zip(_OF_A_RATING, facts, strict=True)))
             for state, *facts in rows
         ]
-
-    def _keep_body(self, table: str, identity: int, record: Record) -> None:
-        self._execute(
-            f"INSERT INTO {table} (id, body) VALUES (?, ?)",
-            (identity, zlib.compress(record.value or b"", _COMPRESSION_LEVEL)),
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from daemon.events import Release
@@ -9,6 +10,8 @@ from daemon.stream import Topic
 from updater.baselines import Baselines
 from updater.ledger.accounting import Accounting, audit, read_accounting
 from updater.ledger.database import Database
+from updater.ledger.erasure import Forgotten
+from updater.ledger.withdrawal import wanted_ancestor
 
 
 class LedgerReader:
@@ -141,6 +144,37 @@ class LedgerReader:
             "SELECT manifest FROM releases WHERE published = 0 ORDER BY version"
         )
         return [Release.model_validate_json(row[0]) for row in rows]
+
+    def erasure(self, erasure_id: str) -> Forgotten | None:
+        """What an erasure came to; None: it was not carried out yet."""
+        rows = self._database.rows(
+            "SELECT interactions, feedback, releases, clean_ancestor, replay, restored_as"
+            " FROM erasures WHERE id = ?",
+            erasure_id,
+        )
+        if not rows:
+            return None
+        interactions, feedback, releases, ancestor, replay, restored_as = rows[0]
+        return Forgotten(
+            interactions,
+            feedback,
+            tuple(json.loads(releases)),
+            ancestor,
+            bool(replay),
+            restored_as,
+        )
+
+    def replay_wanted(self) -> int | None:
+        """The version that an erasure wants the policy to go back to; None: none does."""
+        with self._database.snapshot() as connection:
+            return wanted_ancestor(connection)
+
+    def withdrawn_versions(self) -> set[int]:
+        """Releases that a replay took back."""
+        return {
+            int(version)
+            for (version,) in self._database.rows("SELECT version FROM releases WHERE withdrawn")
+        }
 
     def lineage(self, version: int) -> list[tuple[str, str]]:
         """(example id, interaction key) of everything that a release learned from."""

@@ -10,6 +10,7 @@ which it is read: the same events shuffled, repeated or interleaved give the sam
   then feedback id); the others are ``duplicate/superseded_rating``. Once it is in the weights, all
   others of that rater and aspect are ``duplicate/already_trained``.
 * An interaction that no gradient follows from still joins; its feedback gets its reason.
+* Feedback on a reply that its subject had erased is ``erased`` too, whoever gave it and whenever.
 * A preference names two interactions. It is judged once both are there, by the same rules against
   each, and the two must answer one prompt.
 
@@ -23,7 +24,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from daemon.events import Fate, Feedback, Interaction, Reason
+from daemon.events import Erasure, Fate, Feedback, Interaction, Reason
 from daemon.stream import Record
 from updater.ledger.schema import FeedbackState, InteractionState
 
@@ -33,7 +34,7 @@ class Parsed:
     """A consumed record and what it turned out to be."""
 
     record: Record
-    event: Interaction | Feedback | None
+    event: Interaction | Feedback | Erasure | None
     """None: unreadable, and already acknowledged by the dead-letter topic."""
     reason: Reason = Reason.NONE
     """Unreadable: why. Readable: why no gradient follows from it, or ``NONE``."""
@@ -120,6 +121,8 @@ def rule(
     """
     closed = FeedbackState.CLOSED
     named = (of,) if over is None else (of, over)
+    if any(one.state is InteractionState.ERASED for one in named):
+        return Ruling(FeedbackState.ERASED, Fate.ERASED, Reason.NONE)
     if any(one.arrived_at > rating.arrived_at + horizon_seconds for one in named):
         return Ruling(closed, Fate.EXPIRED, Reason.NO_INTERACTION)
     if any(

@@ -1,15 +1,16 @@
 """The ledger's tables, and what each column may say.
 
 One row of ``events`` for every record that was consumed, with exactly one fate. Rows that scans
-and look-ups touch are small; bodies lie compressed in tables of their own. Everything that a cycle
-asks has an index, so that a cycle costs as much as its batch, however much is pending.
+and look-ups touch are small; bodies lie compressed and encrypted in tables of their own, their keys
+in another file (``keys.py``). Everything that a cycle asks has an index, so that a cycle costs as
+much as its batch, however much is pending.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
 
-SCHEMA_NUMBER = 2
+SCHEMA_NUMBER = 3
 
 
 class InteractionState(StrEnum):
@@ -21,6 +22,8 @@ class InteractionState(StrEnum):
     """No release, candidate or horizon has decided it."""
     DECIDED = "decided"
     """Its event has its final fate. Ratings by others may still make new examples of it."""
+    ERASED = "erased"
+    """Its subject withdrew it. If it had been decided by then, its event keeps that fate."""
 
 
 class FeedbackState(StrEnum):
@@ -38,6 +41,8 @@ class FeedbackState(StrEnum):
     """Declared not trainable after it was ready."""
     CLOSED = "closed"
     """Late, expired, superseded, or without credit: kept to know repeats."""
+    ERASED = "erased"
+    """Its rater withdrew it, or somebody the reply that it is on."""
 
 
 TABLES = """
@@ -99,9 +104,21 @@ CREATE TRIGGER events_recounted AFTER UPDATE OF fate, reason ON events BEGIN
         ON CONFLICT DO UPDATE SET events = events + 1;
 END;
 
+-- Who may ask to be forgotten.
+CREATE TABLE subjects (
+    id INTEGER PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    user TEXT NOT NULL,                      -- daemon.events.user_digest; '': nobody known
+    key INTEGER,                             -- of their replies' bodies; NULL: each has its own
+    UNIQUE (tenant, user)
+) STRICT;
+CREATE INDEX subjects_by_user ON subjects (user);
+CREATE UNIQUE INDEX subjects_by_key ON subjects (key) WHERE key IS NOT NULL;
+
 CREATE TABLE interactions (
     id INTEGER PRIMARY KEY,
     key TEXT NOT NULL UNIQUE,
+    subject INTEGER REFERENCES subjects (id), -- NULL while awaited, and once erased
     position INTEGER,                        -- NULL while awaited
     offset INTEGER,
     state TEXT NOT NULL,
@@ -115,6 +132,7 @@ CREATE TABLE interactions (
     open_preferences INTEGER NOT NULL DEFAULT 0, -- waiting or ready, naming it on either side
     retained INTEGER NOT NULL                -- the body is here and ratings are accepted
 ) STRICT;
+CREATE INDEX interactions_by_subject ON interactions (subject) WHERE subject IS NOT NULL;
 CREATE INDEX interactions_ready ON interactions (event_time, key) WHERE open_ratings > 0;
 CREATE INDEX interactions_idle ON interactions (event_time)
     WHERE retained = 1 AND open_ratings = 0 AND open_preferences = 0;
@@ -143,7 +161,8 @@ END;
 
 CREATE TABLE interaction_bodies (
     id INTEGER PRIMARY KEY,
-    body BLOB NOT NULL                       -- zlib of the record's value
+    key INTEGER NOT NULL,
+    body BLOB NOT NULL                       -- AES-GCM of zlib of the record's value
 ) STRICT;
 
 CREATE TABLE feedback (
@@ -166,7 +185,7 @@ CREATE INDEX feedback_over ON feedback (over) WHERE over IS NOT NULL;
 CREATE INDEX feedback_waiting ON feedback (arrived_at) WHERE state = 'waiting';
 CREATE INDEX feedback_ready ON feedback (arrived_at) WHERE state = 'ready';
 
--- A preference holds both of its replies until it is decided.
+-- A preference holds both of its replies until it is decided, and while it is learned from again.
 CREATE TRIGGER preference_opened AFTER INSERT ON feedback
 WHEN NEW.over IS NOT NULL AND NEW.state = 'waiting' BEGIN
     UPDATE interactions SET open_preferences = open_preferences + 1
@@ -178,17 +197,37 @@ WHEN NEW.over IS NOT NULL AND OLD.state IN ('waiting', 'ready')
     UPDATE interactions SET open_preferences = open_preferences - 1
         WHERE id IN (NEW.interaction, NEW.over);
 END;
+CREATE TRIGGER preference_reopened AFTER UPDATE OF state ON feedback
+WHEN NEW.over IS NOT NULL AND OLD.state NOT IN ('waiting', 'ready') AND NEW.state = 'ready' BEGIN
+    UPDATE interactions SET open_preferences = open_preferences + 1
+        WHERE id IN (NEW.interaction, NEW.over);
+END;
 
+-- Those of trained feedback stay as long as the reply's: a replay learns from it again.
 CREATE TABLE feedback_bodies (
     id INTEGER PRIMARY KEY,
+    key INTEGER NOT NULL,                    -- its own: rater and reader may each ask to be erased
     body BLOB NOT NULL
 ) STRICT;
+
+-- Keys that encrypt nothing any more, until they are destroyed in the other file.
+CREATE TABLE doomed_keys (
+    key INTEGER PRIMARY KEY
+) STRICT;
+CREATE TRIGGER reply_gone AFTER DELETE ON interaction_bodies
+WHEN NOT EXISTS (SELECT 1 FROM subjects WHERE key = OLD.key) BEGIN
+    INSERT OR IGNORE INTO doomed_keys VALUES (OLD.key);
+END;
+CREATE TRIGGER word_gone AFTER DELETE ON feedback_bodies BEGIN
+    INSERT OR IGNORE INTO doomed_keys VALUES (OLD.key);
+END;
 
 -- The outbox: a release is here, with the fates of its examples, before anybody hears of it.
 CREATE TABLE releases (
     version INTEGER PRIMARY KEY,
     manifest TEXT NOT NULL,
-    published INTEGER NOT NULL DEFAULT 0
+    published INTEGER NOT NULL DEFAULT 0,
+    withdrawn INTEGER NOT NULL DEFAULT 0     -- by a replay: its bytes may go, nobody descends
 ) STRICT;
 CREATE INDEX releases_unpublished ON releases (version) WHERE published = 0;
 
@@ -210,6 +249,35 @@ CREATE TABLE decisions (
     decided_by INTEGER
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX decisions_by_decision ON decisions (decided_by, fate) WHERE decided_by IS NOT NULL;
+
+-- Whose words and replies are in which release, also after their rows are gone.
+CREATE TABLE taught (
+    user TEXT NOT NULL,                      -- user_digest; '': nobody known
+    tenant TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    PRIMARY KEY (user, tenant, version)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX taught_by_version ON taught (version);
+
+-- What was asked, and what it came to. Kept, as the record that it was done.
+CREATE TABLE erasures (
+    id TEXT PRIMARY KEY,
+    request TEXT NOT NULL,                   -- daemon.events.Erasure: no names, only digests
+    applied_at REAL NOT NULL,
+    interactions INTEGER NOT NULL,
+    feedback INTEGER NOT NULL,
+    releases TEXT NOT NULL,                  -- JSON: versions that had learned from the subject
+    clean_ancestor INTEGER NOT NULL,         -- the newest in the live line that had not
+    replay INTEGER NOT NULL,
+    restored_as INTEGER                      -- the release that a replay began with
+) STRICT;
+CREATE INDEX erasures_to_replay ON erasures (id) WHERE replay = 1 AND restored_as IS NULL;
+
+-- Whatever comes in later and is older than this is erased at the door.
+CREATE TABLE tombstones (
+    scope TEXT PRIMARY KEY,
+    at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
 
 INSERT INTO meta VALUES ('ready_examples', '0'), ('lease_epoch', '0');
 """

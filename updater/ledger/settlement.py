@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from daemon.events import Fate, Reason, Release, ReleaseKind
+from daemon.events import Fate, Reason, Release, ReleaseKind, user_digest
 from updater.ledger.database import LedgerError, set_meta
 from updater.ledger.examples import Claim
 from updater.ledger.fates import Fates
@@ -28,6 +28,9 @@ OF_THE_BATCH = frozenset(
 """Reasons that say nothing of the reply itself: later feedback on it is welcome."""
 
 
+_FINAL = (FeedbackState.TRAINED, FeedbackState.REJECTED, FeedbackState.ERASED)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What is decided of a set of examples."""
@@ -43,6 +46,7 @@ class Outcome:
         return self.fate is Fate.NOT_TRAINABLE and self.reason not in OF_THE_BATCH
 
 
+_TAUGHT = "INSERT OR IGNORE INTO taught (user, tenant, version) VALUES (?, ?, ?)"
 _OUTRANKED = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, Reason.OUTRANKED_SIGNAL)
 
 
@@ -63,6 +67,24 @@ class Settlement:
         set_meta(self._connection, "live_version", None)
         outcome = Outcome(Fate.TRAINED, FeedbackState.TRAINED, decided_by=release.version)
         self.settle(claims, outcome)
+        for claim in claims.values():
+            self._note_who_taught(claim, release.version)
+
+    def _note_who_taught(self, claim: Claim, version: int) -> None:
+        """So that an erasure knows its releases, also when these rows are long gone."""
+        tenants = {}
+        for reply in (claim.interaction, *claim.over):
+            user, tenants[reply] = self._execute(
+                "SELECT s.user, s.tenant FROM interactions i JOIN subjects s ON s.id = i.subject"
+                " WHERE i.id = ?",
+                (reply,),
+            ).fetchone()
+            self._execute(_TAUGHT, (user, tenants[reply], version))
+        for rating in claim.feedback:
+            (rater,) = self._execute(
+                "SELECT rater FROM feedback WHERE id = ?", (rating,)
+            ).fetchone()
+            self._execute(_TAUGHT, (user_digest(rater), tenants[claim.interaction], version))
 
     def rejection(
         self,
@@ -121,7 +143,7 @@ class Settlement:
             " WHERE id = ?",
             (rating,),
         ).fetchone()
-        if row is None or row[5] in (FeedbackState.TRAINED, FeedbackState.REJECTED):
+        if row is None or row[5] in _FINAL:
             raise LedgerError("a rating of this batch was decided before: discard the batch")
         interaction, rater, aspect, position, offset, _, head = row
         is_head = bool(head)
@@ -132,7 +154,8 @@ class Settlement:
         self._execute(
             "UPDATE feedback SET state = ?, head = ? WHERE id = ?", (outcome.state, is_head, rating)
         )
-        self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
+        if outcome.fate is not Fate.TRAINED:
+            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
         self._fates.move(position, offset, outcome.fate, outcome.reason, outcome.decided_by)
 
     def _close_head(self, interaction: int, rater: str, aspect: str) -> None:

@@ -2,7 +2,8 @@
 
 One transaction moves offsets and the rows that they produced; one transaction decides examples and
 adds the release that learned from them. After a kill anywhere, the file holds the state before or
-after a transaction, never between. Publishing comes after, from the outbox.
+after a transaction, never between. Publishing comes after, from the outbox; so does the destruction
+of keys that nothing needs any more.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import math
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from daemon.events import Fate, Reason, Release
+from daemon.events import Erasure, Fate, Reason, Release
 from daemon.stream import Gap
 from updater.baselines import Baselines
+from updater.ledger.bodies import Bodies, BodyErased
+from updater.ledger.claims import Claims
 from updater.ledger.database import (
     Database,
     LedgerError,
@@ -28,20 +31,26 @@ from updater.ledger.database import (
     make_home,
     set_meta,
 )
-from updater.ledger.examples import Claim, read_ready, read_traffic
+from updater.ledger.erasure import Eraser, Forgotten
+from updater.ledger.examples import read_ready, read_traffic
 from updater.ledger.expiry import Expired, Expiry
 from updater.ledger.fates import Fates, count
 from updater.ledger.intake import Intake
+from updater.ledger.joins import Joins
+from updater.ledger.keys import KeyRing
 from updater.ledger.reader import LedgerReader
 from updater.ledger.rules import Parsed
 from updater.ledger.schema import FeedbackState
 from updater.ledger.settlement import Outcome, Settlement, check_release
+from updater.ledger.tombstones import Tombstones
+from updater.ledger.withdrawal import Withdrawal, check_restoration, wanted_ancestor
 from updater.values import Example, TokenSequence
 
 logger = logging.getLogger("moorline.ledger")
 
 DEFAULT_HORIZON_SECONDS = 7 * 86400.0
-_CLAIMS_KEPT = 65_536
+_DOOMED_AT_ONCE = 10_000
+_Read = TypeVar("_Read")
 _NOTHING: Mapping[str, Reason] = MappingProxyType({})
 
 
@@ -73,7 +82,7 @@ class Ledger(LedgerReader):
 
         Raises:
             LedgerLocked: another updater holds it.
-            LedgerError: not a ledger, damaged, or of another version.
+            LedgerError: not a ledger, damaged, of another version, or without its keys.
             LedgerUnavailable: the disk refused.
         """
         make_home(path)
@@ -81,7 +90,9 @@ class Ledger(LedgerReader):
         try:
             super().__init__(Database(path))
             try:
+                self._keys = self._open_keys(path.with_name(f"{path.name}.keys"))
                 self.epoch = self._database.begin_lease()
+                self._destroy_doomed(wipe=True)
             except BaseException:
                 self._database.close()
                 raise
@@ -89,7 +100,7 @@ class Ledger(LedgerReader):
             self._lock.close()
             raise
         self._horizon_seconds = horizon_seconds
-        self._claims: dict[str, Claim] = {}
+        self._claims = Claims()
         self._behind: frozenset[tuple[str, int]] = frozenset()
         self._behind_as_of = math.inf
         logger.info("ledger opened", extra={"path": str(path), "lease_epoch": self.epoch})
@@ -109,6 +120,7 @@ class Ledger(LedgerReader):
     def close(self) -> None:
         """Close the file and give the lock back."""
         super().close()
+        self._keys.close()
         self._lock.close()
 
     # --- what comes in ------------------------------------------------------------------------
@@ -127,12 +139,18 @@ class Ledger(LedgerReader):
         """
         now = time.time() if now is None else now
         with self._database.transaction("ingest") as connection:
-            fates = Fates(connection)
-            intake = Intake(connection, fates, self._horizon_seconds)
+            self._keys.discard()  # of an attempt that was rolled back
+            fates, tombstones = Fates(connection), Tombstones(connection)
+            joins = Joins(connection, fates, self._keys, tombstones, self._horizon_seconds)
+            eraser = self._eraser(connection, fates, tombstones)
+            intake = Intake(connection, joins, eraser)
             intake.record_gaps(gaps, now)
             new, replayed = intake.consume(records, now)
             changes = fates.by_topic()
+            self._keys.save()
         count(changes)
+        if eraser.carried_out:
+            self._erased()
         return Ingested(new, replayed, changes)
 
     def set_behind(self, partitions: Collection[tuple[str, int]], as_of: float) -> None:
@@ -169,7 +187,100 @@ class Ledger(LedgerReader):
             expired = Expiry(connection, fates).run(watermark, self._horizon_seconds, limit)
             changes = fates.by_topic()
         count(changes)
+        self._destroy_doomed(wipe=False)
         return expired
+
+    # --- who is forgotten ---------------------------------------------------------------------
+
+    def forget(self, erasure: Erasure, *, now: float | None = None) -> Forgotten:
+        """Carry an erasure out; on return its bodies can be read by nobody. Again is a no-op.
+
+        An erasure on the stream is carried out by ``ingest``, by the same rules.
+
+        Raises:
+            LedgerUnavailable: the disk refused; call again.
+            LeaseLost: another updater took over.
+        """
+        now = time.time() if now is None else now
+        with self._database.transaction("forget") as connection:
+            self._keys.discard()
+            fates = Fates(connection)
+            self._eraser(connection, fates, Tombstones(connection)).carry_out(erasure, now, now)
+            changes = fates.by_topic()
+            self._keys.save()
+        count(changes)
+        self._erased()
+        found = self.erasure(erasure.erasure_id)
+        assert found is not None
+        return found
+
+    def commit_restoration(self, release: Release) -> None:
+        """The policy is what ``release.restores`` was, and what was learned since waits again.
+
+        Raises:
+            LedgerError: no erasure asks for it, or the release is not that. Nothing changed.
+        """
+        with self._database.transaction("restoration") as connection:
+            check_restoration(
+                release,
+                wanted=wanted_ancestor(connection),
+                withdrawn=self.withdrawn_versions(),
+                next_version=self.next_version(),
+                epoch=self.epoch,
+            )
+            fates = Fates(connection)
+            Withdrawal(connection, fates).run(release)
+            changes = fates.by_topic()
+        count(changes)
+        self._claims.clear()
+
+    def _eraser(
+        self, connection: sqlite3.Connection, fates: Fates, tombstones: Tombstones
+    ) -> Eraser:
+        live = self.live_version()
+        return Eraser(connection, fates, self._keys, tombstones, self.release, live)
+
+    def _erased(self) -> None:
+        """After the commit: the keys go, and every old page that is still in a file."""
+        self._claims.clear()
+        self._destroy_doomed(wipe=True)
+        self._database.wipe()
+
+    def _destroy_doomed(self, *, wipe: bool) -> None:
+        """Destroy the keys that nothing needs; after a kill the next start does it."""
+        while doomed := self._database.rows(
+            "SELECT key FROM doomed_keys ORDER BY key LIMIT ?", _DOOMED_AT_ONCE
+        ):
+            self._keys.destroy([key for (key,) in doomed], wipe=wipe)
+            with self._database.transaction("keys") as connection:
+                connection.executemany("DELETE FROM doomed_keys WHERE key = ?", doomed)
+
+    def _open_keys(self, path: Path) -> KeyRing:
+        if not path.exists() and self._database.rows("SELECT 1 FROM subjects LIMIT 1"):
+            raise LedgerError(
+                f"{path} is missing, and without it nothing in the ledger can be read: restore it "
+                "from a backup, or start with a new state_dir"
+            )
+        return KeyRing(path)
+
+    def _readable(self, read: Callable[[sqlite3.Connection, Bodies], _Read]) -> _Read:
+        """Read bodies. One whose key is gone (the ledger is a copy from before an erasure, and has
+        not read of it yet) is erased here too."""
+        while True:
+            try:
+                with self._database.snapshot() as connection:
+                    return read(connection, Bodies(connection, self._keys))
+            except BodyErased as erased:
+                body = erased
+            with self._database.transaction("forget") as connection:
+                fates = Fates(connection)
+                eraser = self._eraser(connection, fates, Tombstones(connection))
+                if body.kind == "interaction":
+                    eraser.erase_interaction(body.identity)
+                else:
+                    eraser.erase_rating(body.identity)
+                changes = fates.by_topic()
+            count(changes)
 
     # --- what is learned from -----------------------------------------------------------------
 
@@ -181,21 +292,9 @@ class Ledger(LedgerReader):
         The ledger remembers which ratings it handed out under each id. A rating that arrives in
         the meantime is not part of the decision.
         """
-        with self._database.snapshot() as connection:
-            found = read_ready(connection, limit)
-        # Of one reply only the newest hand-out can be decided: an older one may hold a rating that
-        # has been replaced since, and both together would teach twice.
-        handed_out = {claim.interaction for _, claim in found}
-        self._claims = {
-            name: claim
-            for name, claim in self._claims.items()
-            if claim.interaction not in handed_out
-        }
-        for example, claim in found:
-            self._claims[example.example_id] = claim
-        while len(self._claims) > max(_CLAIMS_KEPT, len(found)):
-            self._claims.pop(next(iter(self._claims)))
-        return [example for example, _ in found]
+        return self._claims.hand_out(
+            self._readable(lambda connection, bodies: read_ready(connection, bodies, limit))
+        )
 
     def held_out_traffic(
         self, limit: int, *, exclude: Collection[str] = (), max_tokens: int = 1024
@@ -206,10 +305,10 @@ class Ledger(LedgerReader):
             exclude: example ids of the batch at hand.
             max_tokens: prompt and completion; longer ones are passed over.
         """
-        claims = [self._claims[name] for name in exclude if name in self._claims]
-        excluded = {identity for claim in claims for identity in (claim.interaction, *claim.over)}
-        with self._database.snapshot() as connection:
-            return read_traffic(connection, limit, max_tokens, excluded)
+        excluded = self._claims.interactions(exclude)
+        return self._readable(
+            lambda connection, bodies: read_traffic(connection, bodies, limit, max_tokens, excluded)
+        )
 
     # --- how it ends --------------------------------------------------------------------------
 
@@ -232,7 +331,7 @@ class Ledger(LedgerReader):
             LedgerError: the release does not follow from the live policy and this lease, or an
                 example is unknown or was decided before. Nothing changed.
         """
-        trained, aside = self._divided(example_ids, set_aside)
+        trained, aside = self._claims.divided(example_ids, set_aside)
         with self._database.transaction("release") as connection:
             check_release(
                 release,
@@ -247,7 +346,7 @@ class Ledger(LedgerReader):
             settlement.set_aside(aside, set_aside)
             self._settled(connection, baselines)
             changes = fates.by_topic()
-        self._forget(example_ids, changes)
+        self._decided(example_ids, changes)
 
     def commit_rejection(
         self,
@@ -273,7 +372,7 @@ class Ledger(LedgerReader):
         Raises:
             LedgerError: an example is unknown or was decided before. Nothing changed.
         """
-        judged, aside = self._divided(example_ids, set_aside)
+        judged, aside = self._claims.divided(example_ids, set_aside)
         now = time.time() if now is None else now
         with self._database.transaction("rejection") as connection:
             fates = Fates(connection)
@@ -282,7 +381,7 @@ class Ledger(LedgerReader):
             settlement.set_aside(aside, set_aside)
             self._settled(connection, baselines)
             changes = fates.by_topic()
-        self._forget(example_ids, changes)
+        self._decided(example_ids, changes)
         return number
 
     def set_not_trainable(
@@ -296,14 +395,14 @@ class Ledger(LedgerReader):
         Raises:
             LedgerError: an example is unknown or was decided before. Nothing changed.
         """
-        claims = self._claimed(example_ids)
+        claims = self._claims.of(example_ids)
         with self._database.transaction("not_trainable") as connection:
             fates = Fates(connection)
             outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reason)
             Settlement(connection, fates).settle(claims, outcome)
             self._settled(connection, baselines)
             changes = fates.by_topic()
-        self._forget(example_ids, changes)
+        self._decided(example_ids, changes)
 
     def mark_published(self, version: int) -> None:
         """The releases topic has acknowledged this release."""
@@ -319,37 +418,16 @@ class Ledger(LedgerReader):
         with self._database.transaction("live") as connection:
             if version and self.release(version) is None:
                 raise LedgerError(f"there is no release {version}: see `moorline releases`")
+            if version in self.withdrawn_versions():
+                raise LedgerError(f"release {version} was withdrawn for an erasure")
             set_meta(connection, "live_version", None if version is None else str(version))
-
-    def _claimed(self, example_ids: Sequence[str]) -> dict[str, Claim]:
-        if len(set(example_ids)) != len(example_ids):
-            raise LedgerError("an example is named twice in one decision")
-        unknown = [name for name in example_ids if name not in self._claims]
-        if unknown:
-            raise LedgerError(
-                f"{len(unknown)} examples (first: {unknown[0]}) were not handed out by this "
-                "ledger since it was opened, or were decided before: take a new batch"
-            )
-        return {name: self._claims[name] for name in example_ids}
-
-    def _divided(
-        self, example_ids: Sequence[str], set_aside: Mapping[str, Reason]
-    ) -> tuple[dict[str, Claim], dict[str, Claim]]:
-        """The claims of a batch: those that its candidate learned from, and the others."""
-        claims = self._claimed(example_ids)
-        strangers = set_aside.keys() - claims.keys()
-        if strangers:
-            raise LedgerError(f"{min(strangers)} is set aside but is not in the batch")
-        aside = {name: claims.pop(name) for name in set_aside}
-        return claims, aside
 
     def _settled(self, connection: sqlite3.Connection, baselines: Baselines | None) -> None:
         if baselines is not None:
             set_meta(connection, "baselines", baselines.to_json())
 
-    def _forget(
+    def _decided(
         self, example_ids: Sequence[str], changes: Counter[tuple[str, Fate, Reason]]
     ) -> None:
         count(changes)
-        for name in example_ids:
-            self._claims.pop(name, None)
+        self._claims.drop(example_ids)

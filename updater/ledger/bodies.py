@@ -1,0 +1,86 @@
+"""What people wrote, as the ledger keeps it: compressed, encrypted, bound to its row."""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from typing import Literal, TypeVar
+
+from pydantic import ValidationError
+
+from daemon.events import Feedback, Interaction
+from updater.ledger.database import LedgerError
+from updater.ledger.keys import DAMAGED, KeyDestroyed, KeyRing
+
+Kind = Literal["interaction", "feedback"]
+"""Which rows: ``<kind>_bodies``."""
+
+_COMPRESSION_LEVEL = 1  # half of what 9 saves at a tenth of its cost
+_Model = TypeVar("_Model", Interaction, Feedback)
+
+
+class BodyErased(LedgerError):
+    """A row whose key is gone before the ledger was told: its copy is older than the erasure."""
+
+    def __init__(self, kind: Kind, identity: int) -> None:
+        super().__init__(f"the body of {kind} {identity} was erased")
+        self.kind = kind
+        self.identity = identity
+
+
+class Bodies:
+    """Reads and writes them, inside somebody's transaction."""
+
+    def __init__(self, connection: sqlite3.Connection, keys: KeyRing) -> None:
+        self._execute = connection.execute
+        self._keys = keys
+
+    def keep(self, kind: Kind, identity: int, value: bytes, key: int) -> None:
+        """Store a record's value."""
+        self._execute(
+            f"INSERT INTO {kind}_bodies (id, key, body) VALUES (?, ?, ?)",
+            (identity, key, self._sealed(kind, identity, value, key)),
+        )
+
+    def change_key(self, kind: Kind, identity: int, key: int) -> None:
+        """Encrypt anew, for a subject that keeps this while another of its bodies is erased."""
+        value = self._read(kind, identity)
+        self._execute(
+            f"UPDATE {kind}_bodies SET key = ?, body = ? WHERE id = ?",
+            (key, self._sealed(kind, identity, value, key), identity),
+        )
+
+    def interaction(self, identity: int) -> Interaction:
+        """The reply of a row.
+
+        Raises:
+            BodyErased: its key was destroyed.
+            LedgerError: it is damaged.
+        """
+        return _parse(Interaction, self._read("interaction", identity))
+
+    def feedback(self, identity: int) -> Feedback:
+        """The feedback of a row; errors as ``interaction``."""
+        return _parse(Feedback, self._read("feedback", identity))
+
+    def _sealed(self, kind: Kind, identity: int, value: bytes, key: int) -> bytes:
+        packed = zlib.compress(value, _COMPRESSION_LEVEL)
+        return self._keys.seal(key, packed, f"{kind}/{identity}")
+
+    def _read(self, kind: Kind, identity: int) -> bytes:
+        key, body = self._execute(
+            f"SELECT key, body FROM {kind}_bodies WHERE id = ?", (identity,)
+        ).fetchone()
+        try:
+            return zlib.decompress(self._keys.open(key, body, f"{kind}/{identity}"))
+        except KeyDestroyed:
+            raise BodyErased(kind, identity) from None
+
+
+def _parse(model: type[_Model], value: bytes) -> _Model:
+    try:
+        return model.model_validate_json(value)
+    except ValidationError:
+        pass
+    # Raised outside the handler: the cause would carry somebody's words.
+    raise LedgerError(DAMAGED)
