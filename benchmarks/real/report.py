@@ -185,8 +185,8 @@ standard errors are called none, and a somewhat larger one on a single rule shou
 either.
 
 **Lag 0.** With one pass over fresh data p = q, and all these objectives have the same gradient: one
-run stands for all methods. `{PRODUCT}`, whose difference is what it does about stale data, is not
-run at lag 0."""
+run stands for all methods. `{PRODUCT}`, whose difference is what it does about stale data and which
+costs twice as much to run, is run at the largest lag only."""
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
