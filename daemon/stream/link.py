@@ -71,6 +71,8 @@ class Link:
         now = time.monotonic()
         if silence_seconds <= PROBE_SECONDS:
             self._answers_since = None
+            if self.last_error and self.connected:
+                self._answers_again()
         if self._connection is None and now >= self._retry_at:
             self._start(self._connect)
         elif silence_seconds > PROBE_SECONDS and now - self._probed_at > PROBE_SECONDS:
@@ -123,9 +125,7 @@ class Link:
         if self._closed:
             close_producer(connection.client)
             return
-        if self.last_error:
-            logger.info("kafka is back", extra={"bootstrap": self.settings.bootstrap})
-        self.last_error = ""
+        self._answers_again()
         self._retry_seconds = RETRY_SECONDS[0]
         self.wake.set()
 
@@ -148,6 +148,11 @@ class Link:
             self._broken = StreamUnavailable("the broker answers, but acknowledges no event")
         if self._broken is not None:
             self.wake.set()
+
+    def _answers_again(self) -> None:
+        if self.last_error:
+            logger.info("kafka is back", extra={"bootstrap": self.settings.bootstrap})
+        self.last_error = ""
 
     def _later(self) -> None:
         self._retry_at = time.monotonic() + self._retry_seconds

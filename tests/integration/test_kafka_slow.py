@@ -1,0 +1,103 @@
+"""A broker that is slow: what waits goes to the spool and out of it in order, and what is beyond
+the bound is counted. Apache Kafka behind a proxy that delays and trickles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daemon import metrics
+from daemon.broker import free_port
+from daemon.settings import StreamSettings
+from daemon.stream import Publisher, Topic
+from tests.integration.test_kafka_publisher import (
+    assert_exactly,
+    numbers_by_partition,
+    publish_numbers,
+    read_all,
+)
+from tests.kafka_fixtures import wait_until
+from tests.proxy import Proxy
+
+pytest_plugins = ("tests.kafka_fixtures",)
+
+
+@pytest.fixture(scope="module")
+def slow_kafka(request: pytest.FixtureRequest) -> Iterator[Proxy]:
+    """In front of a broker of its own, which tells its clients to come through it."""
+    port = free_port("127.0.0.1")
+    with Proxy(f"127.0.0.1:{port}") as proxy:
+        advertised = f"advertised.listeners=PLAINTEXT://{proxy.address}"
+        request.getfixturevalue("make_apache_kafka")("--port", str(port), "--set", advertised)
+        yield proxy
+
+
+@pytest.fixture
+def proxy(slow_kafka: Proxy) -> Iterator[Proxy]:
+    yield slow_kafka
+    slow_kafka.pass_on()
+
+
+def test_events_drain_in_order_while_every_answer_is_late(
+    proxy: Proxy, topic_prefix: str, tmp_path: Path
+) -> None:
+    settings = StreamSettings(bootstrap=proxy.address, topic_prefix=topic_prefix)
+    publisher = Publisher(settings, tmp_path / "spool")
+    publisher.start()
+    publish_numbers(publisher, range(200))
+    assert publisher.flush(90)
+    proxy.delay(0.8)  # there and back: longer than the publisher waits before it copies to disk
+    publish_numbers(publisher, range(200, 800))
+    wait_until(lambda: publisher.stats.spooled > 0)
+    publish_numbers(publisher, range(800, 1000))
+    assert publisher.flush(90), "the broker is slow, not away"
+    proxy.pass_on()
+    publisher.close()
+    assert publisher.stats.dropped == 0
+    assert publisher.stats.spooled == 0
+    assert_exactly(read_all(settings, Topic.INTERACTIONS, 1000), 1000)
+
+
+def test_what_a_trickling_link_leaves_no_room_for_is_counted_and_the_rest_arrives_in_order(
+    proxy: Proxy, topic_prefix: str, tmp_path: Path
+) -> None:
+    settings = StreamSettings(
+        bootstrap=proxy.address,
+        topic_prefix=topic_prefix,
+        queue_max_events=50,
+        spool_max_bytes=100_000,
+        connect_timeout_seconds=5,
+    )
+    counter = metrics.EVENTS_DROPPED.labels(Topic.INTERACTIONS.value)
+    before = counter._value.get()
+    publisher = Publisher(settings, tmp_path / "spool")
+    publisher.start()
+    publish_numbers(publisher, range(10))
+    assert publisher.flush(90)
+    proxy.delay(1.0, piece_bytes=64)
+    taken = list(range(10))
+    refused = 0
+    for number in range(10, 10_000):
+        if publish_numbers(publisher, range(number, number + 1), b"x" * 1000):
+            taken.append(number)
+        else:
+            refused += 1
+            time.sleep(0.2)
+        if refused >= 10 and publisher.stats.spooled_bytes > 90_000:
+            break
+    stats = publisher.stats
+    assert stats.dropped == counter._value.get() - before == refused
+    assert stats.queued + stats.spooled == len(taken) - 10
+    assert stats.spooled_bytes <= 100_000
+    assert not stats.connected
+    proxy.pass_on()
+    assert publisher.flush(90)
+    wait_until(lambda: publisher.stats.connected and not publisher.stats.last_error)
+    publisher.close()
+    found = numbers_by_partition(read_all(settings, Topic.INTERACTIONS, len(taken)))
+    assert sorted(number for numbers in found.values() for number in numbers) == taken
+    assert all(numbers == sorted(numbers) for numbers in found.values())
