@@ -1,0 +1,375 @@
+"""What a disk says of `fsync` counts: the order of syncs, and syncs that fail. Under strace."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon.artifacts import ArtifactStore
+from daemon.stream.spool import Spool
+from tests.daemon.test_artifacts import ALIAS, release
+from tests.updater.ledger_fixtures import Log, interaction, rating
+from updater.ledger import Ledger
+
+ROOT = Path(__file__).parents[2]
+STORE, LEDGER = "fsync", "fdatasync"
+"""The calls that each syncs by; SQLite was built for the second one, here and in Debian."""
+
+
+@functools.cache
+def why_not_traced() -> str | None:
+    if shutil.which("strace") is None:
+        return "strace is not installed (Debian: apt-get install strace)"
+    tried = subprocess.run(["strace", "-qq", "-e", "trace=fsync", "true"], capture_output=True)
+    return None if tried.returncode == 0 else "strace may not trace here (ptrace is not allowed)"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One sync or rename."""
+
+    name: str
+    path: str
+    """Of a rename: the new one."""
+    failed: bool
+
+
+def traced(
+    script: str, *arguments: object, inject: str = ""
+) -> tuple[list[Call], subprocess.CompletedProcess[str]]:
+    """Run a script of ours; its syncs and renames in order."""
+    why = why_not_traced()
+    if why is not None:
+        pytest.skip(why)
+    log = Path(str(arguments[0])).with_name("strace.log")
+    command = ["strace", "-f", "--seccomp-bpf", "-y", "-qq", "-e", "signal=none", "-o", str(log)]
+    command += ["-e", "trace=fsync,fdatasync,rename,renameat,renameat2"]
+    command += ["-e", f"inject={inject}"] if inject else []
+    done = subprocess.run(
+        [*command, sys.executable, "-c", script, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    calls = []
+    for line in log.read_text().splitlines():
+        synced = re.search(r"(fsync|fdatasync)\(\d+<(.+?)>\)\s+= (-?\d+)", line)
+        renamed = re.search(r"rename\w*\(.*\"(.+)\".*\)\s+= (-?\d+)", line)
+        if synced:
+            calls.append(Call(synced[1], synced[2], synced[3] != "0"))
+        elif renamed:
+            calls.append(Call("rename", renamed[1], renamed[2] != "0"))
+    return calls, done
+
+
+def words(calls: list[Call]) -> str:
+    """The calls by what they are about, one word each; a failed one ends in an exclamation mark."""
+    rules = (
+        (STORE, r"/artifacts/\.tmp-[^/]+/[^/]+$", "file"),
+        (STORE, r"/artifacts/\.tmp-[^/]+$", "artifact"),
+        ("rename", r"/artifacts/[0-9a-f]{64}$", "named"),
+        (STORE, r"/artifacts$", "artifacts"),
+        (LEDGER, r"/ledger\.sqlite-wal$", "ledger"),
+        (STORE, r"/\.tmp-v\d+\.json-[^/]+$", "manifest"),
+        ("rename", r"/v\d+\.json$", "recorded"),
+        (STORE, r"/\.tmp-pin\.json-[^/]+$", "pin"),
+        ("rename", r"/pin\.json$", "pinned"),
+        (STORE, rf"/releases/{ALIAS}$", "releases"),
+    )
+    said = []
+    for call in calls:
+        for name, pattern, word in rules:
+            if call.name == name and re.search(pattern, call.path):
+                said.append(word + "!" * call.failed)
+    return " ".join(said)
+
+
+# --- order ---------------------------------------------------------------------------------------
+
+CYCLE = """
+import sys
+from pathlib import Path
+from tests.updater.test_loop import Updater
+
+updater = Updater(Path(sys.argv[2]), Path(sys.argv[1]))
+updater.interact(4)
+updater.loop.cycle()
+assert [release.version for release in updater.published] == [1]
+updater.store.pin("assistant", 0, "a test")
+updater.close()
+"""
+
+
+def test_bytes_are_on_the_disk_before_a_row_names_them_and_the_row_before_the_manifest(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    calls, done = traced(CYCLE, tmp_path / "state", tiny_model_dir)
+    assert done.returncode == 0, done.stderr
+    said = words(calls)
+    an_artifact = "(?:file ){4}artifact named artifacts"
+    # One commit in between, the release's; the one after the manifest notes that it was announced.
+    assert re.search(
+        rf"{an_artifact} ledger (?:releases )?manifest recorded releases ledger "
+        r"pin pinned releases(?: ledger)?$",  # at its close the ledger is tidied
+        said,
+    ), said
+
+
+# --- a sync that fails ---------------------------------------------------------------------------
+
+PUT = """
+import sys
+from pathlib import Path
+from daemon.artifacts import ArtifactStore, StoreUnavailable
+
+store = ArtifactStore(Path(sys.argv[1]))
+for _ in range(3):
+    try:
+        store.put({"a.bin": b"first", "b.bin": b"second"})
+        print("done", flush=True)
+        break
+    except StoreUnavailable as error:
+        print(error, flush=True)
+        print(sum(1 for _ in (store.root / "artifacts").iterdir()), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "first_try"),
+    [
+        (1, "file!"),
+        (2, "file file!"),
+        (3, "file file artifact!"),
+        (4, "file file artifact named artifacts!"),
+    ],
+)
+def test_an_artifact_that_could_not_be_synced_is_abandoned_and_written_anew(
+    tmp_path: Path, failing: int, first_try: str
+) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    release(store, 1)
+    inject = f"fsync:error=EIO:when={failing}"
+    calls, done = traced(PUT, store.root, inject=inject)
+    refused, left, last = done.stdout.splitlines()
+    assert "Input/output error" in refused
+    assert left == "1", "of the failed try nothing is to be seen, not under another name either"
+    assert last == "done"
+    assert words(calls) == f"{first_try} file file artifact named artifacts"
+
+
+def test_a_disk_that_syncs_nothing_makes_no_artifact(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    release(store, 1)
+    calls, done = traced(PUT, store.root, inject="fsync:error=EIO")
+    assert done.stdout.splitlines()[1::2] == ["1", "1", "1"]
+    assert words(calls) == "file! file! file!"
+
+
+RECORD = """
+import sys
+from pathlib import Path
+from daemon.artifacts import ArtifactStore, StoreError
+from daemon.events import Release
+
+store = ArtifactStore(Path(sys.argv[1]))
+release = Release.model_validate_json(sys.argv[3])
+verbs = {
+    "record": lambda: store.record_release(release),
+    "pin": lambda: store.pin(release.alias, 1, "a test"),
+}
+for _ in range(2):
+    try:
+        verbs[sys.argv[2]]()
+        print("done")
+    except StoreError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "failing", "said"),
+    [
+        ("record", 1, "manifest! manifest recorded releases"),
+        ("record", 2, "manifest recorded releases! manifest recorded releases"),
+        ("pin", 1, "pin! pin pinned releases"),
+        ("pin", 2, "pin pinned releases! pin pinned releases"),
+    ],
+)
+def test_a_manifest_or_pin_that_could_not_be_synced_is_refused_and_written_anew(
+    tmp_path: Path, verb: str, failing: int, said: str
+) -> None:
+    store = ArtifactStore(tmp_path / "store")
+    first = release(store, 1)
+    second = first.model_copy(update={"version": 2, "parent": 1})
+    inject = f"fsync:error=EIO:when={failing}"
+    calls, done = traced(RECORD, store.root, verb, second.model_dump_json(), inject=inject)
+    refused, last = done.stdout.splitlines()
+    assert "Input/output error" in refused
+    assert last == "done"
+    assert words(calls) == said
+    if verb == "record":
+        assert store.release(ALIAS, 2) == second
+    else:
+        assert store.pinned(ALIAS) is not None
+
+
+INGEST = """
+import json, os, sys
+from pathlib import Path
+from tests.faults.test_syncs import batches
+from updater.ledger import Ledger, LedgerUnavailable
+
+ledger = Ledger(Path(sys.argv[1]))
+if "open" in sys.argv:
+    os._exit(0)
+for batch in batches():
+    for _ in range(3):
+        before = ledger.accounting().as_dict(), str(ledger.offsets())
+        try:
+            ledger.ingest(batch)
+            break
+        except LedgerUnavailable as error:
+            assert (ledger.accounting().as_dict(), str(ledger.offsets())) == before
+            print(error, flush=True)
+            if "die" in sys.argv:
+                os._exit(9)
+"""
+
+
+def batches() -> list[list[Any]]:
+    """Four batches of a log."""
+    log = Log()
+    return [
+        [log.parsed(interaction(name)), log.parsed(rating(name)), log.parsed(b"unreadable")]
+        for name in "abcd"
+    ]
+
+
+def books(path: Path) -> tuple[dict[str, Any], Any]:
+    with Ledger.open_readonly(path) as reader:
+        assert reader.audit() == []
+        return reader.accounting().as_dict(), reader.offsets()
+
+
+@pytest.mark.parametrize("fate", ["live", "die"])
+def test_a_transaction_that_could_not_be_synced_is_made_again(tmp_path: Path, fate: str) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    opening, _ = traced(INGEST, path, "open")
+    after = len(opening) + 2  # the first batch is written
+    inject = f"fsync,fdatasync:error=EIO:when={after}..{after + 1}"
+    _, done = traced(INGEST, path, fate, inject=inject)
+    refusals = done.stdout.splitlines()
+    assert done.returncode == (9 if fate == "die" else 0), done.stderr
+    assert len(refusals) == (1 if fate == "die" else 2)
+    assert all("disk I/O error" in line and "check free space" in line for line in refusals)
+    if fate == "die":  # on a disk that may hold the frames after all: before or after, not between
+        books(path)
+        with Ledger(path) as ledger:
+            for batch in batches():
+                ledger.ingest(batch)
+    reference = tmp_path / "reference.sqlite"
+    with Ledger(reference) as ledger:
+        for batch in batches():
+            ledger.ingest(batch)
+    assert books(path) == books(reference)
+
+
+LOOP = """
+import json, sys
+from pathlib import Path
+import torch
+from tests.updater.test_loop import Updater
+from daemon import metrics
+
+torch.set_num_threads(1)
+updater = Updater(Path(sys.argv[2]), Path(sys.argv[1]))
+updater.interact(4)
+phases, fates = [], []
+while not updater.published:
+    updater.loop.cycle()
+    phases.append(updater.loop.phase)
+    fates.append(updater.fates())
+print(json.dumps({
+    "phases": phases,
+    "fates": fates,
+    "digest": updater.published[0].artifact_digest,
+    "refusals": metrics.DISK_REFUSALS.labels(where="store")._value.get(),
+}))
+updater.close()
+"""
+
+
+def test_an_update_whose_bytes_cannot_be_synced_waits_and_is_made_again(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    plain = subprocess.run(
+        [sys.executable, "-c", LOOP, str(tmp_path / "plain/state"), str(tiny_model_dir)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    _, done = traced(LOOP, tmp_path / "state", tiny_model_dir, inject="fsync:error=EIO:when=6..12")
+    assert done.returncode == 0, done.stderr
+    story = json.loads(done.stdout)
+    *waiting, last = story["fates"]
+    assert len(waiting) >= 3
+    assert all(one == {"pending": 4} for one in waiting)
+    assert set(story["phases"][:-1]) == {"disk_unavailable"}
+    assert last == {"trained": 4}
+    assert story["refusals"] == len(waiting)
+    assert story["digest"] == json.loads(plain.stdout)["digest"]
+    assert done.stderr.count("unavailable, will retry") == 1
+
+
+SPOOL = """
+import json, sys, time
+from pathlib import Path
+from daemon.settings import StreamSettings
+from daemon.stream import Topic
+from daemon.stream.publisher import Publisher
+
+settings = StreamSettings(bootstrap="127.0.0.1:1", spool_max_bytes=int(sys.argv[2]))
+publisher = Publisher(settings, Path(sys.argv[1]))
+publisher.start()
+
+def safe(number):
+    waiting = [publisher.publish_durably(Topic.FEEDBACK, "k", b"x" * 900) for _ in range(number)]
+    time.sleep(2.5)
+    return [one.done() and one.result() for one in waiting]
+
+print(json.dumps([safe(int(sys.argv[3])), safe(1)]))
+publisher.close(0.1)
+"""
+
+
+@pytest.mark.parametrize(("spool_bytes", "events"), [(2**20, 1), (8 * 4096, 20)])
+def test_an_event_that_could_not_be_synced_is_in_the_spool_and_never_said_to_be_safe(
+    tmp_path: Path, spool_bytes: int, events: int
+) -> None:
+    """The second case: the sync that fails is that of a segment that is full."""
+    directory = tmp_path / "spool"
+    calls, done = traced(SPOOL, directory, spool_bytes, events, inject="fdatasync:error=EIO:when=1")
+    first, then = json.loads(done.stdout)
+    failed = [call.path for call in calls if call.failed]
+    assert len(failed) == 1
+    assert [call.path for call in calls if call.name == "fdatasync"].count(failed[0]) == 1, (
+        "a second sync of what failed says yes, and means nothing"
+    )
+    in_failed_segment = min(events, 5)
+    assert first[:in_failed_segment] == [False] * in_failed_segment
+    assert then == [True]
+    spool = Spool(directory, spool_bytes)
+    assert spool.count == events + 1
+    spool.close()
