@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from daemon.artifacts import ArtifactMissing, ArtifactStore, StoreError
-from daemon.events import Interaction, PolicySpan, Release, SamplingSettings
+from daemon.events import Interaction, PolicySpan, Release, ReleaseKind, SamplingSettings
 from updater import divergence
 from updater.policy import AdapterState, Policy
 from updater.sampling import processed_distribution, support
@@ -61,8 +61,8 @@ class Archive:
         self._release_of = release_of
         self._recent: OrderedDict[int, AdapterState] = OrderedDict()
 
-    def adapter(self, version: int) -> AdapterState:
-        """The adapter of a release.
+    def adapter(self, version: int) -> AdapterState | None:
+        """The adapter of a release; None: it is the base model.
 
         Raises:
             BehaviourUnavailable: gone or damaged.
@@ -71,6 +71,8 @@ class Archive:
             self._recent.move_to_end(version)
             return self._recent[version]
         release = self._release_of(version)
+        if release is not None and release.kind is ReleaseKind.BASE:
+            return None
         if release is None or release.artifact_digest is None:
             raise BehaviourUnavailable(version, Fallback.GONE)
         try:

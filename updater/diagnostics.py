@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from daemon import metrics
-from daemon.events import Interaction
+from daemon.events import Divergence, Interaction
 from updater.behaviour import Behaviour, Fallback
 from updater.objectives import ObjectiveOutput, measure
 from updater.values import Batch
@@ -55,6 +55,14 @@ def ringing(diagnostics: Mapping[str, float]) -> dict[str, bool]:
         alarm.name: alarm.name in diagnostics and alarm.rings(diagnostics[alarm.name])
         for alarm in ALARMS
     }
+
+
+def show_divergences(divergences: Sequence[Divergence]) -> None:
+    """How far the last candidate was from each reference, as metrics."""
+    for one in divergences:
+        metrics.KL_NATS.labels(reference=one.reference, tokens_from=one.tokens_from).set(
+            one.mean_kl_nats
+        )
 
 
 def show(diagnostics: Mapping[str, float]) -> None:

@@ -15,16 +15,17 @@ from dataclasses import replace
 
 from daemon import metrics
 from daemon.artifacts import ArtifactStore, PinUnreadable, StoreUnavailable
-from daemon.events import ArtifactFile, Decision, Divergence, Reason, Release, ReleaseKind, Verdict
+from daemon.events import ArtifactFile, Decision, Divergence, Reason, Release, Verdict
 from daemon.failpoints import failpoint
 from daemon.settings import Settings
 from daemon.stream import StreamUnavailable
 from updater.baselines import Baselines
 from updater.credit import assign_credit
-from updater.diagnostics import show
+from updater.diagnostics import show, show_divergences
 from updater.gate import Gate
 from updater.ingest import Ingest
-from updater.ledger import Ledger, LedgerUnavailable, examples_digest
+from updater.ledger import Ledger, LedgerUnavailable
+from updater.manifests import Manifests
 from updater.parity import PARITY_FILE, parity_bytes
 from updater.phase import Phase, Progress
 from updater.policy import OPTIMIZER_STATE, Policy, check_fits
@@ -73,8 +74,9 @@ class Loop:
         self._trust_region = trust_region
         self._gate = gate
         self._publish = publish
+        self._manifests = Manifests(settings, ledger, store, base_model_digest, software)
         self._base_model_digest = base_model_digest
-        self._software = software
+        self._base_adapter = trainer.live_adapter
         self._progress = progress
         self._last_divergences: tuple[Divergence, ...] = ()
         self._candidate_bytes = 0
@@ -97,7 +99,9 @@ class Loop:
             adapter = self._policy.read_adapter(directory)
             check_fits(release, adapter, self._base_model_digest, self._trainer.live_adapter)
             self._trainer.resume(adapter, (directory / OPTIMIZER_STATE).read_bytes())
-            self._last_divergences = release.divergences
+        else:
+            self._trainer.resume(self._base_adapter, None)
+        self._last_divergences = release.divergences if release is not None else ()
         logger.info("resumed", extra={"policy_version": version, "epoch": self._ledger.epoch})
         self._show_version(version)
 
@@ -120,6 +124,7 @@ class Loop:
 
     def _cycle(self, before: Phase) -> None:
         reading = self._take_in(before)
+        self._withdraw()
         self._announce()
         pinned = self._store.pinned(self._settings.alias) is not None
         if pinned or not self._enough():
@@ -158,15 +163,28 @@ class Loop:
         metrics.READY_EXAMPLES.set(self._ledger.count_ready())
         return reading
 
+    def _withdraw(self) -> None:
+        """An erasure may want it: back to the last policy that has nothing of its subject."""
+        ancestor = self._ledger.replay_wanted()
+        if ancestor is None:
+            return
+        release = self._manifests.restored(ancestor)
+        self._ledger.commit_restoration(release)
+        failpoint("loop.after_restoration")
+        logger.warning("releases withdrawn", extra={"back_to": release.restores})
+        self.resume()
+        self._announce()
+        tidy(self._store, self._ledger, self._settings.alias, self._settings.learning.keep_releases)
+
     def _enough(self) -> bool:
-        """A full batch, or a smaller one that has waited long enough."""
+        """A full batch, or a smaller one that has waited long enough; no erasure lies unread."""
         learning = self._settings.learning
         ready = self._ledger.count_ready()
-        if ready >= learning.batch_examples:
-            return True
         oldest = self._ledger.oldest_ready_at()
         waited = time.time() - oldest if oldest is not None else 0.0
-        return ready >= learning.min_batch_examples and waited >= learning.max_wait_seconds
+        long_enough = ready >= learning.min_batch_examples and waited >= learning.max_wait_seconds
+        full = ready >= learning.batch_examples
+        return (full or long_enough) and not self._ingest.erasures_unread()
 
     def _learn(self) -> str:
         """One batch to its decision; returns the outcome's name."""
@@ -273,10 +291,7 @@ class Loop:
         step = self._trust_region.largest_step(
             self._trainer.live_adapter, proposal.adapter, traffic
         )
-        for divergence in step.divergences:
-            metrics.KL_NATS.labels(
-                reference=divergence.reference, tokens_from=divergence.tokens_from
-            ).set(divergence.mean_kl_nats)
+        show_divergences(step.divergences)
         return step
 
     def _write(
@@ -315,26 +330,7 @@ class Loop:
         verdict: Verdict,
     ) -> None:
         """One transaction: the examples are trained, and the release is in the outbox."""
-        release = Release(
-            alias=self._settings.alias,
-            version=self._ledger.next_version(),
-            parent=candidate.parent,
-            kind=ReleaseKind.ADAPTER,
-            artifact_digest=candidate.artifact_digest,
-            files=files,
-            base_model_digest=self._base_model_digest,
-            created_at=time.time(),
-            offsets=self._ledger.release_offsets(),
-            examples=len(batch.examples),
-            examples_digest=examples_digest(batch.example_ids),
-            step_scale=candidate.step_scale,
-            divergences=candidate.divergences,
-            verdict=verdict,
-            diagnostics=dict(candidate.diagnostics),
-            lease_epoch=self._ledger.epoch,
-            settings_digest=self._settings.digest(),
-            software=self._software,
-        )
+        release = self._manifests.accepted(batch, candidate, files, verdict)
         failpoint("loop.before_release")
         self._ledger.commit_release(release, batch.handed_out, baselines, set_aside=batch.set_aside)
         failpoint("loop.after_release")

@@ -65,7 +65,7 @@ class Updater:
         self._ledger = Ledger(settings.ledger_path, horizon_seconds=learning.horizon_seconds)
         self._store = ArtifactStore(settings.store_dir)
         disable_progress_bar()  # a log is no terminal
-        self._reader = Reader(settings.stream, (Topic.INTERACTIONS, Topic.FEEDBACK))
+        self._reader = Reader(settings.stream, (Topic.INTERACTIONS, Topic.FEEDBACK, Topic.ERASURES))
         self._reader.seek(
             {(Topic(topic), part): at for (topic, part), at in self._ledger.offsets().items()}
         )
@@ -163,9 +163,10 @@ class Updater:
             for divergence in release.divergences:
                 if divergence.tokens_from == "traffic":
                     shown[f"kl_{divergence.reference}_nats"] = divergence.mean_kl_nats
-            shown["anchor_budget_left_nats"] = self._trust_region.anchor_budget_left_nats(
-                release.divergences
-            )
+            if release.divergences:  # else it is the base model again
+                shown["anchor_budget_left_nats"] = self._trust_region.anchor_budget_left_nats(
+                    release.divergences
+                )
         return shown
 
     def _pinned_version(self) -> int | None:
