@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = QUICK if arguments.quick else Config()
     if arguments.lags:
         config = replace(config, lags=tuple(sorted(set(arguments.lags))))
+    if arguments.methods:
+        config = replace(config, methods=tuple(arguments.methods))
     console = Console(stderr=True)
     store = Store(UNFINISHED, config)
     if arguments.fresh:
@@ -82,6 +84,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--lags", type=int, nargs="+", metavar="S", help="only these (default: all)"
+    )
+    parser.add_argument(
+        "--methods", choices=Config().methods, nargs="+", help="only these (default: all)"
     )
     parser.add_argument("--fresh", action="store_true", help="forget what was already finished")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")

@@ -83,14 +83,15 @@ def methods_at(config: Config, lag: int) -> tuple[str, ...]:
 
 
 def cells(config: Config) -> list[Cell]:
-    """All runs: the largest lag first, then the others from 0 up."""
-    return [
+    """All runs: the largest lag first, then the others from 0 up; the product's, slow, at the end."""
+    found = [
         Cell(rule, lag, method, rate)
         for lag in sorted(config.lags, key=lambda lag: (lag != max(config.lags), lag))
         for rate in config.rates
         for rule in config.rules
         for method in methods_at(config, lag)
     ]
+    return sorted(found, key=lambda cell: cell.method == PRODUCT)
 
 
 @dataclass(frozen=True)
