@@ -294,6 +294,10 @@ class Settings(BaseSettings, _Section):
         return self.state_dir / "ledger.sqlite"
 
     @property
+    def pseudonym_key_path(self) -> Path:
+        return self.state_dir / "pseudonym.key"
+
+    @property
     def spool_dir(self) -> Path:
         return self.state_dir / "spool"
 

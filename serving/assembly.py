@@ -13,8 +13,9 @@ from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.app import build_app
 
 from daemon.artifacts import ArtifactStore
+from daemon.pseudonyms import Pseudonyms
 from daemon.settings import Settings
-from serving.context import Admission, Pseudonyms, RequestMiddleware
+from serving.context import Admission, RequestMiddleware
 from serving.door import Door
 from serving.feedback import feedback_router
 from serving.mechanisms import AdapterFlip, Mechanism, WeightReload
@@ -51,7 +52,7 @@ async def assemble(
     live, admission, readiness = LivePolicy(settings.alias), Admission(), Readiness()
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
-    pseudonyms = Pseudonyms.from_file(settings.state_dir / "pseudonym.key")
+    pseudonyms = Pseudonyms.from_file(settings.pseudonym_key_path)
     app.user_middleware.append(  # last: innermost, behind authentication
         Middleware(
             RequestMiddleware,

@@ -1,6 +1,6 @@
-"""Verbs that read the ledger: audit, explain, lineage. Loaded by the `moorline` command.
+"""The updater's verbs, loaded by the `moorline` command: audit, explain, lineage, and `forget`.
 
-They open it read-only: the updater may be running or stopped.
+Those here open the ledger read-only: the updater may be running or stopped.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from daemon.cli.common import (
     settings_from,
 )
 from daemon.settings import Settings
+from updater.forget import forget
 
 if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
     from updater.audit import StreamAudit
@@ -38,6 +39,7 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel=panel)(audit)
     app.command(rich_help_panel=panel)(explain)
     app.command(rich_help_panel=panel)(lineage)
+    app.command(rich_help_panel="Operate")(forget)
 
 
 def audit(

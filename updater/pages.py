@@ -125,7 +125,9 @@ def _moments(alias: str, story: Story) -> Iterator[tuple[float, str]]:
     """(Unix seconds, what happened then)."""
     is_reply = story.kind == "interaction"
     if story.event_time is not None and story.arrived_at is not None:
-        what = "the reply ended" if is_reply else f"{story.rater} gave it ({story.aspect})"
+        what = f"{story.rater or 'somebody erased'} gave it ({story.aspect})"
+        if is_reply:
+            what = "the reply ended"
         yield story.event_time, f"{_when(story.event_time)}  {_plain(what)}"
         yield story.arrived_at, f"{_when(story.arrived_at)}  it arrived at the broker"
     for other in story.joined:
@@ -134,7 +136,7 @@ def _moments(alias: str, story: Story) -> Iterator[tuple[float, str]]:
             continue
         what = f"reply {other.name}"
         if is_reply:
-            what = f"feedback {other.name} ({other.aspect}) of {other.rater}"
+            what = f"feedback {other.name} ({other.aspect}) of {other.rater or 'somebody erased'}"
         yield other.arrived_at, f"{_when(other.arrived_at)}  {_plain(what)} arrived: {_of(other)}"
     if story.outcome is not None:
         example = f" (example {story.example_id})" if story.example_id else ""

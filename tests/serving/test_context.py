@@ -11,9 +11,9 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
+from daemon.pseudonyms import Pseudonyms
 from serving.context import (
     Admission,
-    Pseudonyms,
     RequestContext,
     RequestMiddleware,
     current_request,
