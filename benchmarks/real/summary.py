@@ -83,7 +83,7 @@ def methods_at(config: Config, lag: int) -> tuple[str, ...]:
 
 
 def cells(config: Config) -> list[Cell]:
-    """All runs: the largest lag first, then from 0 up; the product's, which are slow, at the end."""
+    """All runs: the largest lag first, then from 0 up; the product's, which are slow, last."""
     found = [
         Cell(rule, lag, method, rate)
         for lag in sorted(config.lags, key=lambda lag: (lag != max(config.lags), lag))
