@@ -1,8 +1,9 @@
 """The server: vLLM's own OpenAI app, started with Moorline's parts.
 
 Order of a start: check what can be checked in a second (model, memory, port), start the engine,
-warm it up, bring the wanted policy live, only then listen. Order of a stop: no new connections, the
-running replies to their end (``drain_seconds`` at most), the engine, then the last events.
+warm it up, bring the wanted policy live, only then listen (a store that does not answer is waited
+for half a minute, then the base model answers until it does). Order of a stop: no new connections,
+the running replies to their end (``drain_seconds`` at most), the engine, then the last events.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ FORBIDDEN_ENVIRONMENT = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATI
 
 MEMORY_BESIDE_WEIGHTS_BYTES = 1.5 * 2**30
 """Two Python processes with torch and vLLM, measured on CPU."""
+STORE_PATIENCE_SECONDS = 30.0
+"""A start waits so long for a store that does not answer; then the base model is served."""
 PUBLISHER_CLOSE_SECONDS = 5.0
 """To deliver the last events; what is left stays in the spool."""
 ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -232,7 +235,7 @@ async def _serve_engine(
     from serving.assembly import assemble
     from serving.outbox import Outbox
 
-    await engine.collective_rpc("moorline_install")
+    await engine.collective_rpc("moorline_install", args=(os.getpid(),))
     parts = await assemble(
         settings,
         engine,
@@ -243,14 +246,27 @@ async def _serve_engine(
         outbox=Outbox(publisher),
     )
     await warm_up(parts.recorder.plain_generate)
-    await parts.swaps.settle()
+    following = asyncio.create_task(parts.swaps.follow())
+    while not parts.swaps.looked:
+        if following.done():
+            raise _engine_broke(following.exception())
+        if parts.swaps.reader.waiting_seconds() > STORE_PATIENCE_SECONDS:
+            logger.error("serving_without_the_store", extra={"policy": parts.live.name})
+            break
+        await asyncio.sleep(0.02)
     parts.readiness.why_not = None
 
     with announcements(settings, parts.swaps.wake):
-        await _listen(parts, bound, engine, settings.serving.drain_seconds)
+        await _listen(parts, bound, engine, following, settings.serving.drain_seconds)
 
 
-async def _listen(parts: Parts, bound: socket.socket, engine: Any, drain_seconds: float) -> None:
+async def _listen(
+    parts: Parts,
+    bound: socket.socket,
+    engine: Any,
+    following: asyncio.Task[None],
+    drain_seconds: float,
+) -> None:
     """Answer until a signal; then let the running replies end. A broken engine ends it at once."""
     import uvicorn
 
@@ -274,7 +290,7 @@ async def _listen(parts: Parts, bound: socket.socket, engine: Any, drain_seconds
     print(f"moorline serving {parts.live.name} on {url}", flush=True)
     watchers = [
         asyncio.create_task(stopping.wait()),
-        asyncio.create_task(parts.swaps.follow()),
+        following,
         asyncio.create_task(_until_broken(engine)),
     ]
     done, _ = await asyncio.wait([http, *watchers], return_when=asyncio.FIRST_COMPLETED)
@@ -288,7 +304,11 @@ async def _listen(parts: Parts, bound: socket.socket, engine: Any, drain_seconds
     for task in (http, *watchers):
         task.cancel()
     if failure is not None:
-        raise ServerError(f"the engine cannot go on ({failure}): restarting is the remedy")
+        raise _engine_broke(failure)
+
+
+def _engine_broke(error: BaseException | None) -> ServerError:
+    return ServerError(f"the engine cannot go on ({error}): restarting is the remedy")
 
 
 async def _until_broken(engine: Any) -> None:

@@ -62,6 +62,7 @@ def status_router(
             "swaps": [record.model_dump(mode="json") for record in swaps.history],
             "publisher": publisher_stats(),
             "pinned": swaps.pinned_version,
+            "store_wait_seconds": swaps.reader.waiting_seconds(),
             "refused_versions": {str(version): why for version, why in swaps.refused.items()},
             "requests_in_flight": admission.in_flight,
         }

@@ -3,7 +3,7 @@
 The artifact store is the truth: a pin if an operator set one, else the newest release that was not
 refused. Kafka's releases topic only wakes this loop early, so swapping needs neither Kafka nor the
 updater. A release that is corrupt, unusable or fails parity is refused until this process restarts,
-and the next older one is tried.
+and the next older one is tried. A store that does not answer is waited for; what is live stays.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from daemon import metrics
-from daemon.artifacts import ArtifactStore, PinUnreadable, StoreError
+from daemon.artifacts import ArtifactStore, Pin, PinUnreadable, StoreError
 from daemon.events import Release, ReleaseKind
 from daemon.failpoints import failpoint
 from daemon.logs import describe
 from serving.mechanisms import EnginePoisoned, Mechanism, PolicyUnusable
 from serving.models import LivePolicy, Policy
 from serving.parity import Generate, Logprobs, ParityBatch, ParityError, compare, score
+from serving.store_reader import StoreReader
 
 logger = logging.getLogger("moorline.serving.swap")
 
@@ -85,11 +86,16 @@ class SwapController:
         self._base_model_digest = base_model_digest
         self._tolerance_nats = parity_tolerance_nats
         self._wake = asyncio.Event()
+        self._trouble = ""
         self.refused: dict[int, SwapOutcome] = {}
         self.history: deque[SwapRecord] = deque(maxlen=REMEMBERED_SWAPS)
         self.pinned_version: int | None = None
         self.settled = False
         """Whether the policy that should be live at start was found and is live."""
+        self.looked = False
+        """Whether a first look at the store came to an end, good or bad."""
+        self.reader = StoreReader()
+        metrics.POLICY_VERSION.labels("serving").set(live.version)
 
     def wake(self) -> None:
         """Look at the store now. Only from the event loop's thread."""
@@ -105,33 +111,43 @@ class SwapController:
             self._wake.clear()
             try:
                 await self.settle()
+                self._trouble = ""
             except EnginePoisoned:
                 raise
-            except Exception:  # a store that cannot be listed, for instance: serve on
-                logger.exception("swap_loop_failed")
+            except PinUnreadable as error:  # an operator wanted something: nothing changes
+                self._say("pin_unreadable", error)
+            except Exception as error:  # a store that cannot be listed, for instance: serve on
+                self._say("swap_loop_failed", error)
+            self.looked = True
             try:
                 await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
             except TimeoutError:
                 continue
 
     async def settle(self) -> None:
-        """Bring the wanted policy live: the first of the candidates that can be served."""
-        for version in self._wanted():
+        """Bring the wanted policy live: the first of the candidates that can be served.
+
+        Raises:
+            PinUnreadable: nobody knows which one is wanted.
+            OSError: the store cannot be read.
+            EnginePoisoned: the process must restart.
+        """
+        pin, versions = await self.reader.read(self._look)
+        self.pinned_version = None if pin is None else pin.version
+        metrics.PINNED.set(pin is not None)
+        metrics.STORE_NEWEST_VERSION.set(versions[-1] if versions else 0)
+        for version in self._wanted(pin, versions):
             if version == self._live.version or await self._swap_to(version):
                 break
         self.settled = True
         metrics.POLICY_VERSION.labels("serving").set(self._live.version)
 
-    def _wanted(self) -> Iterator[int]:
+    def _look(self) -> tuple[Pin | None, list[int]]:
+        return self._store.pinned(self._alias), self._store.versions(self._alias)
+
+    def _wanted(self, pin: Pin | None, versions: list[int]) -> Iterator[int]:
         """Versions to try, best first; the base model closes the list."""
-        try:
-            pin = self._store.pinned(self._alias)
-        except PinUnreadable as error:
-            logger.error("pin_unreadable", extra={"cause": describe(error)})
-            return  # an operator wanted something: change nothing until it can be read
-        self.pinned_version = None if pin is None else pin.version
-        metrics.PINNED.set(pin is not None)
-        newest_first = reversed(self._store.versions(self._alias))
+        newest_first = reversed(versions)
         if pin is not None:
             if pin.version not in self.refused:
                 yield pin.version
@@ -142,11 +158,17 @@ class SwapController:
             if version not in self.refused:
                 yield version
 
+    def _say(self, what: str, error: Exception) -> None:
+        """Once, not at every look."""
+        if describe(error) != self._trouble:
+            self._trouble = describe(error)
+            logger.error(what, exc_info=error)
+
     async def _swap_to(self, version: int) -> bool:
         start = time.monotonic()
         record: dict[str, Any] = {"version": version, "mode": self._mechanism.mode}
         try:
-            policy = await asyncio.to_thread(self._open, version)
+            policy = await self.reader.read(self._open, version)
             failpoint("swap.verified")
             record |= await self._change(policy)
             record["outcome"] = SwapOutcome.SWAPPED
@@ -195,15 +217,15 @@ class SwapController:
     ) -> tuple[ParityBatch | None, Logprobs | None, Logprobs | None]:
         """The sequences, the target's logprobs, and those of the policy that is live now."""
         if policy.directory is not None:
-            batch = ParityBatch.from_release(policy.directory)
+            batch = await self.reader.read(ParityBatch.from_release, policy.directory)
             if policy.release is not None and policy.release.parent == self._live.version:
                 return batch, batch.candidate, batch.parent
             return batch, batch.candidate, await self._score_live(batch)
         # The base model has no file of its own; its first child knows the logprobs of its parent.
-        child = await asyncio.to_thread(self._child_of_base)
+        child = await self.reader.read(self._child_of_base)
         if child is None or child.directory is None:
             return None, None, None
-        batch = ParityBatch.from_release(child.directory)
+        batch = await self.reader.read(ParityBatch.from_release, child.directory)
         return batch, batch.parent, await self._score_live(batch)
 
     async def _score_live(self, batch: ParityBatch) -> Logprobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -102,6 +103,31 @@ def test_a_stop_during_the_start_is_clean_too(
     time.sleep(3)
     assert server.terminate() == 0
     wait_for(server.group_is_empty)
+
+
+def test_where_nobody_knows_what_is_wanted_a_start_serves_the_base_model(
+    server_factory: Callable[..., ServerProcess], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    server = server_factory("unsure", SERVING__SWAP_MODE="reload")
+    Lineage(server, tiny_model_dir, tmp_path).release()
+    pin = server.store.root / "releases" / "assistant" / "pin.json"
+    os.mkfifo(pin)  # whoever opens it waits for a writer, as on a volume that does not answer
+    server.launch()
+    server.wait_listening()
+    assert "serving_without_the_store" in server.log.read_text(errors="replace")
+    assert server.get("/readyz").json() == {"ready": True, "why_not": None, "policy_version": 0}
+
+    (tmp_path / "pin").write_bytes(b"{")
+    writer = os.open(pin, os.O_WRONLY | os.O_NONBLOCK)  # fails if nobody waits
+    (tmp_path / "pin").replace(pin)
+    os.close(writer)
+    wait_for(lambda: server.status()["store_wait_seconds"] == 0)
+    time.sleep(3)  # several looks
+    assert server.status()["policy_version"] == 0
+    assert server.log.read_text(errors="replace").count("pin_unreadable") == 1
+
+    server.store.pin("assistant", 1, "written anew")
+    server.wait_version(1)
 
 
 def refusal(server: ServerProcess) -> str:

@@ -26,9 +26,17 @@ def reference(tiny_model_dir: Path) -> torch.nn.Module:
 
 
 def processed_logprobs(model: torch.nn.Module, event: Interaction) -> list[float]:
-    """The convention `processed`, written down anew: temperature, then top-p, renormalised."""
+    """The convention `processed`, written down anew: temperature, min-p, top-k, top-p, in this
+    order, renormalised.
+    """
     logits = completion_logits(model, event.prompt_token_ids, event.completion_token_ids)
     logits = logits / event.sampling.temperature
+    likeliest = logits.softmax(-1).amax(-1, keepdim=True)
+    outside = logits.softmax(-1) < event.sampling.min_p * likeliest
+    logits = logits.masked_fill(outside, float("-inf"))
+    if event.sampling.top_k:
+        last_in = logits.topk(event.sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < last_in, float("-inf"))
     if event.sampling.top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
@@ -46,17 +54,39 @@ def without_ids(reply: Any) -> Any:
     return fields
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        (1.0, 1.0, 0, 0.0),
+        (0.7, 1.0, 0, 0.0),
+        (1.0, 0.9, 0, 0.0),
+        (0.7, 0.9, 0, 0.0),
+        (1.0, 1.0, 5, 0.0),
+        (1.0, 1.0, 0, 0.2),
+        (0.7, 0.8, 20, 0.05),
+    ],
+)
 def test_recorded_logprobs_are_those_the_tokens_were_sampled_with(
-    reload_server: Served, reference: torch.nn.Module, temperature: float, top_p: float
+    reload_server: Served,
+    reference: torch.nn.Module,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
 ) -> None:
     reply = reload_server.server.openai().chat.completions.create(
-        model="assistant", messages=MESSAGES, temperature=temperature, top_p=top_p, max_tokens=40
+        model="assistant",
+        messages=MESSAGES,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=40,
+        extra_body={"top_k": top_k, "min_p": min_p},
     )
     (event,) = reload_server.tape.of(reply.id)
     assert event.logprob_convention is LogprobConvention.PROCESSED
-    assert (event.sampling.temperature, event.sampling.top_p) == (temperature, top_p)
+    sampling = event.sampling
+    assert (sampling.temperature, sampling.top_p) == (temperature, top_p)
+    assert (sampling.top_k, sampling.min_p) == (top_k, min_p)
     expected = processed_logprobs(reference, event)
     differences = [
         abs(recorded - value)

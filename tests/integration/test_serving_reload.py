@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,3 +142,42 @@ def test_a_corrupt_release_changes_nothing(reload_server: Served, lineage: Linea
     assert refused(reload_server, version) == "corrupt"
     assert server.status()["policy_version"] == live
     assert one_reply(server).model == f"assistant@v{live:06d}"
+
+
+def test_a_store_that_hangs_holds_up_no_reply(reload_server: Served, lineage: Lineage) -> None:
+    server = reload_server.server
+    live = server.status()["policy_version"]
+    prepared = lineage.prepare()
+    pin = server.store.root / "releases" / "assistant" / "pin.json"
+    os.mkfifo(pin)  # whoever opens it waits for a writer, as on a volume that does not answer
+    version = lineage.announce(prepared)
+    wait_for(lambda: "store_silent" in server.log.read_text(errors="replace"))
+    assert server.status()["store_wait_seconds"] > 5
+    assert server.metric("moorline_store_wait_seconds") > 5
+    for _ in range(3):
+        (event,) = reload_server.tape.of(one_reply(server).id)
+        assert [span.version for span in event.policy_spans] == [live]
+    assert server.get("/readyz").status_code == 200
+    writer = os.open(pin, os.O_WRONLY | os.O_NONBLOCK)  # fails if nobody waits
+    pin.unlink()
+    os.close(writer)
+    server.wait_version(version)
+    assert server.status()["store_wait_seconds"] < 5
+    assert "store_answers_again" in server.log.read_text(errors="replace")
+
+
+def test_a_stopped_server_catches_up_with_what_it_missed(
+    reload_server: Served, lineage: Lineage
+) -> None:
+    server = reload_server.server
+    live = server.status()["policy_version"]
+    prepared = [lineage.prepare() for _ in range(2)]
+    server.pause()
+    missed = [lineage.announce(release) for release in prepared]
+    server.resume()
+    wait_for(lambda: server.metric("moorline_store_newest_version") == missed[-1])
+    server.wait_version(missed[-1])
+    assert server.metric('moorline_policy_version{role="serving"}') == missed[-1]
+    (event,) = reload_server.tape.of(one_reply(server).id)
+    assert lineage.mean_difference_nats(event) < CLOSE_NATS
+    assert live not in missed

@@ -17,6 +17,7 @@ import openai
 
 from daemon.artifacts import ArtifactStore
 from daemon.events import Feedback, Interaction
+from daemon.failpoints import FAILPOINTS_VARIABLE
 from daemon.settings import StreamSettings
 from daemon.stream import Reader, Topic
 
@@ -44,12 +45,13 @@ class ServerProcess:
         self.url = ""
         self.process: subprocess.Popen[bytes] | None = None
 
-    def launch(self) -> None:
-        """Start without waiting."""
+    def launch(self, failpoints: str = "") -> None:
+        """Start without waiting, for the first time or again in the same state directory."""
+        self.url = ""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serving"],
-                env=self._environment,
+                env=self._environment | {FAILPOINTS_VARIABLE: failpoints},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -73,6 +75,15 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_seconds)
+
+    def pause(self) -> None:
+        """SIGSTOP: nothing of it runs until ``resume``."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
 
     def group_is_empty(self) -> bool:
         """Whether no process that the server started is left."""

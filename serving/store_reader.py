@@ -1,0 +1,69 @@
+"""The release store, read beside the event loop: a volume that blocks holds up no reply.
+
+A read of a shared volume can block for as long as the volume likes, and nothing can interrupt it.
+So each read has a daemon thread of its own, which a stop of the process does not wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import ParamSpec, TypeVar
+
+from daemon import metrics
+
+logger = logging.getLogger("moorline.serving.store")
+
+SILENT_SECONDS = 5.0
+"""A read that takes so long is said to wait."""
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+class StoreReader:
+    """Runs one read at a time; for one task."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        metrics.STORE_WAIT_SECONDS.set_function(self.waiting_seconds)
+
+    def waiting_seconds(self) -> float:
+        """For how long the read that is under way has been waiting; 0 when there is none."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    async def read(
+        self,
+        work: Callable[Arguments, Result],
+        *arguments: Arguments.args,
+        **options: Arguments.kwargs,
+    ) -> Result:
+        """What ``work`` returns or raises, whenever that is; a long wait is logged and measured."""
+        outcome: Future[Result] = Future()
+
+        def run() -> None:
+            with contextlib.suppress(InvalidStateError):  # nobody waits any more: we are stopping
+                try:
+                    result = work(*arguments, **options)
+                except Exception as error:
+                    self._since = None
+                    outcome.set_exception(error)
+                else:
+                    self._since = None
+                    outcome.set_result(result)
+
+        self._since = time.monotonic()
+        threading.Thread(target=run, name="moorline-store", daemon=True).start()
+        answer = asyncio.wrap_future(outcome)
+        done, _ = await asyncio.wait({answer}, timeout=SILENT_SECONDS)
+        if not done:
+            logger.error("store_silent", extra={"reading": work.__name__})
+            await asyncio.wait({answer})
+            logger.warning("store_answers_again", extra={"reading": work.__name__})
+        return answer.result()

@@ -1,0 +1,42 @@
+"""The alerting rules: about metrics that exist, with a remedy each, true to their own tests."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from daemon import metrics
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy/prometheus"
+RULES: list[dict[str, Any]] = [
+    rule
+    for group in yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"]
+    for rule in group["rules"]
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_every_alert_is_about_metrics_that_exist_and_says_what_to_do(rule: dict[str, Any]) -> None:
+    named = set(re.findall(r"moorline_\w+", rule["expr"]))
+    assert named
+    assert named <= {row.name for row in metrics.TABLE}
+    page, _, anchor = rule["annotations"]["runbook"].partition("#")
+    headings = re.findall(r"^## (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert anchor in {re.sub(r"[^\w ]", "", one).lower().replace(" ", "-") for one in headings}
+
+
+def test_the_rules_fire_when_they_should() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    done = subprocess.run(
+        [promtool, "test", "rules", "alerts_test.yml"], cwd=FOLDER, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
