@@ -39,7 +39,7 @@ POINTS = (
         for step in STEPS
         for point in ("begun", "before_commit", "committed")
     ),
-    *("keys.saved", "keys.destroyed"),
+    *("keys.saved", "keys.destroyed", "keys.wiped"),
 )
 ONCE = ("expire", "not_trainable", "forget", "restoration")
 GONE = "r4"

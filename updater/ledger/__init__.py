@@ -8,9 +8,10 @@ from updater.ledger.database import LeaseLost, LedgerError, LedgerLocked, Ledger
 from updater.ledger.erasure import Forgotten
 from updater.ledger.examples import examples_digest
 from updater.ledger.expiry import Expired
+from updater.ledger.intake import Ingested
 from updater.ledger.reader import LedgerReader
 from updater.ledger.rules import Parsed
-from updater.ledger.writer import Ingested, Ledger
+from updater.ledger.writer import Ledger
 
 __all__ = [
     "Accounting",

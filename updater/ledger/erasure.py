@@ -213,6 +213,13 @@ class Eraser:
         )
         self.carried_out = True
 
+    def erase_body(self, body: BodyErased) -> None:
+        """The row of a body that turned out to be erased."""
+        if body.kind == "interaction":
+            self.erase_interaction(body.identity)
+        else:
+            self.erase_rating(body.identity)
+
     def erase_interaction(self, identity: int) -> int:
         """A reply and what was said of it, or by it of others; returns how many words that were."""
         position, offset, state = self._execute(

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from daemon.events import Erasure
+from daemon.events import Erasure, Fate, Reason
 from daemon.stream import Gap, GapCause, Record
 from updater.ledger.erasure import Eraser
 from updater.ledger.joins import Joins
 from updater.ledger.rules import Arrival, Parsed
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What one call of ``Ledger.ingest`` did."""
+
+    records: int = 0
+    """Newly consumed."""
+    replayed: int = 0
+    """Records that an earlier call had consumed already: skipped."""
+    changes: Mapping[tuple[str, Fate, Reason], int] = field(default_factory=dict)
+    """(topic, fate, reason) -> events that came to it, earlier events included."""
 
 
 @dataclass

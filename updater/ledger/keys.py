@@ -38,16 +38,24 @@ class KeyDestroyed(LedgerError):
 class KeyRing:
     """AES-256-GCM under numbered keys. A number is never used twice."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, needed: bool = False) -> None:
         """Open, or create with mode 0600.
 
+        Args:
+            needed: something was encrypted: a missing file is not made, but missed.
+
         Raises:
-            LedgerError: damaged, or not a key ring.
+            LedgerError: missing though needed, damaged, or not a key ring.
             LedgerUnavailable: the disk refused.
         """
         self._path = path
         self._fresh: dict[int, bytes] = {}
         self._ciphers: OrderedDict[int, AESGCM] = OrderedDict()
+        if needed and not path.exists():
+            raise LedgerError(
+                f"{path} is missing, and without it nothing in the ledger can be read: restore it "
+                "from a backup, or start with a new state_dir"
+            )
         with translated_errors(path):
             try:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -96,19 +104,19 @@ class KeyRing:
         """Forget the new keys that were not saved: what they encrypt was rolled back."""
         self._fresh.clear()
 
-    def destroy(self, numbers: Sequence[int], *, wipe: bool) -> None:
-        """Destroy these keys; those that are gone already are no error.
-
-        Args:
-            wipe: return only when their bytes are in no file of the ring, the WAL included.
-        """
+    def destroy(self, numbers: Sequence[int]) -> None:
+        """Destroy these keys; those that are gone already are no error."""
         for number in numbers:
             self._ciphers.pop(number, None)
         with translated_errors(self._path):
             self._write("DELETE FROM keys WHERE id = ?", [(number,) for number in numbers])
-            failpoint("keys.destroyed")
-            if wipe:
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        failpoint("keys.destroyed")
+
+    def wipe(self) -> None:
+        """Return only when the bytes of destroyed keys are in no file of the ring."""
+        with translated_errors(self._path):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        failpoint("keys.wiped")
 
     def seal(self, number: int, plain: bytes, row: str) -> bytes:
         """Encrypt.

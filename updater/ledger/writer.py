@@ -9,12 +9,11 @@ of keys that nothing needs any more.
 from __future__ import annotations
 
 import logging
-import math
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -24,18 +23,12 @@ from daemon.stream import Gap
 from updater.baselines import Baselines
 from updater.ledger.bodies import Bodies, BodyErased
 from updater.ledger.claims import Claims
-from updater.ledger.database import (
-    Database,
-    LedgerError,
-    WriterLock,
-    make_home,
-    set_meta,
-)
+from updater.ledger.database import Database, LedgerError, WriterLock, make_home, set_meta
 from updater.ledger.erasure import Eraser, Forgotten
 from updater.ledger.examples import read_ready, read_traffic
 from updater.ledger.expiry import Expired, Expiry
 from updater.ledger.fates import Fates, count
-from updater.ledger.intake import Intake
+from updater.ledger.intake import Ingested, Intake
 from updater.ledger.joins import Joins
 from updater.ledger.keys import KeyRing
 from updater.ledger.reader import LedgerReader
@@ -43,6 +36,7 @@ from updater.ledger.rules import Parsed
 from updater.ledger.schema import FeedbackState
 from updater.ledger.settlement import Outcome, Settlement, check_release
 from updater.ledger.tombstones import Tombstones
+from updater.ledger.watermark import Watermark
 from updater.ledger.withdrawal import Withdrawal, check_restoration, wanted_ancestor
 from updater.values import Example, TokenSequence
 
@@ -52,18 +46,6 @@ DEFAULT_HORIZON_SECONDS = 7 * 86400.0
 _DOOMED_AT_ONCE = 10_000
 _Read = TypeVar("_Read")
 _NOTHING: Mapping[str, Reason] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Ingested:
-    """What one call of ``Ledger.ingest`` did."""
-
-    records: int = 0
-    """Newly consumed."""
-    replayed: int = 0
-    """Records that an earlier call had consumed already: skipped."""
-    changes: Mapping[tuple[str, Fate, Reason], int] = field(default_factory=dict)
-    """(topic, fate, reason) -> events that came to it, earlier events included."""
 
 
 class Ledger(LedgerReader):
@@ -86,23 +68,21 @@ class Ledger(LedgerReader):
             LedgerUnavailable: the disk refused.
         """
         make_home(path)
-        self._lock = WriterLock(path.with_name(f"{path.name}.lock"))
-        try:
+        with ExitStack() as opened:
+            self._lock = WriterLock(path.with_name(f"{path.name}.lock"))
+            opened.callback(self._lock.close)
             super().__init__(Database(path))
-            try:
-                self._keys = self._open_keys(path.with_name(f"{path.name}.keys"))
-                self.epoch = self._database.begin_lease()
-                self._destroy_doomed(wipe=True)
-            except BaseException:
-                self._database.close()
-                raise
-        except BaseException:
-            self._lock.close()
-            raise
+            opened.callback(self._database.close)
+            needed = bool(self._database.rows("SELECT 1 FROM subjects LIMIT 1"))
+            self._keys = KeyRing(path.with_name(f"{path.name}.keys"), needed=needed)
+            opened.callback(self._keys.close)
+            self.epoch = self._database.begin_lease()
+            self._wipe_due = True  # a kill may have come between an erasure and its wiping
+            self._destroy_doomed()
+            opened.pop_all()
         self._horizon_seconds = horizon_seconds
         self._claims = Claims()
-        self._behind: frozenset[tuple[str, int]] = frozenset()
-        self._behind_as_of = math.inf
+        self._watermark = Watermark(self._database)
         logger.info("ledger opened", extra={"path": str(path), "lease_epoch": self.epoch})
 
     def __enter__(self) -> Ledger:
@@ -159,8 +139,7 @@ class Ledger(LedgerReader):
         They hold the horizon back at what was read of them; all others were read up to ``as_of``,
         so that a partition in which nothing happens keeps nothing from expiring.
         """
-        self._behind = frozenset((str(topic), partition) for topic, partition in partitions)
-        self._behind_as_of = as_of
+        self._watermark.set_behind(partitions, as_of)
 
     def watermark(self, now: float) -> float:
         """Everything that arrived before this moment was read, Unix seconds; never after ``now``.
@@ -168,16 +147,7 @@ class Ledger(LedgerReader):
         Arrival is monotonous in a partition, so that no event is forgotten while the one that it
         waits for lies unread.
         """
-        read_until: dict[tuple[str, int], float] = {
-            (topic, partition): float(arrived_at)
-            for topic, partition, arrived_at, _ in self._database.rows(
-                "SELECT topic, partition, arrived_at, max(id) FROM positions"
-                " GROUP BY topic, partition"
-            )
-        }
-        return min(
-            [now, self._behind_as_of, *(read_until.get(place, 0.0) for place in self._behind)]
-        )
+        return self._watermark.at(now)
 
     def expire(self, now: float | None = None, *, limit: int = 10_000) -> Expired:
         """Apply the horizon to at most ``limit`` rows of each kind; the rest at the next call."""
@@ -187,7 +157,7 @@ class Ledger(LedgerReader):
             expired = Expiry(connection, fates).run(watermark, self._horizon_seconds, limit)
             changes = fates.by_topic()
         count(changes)
-        self._destroy_doomed(wipe=False)
+        self._destroy_doomed()
         return expired
 
     # --- who is forgotten ---------------------------------------------------------------------
@@ -243,25 +213,21 @@ class Ledger(LedgerReader):
     def _erased(self) -> None:
         """After the commit: the keys go, and every old page that is still in a file."""
         self._claims.clear()
-        self._destroy_doomed(wipe=True)
-        self._database.wipe()
+        self._wipe_due = True
+        self._destroy_doomed()
 
-    def _destroy_doomed(self, *, wipe: bool) -> None:
+    def _destroy_doomed(self) -> None:
         """Destroy the keys that nothing needs; after a kill the next start does it."""
         while doomed := self._database.rows(
             "SELECT key FROM doomed_keys ORDER BY key LIMIT ?", _DOOMED_AT_ONCE
         ):
-            self._keys.destroy([key for (key,) in doomed], wipe=wipe)
+            self._keys.destroy([key for (key,) in doomed])
             with self._database.transaction("keys") as connection:
                 connection.executemany("DELETE FROM doomed_keys WHERE key = ?", doomed)
-
-    def _open_keys(self, path: Path) -> KeyRing:
-        if not path.exists() and self._database.rows("SELECT 1 FROM subjects LIMIT 1"):
-            raise LedgerError(
-                f"{path} is missing, and without it nothing in the ledger can be read: restore it "
-                "from a backup, or start with a new state_dir"
-            )
-        return KeyRing(path)
+        if self._wipe_due:
+            self._keys.wipe()
+            self._database.wipe()
+            self._wipe_due = False
 
     def _readable(self, read: Callable[[sqlite3.Connection, Bodies], _Read]) -> _Read:
         """Read bodies. One whose key is gone (the ledger is a copy from before an erasure, and has
@@ -275,10 +241,7 @@ class Ledger(LedgerReader):
             with self._database.transaction("forget") as connection:
                 fates = Fates(connection)
                 eraser = self._eraser(connection, fates, Tombstones(connection))
-                if body.kind == "interaction":
-                    eraser.erase_interaction(body.identity)
-                else:
-                    eraser.erase_rating(body.identity)
+                eraser.erase_body(body)
                 changes = fates.by_topic()
             count(changes)
 
