@@ -37,14 +37,15 @@ WINDOWS = 5
 """The run is timed in so many equal parts: the last should be as fast as the first."""
 
 
-def interaction(number: int, tokens: int, generator: random.Random) -> Interaction:
-    """A reply of the given length, a third of it prompt."""
+def interaction(number: int, tokens: int, users: int, generator: random.Random) -> Interaction:
+    """A reply of the given length, a third of it prompt, to one of so many users (0: to nobody
+    known, so that its body has a key of its own)."""
     prompt = tokens // 3
     reply = tokens - prompt
     return Interaction(
         interaction_id=f"chatcmpl-{generator.getrandbits(128):032x}",
         alias="assistant",
-        user=f"u{number % 1000}",
+        user=f"u{number % users}" if users else None,
         created_at=time.time(),
         latency_seconds=1.0,
         prompt_token_ids=tuple(generator.choices(range(VOCABULARY), k=prompt)),
@@ -134,6 +135,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "interactions": arguments.interactions,
         "tokens": arguments.tokens,
+        "users": arguments.users,
         "batch": arguments.batch,
         "events_per_second": [round(n / wall) for n, wall, _ in windows],
         "events_per_cpu_second": [round(n / cpu) for n, _, cpu in windows],
@@ -165,7 +167,7 @@ def fill(
             (window + 1) * arguments.interactions // WINDOWS,
         )
         for number in numbers:
-            event = interaction(number, arguments.tokens, generator)
+            event = interaction(number, arguments.tokens, arguments.users, generator)
             feeder.add(Topic.INTERACTIONS, event.interaction_id, event.to_bytes())
             if number % 100 == 0:
                 rated.append(event.interaction_id)
@@ -182,6 +184,7 @@ def main() -> None:
     )
     parser.add_argument("--interactions", type=int, default=200_000, help="pending at once")
     parser.add_argument("--tokens", type=int, default=300, help="prompt and reply of each")
+    parser.add_argument("--users", type=int, default=1000, help="0: nobody is known")
     parser.add_argument("--batch", type=int, default=500, help="records in one transaction")
     parser.add_argument("--folder", type=Path, help="on which disk; default: the temporary one")
     parser.add_argument("--seed", type=int, default=0)
