@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OR_NONE := || [ $$? -eq 5 ]  # ARGS may choose none of the one kind
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest clean
+.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest bench-outage chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -43,6 +43,12 @@ bench-estimators: setup  ## divergence of a token: binary, top-k or exact; bias,
 
 bench-ingest: setup  ## how fast events enter the ledger, and in how much memory
 	@$(BIN)/python -m benchmarks.ingest $(ARGS)
+
+bench-outage: setup  ## reply latency while the broker is gone, silent or slow (10 minutes; QUICK=1)
+	@$(BIN)/python -m benchmarks.outage $(if $(QUICK),--quick) $(ARGS)
+
+chaos: setup  ## kill, cut, fill and corrupt a running whole, then compare the books (DURATION=600 SEED=...)
+	@$(BIN)/python -m tests.chaos --output --duration $(or $(DURATION),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:  ## remove the environment and everything that was generated
 	rm -rf $(VENV) .models demo build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,292 @@
+"""The verdict: the books after the chaos against those of a run without faults.
+
+When a record arrives is no property of the log, so the reference is told one thing: how far the
+stream had been read when each decision was made, which every release and every rejection records as
+its offsets. Everything else it computes again: it reads the same log from its beginning with a new
+ledger, store and policy, without a fault, and must end with the same fates, the same offsets, the
+same decisions and the same bytes of weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daemon.artifacts import ArtifactStore
+from daemon.events import Feedback, Reason, Release
+from daemon.settings import Settings, StreamSettings
+from daemon.stream import Gap, Reader, Record, ReleaseFollower, Topic
+from updater.ledger import Ledger, LedgerReader
+
+READ_SECONDS = 60.0
+Place = tuple[Topic, int]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One batch's end."""
+
+    at: float
+    name: str
+    """What became of it: "v7 <artifact>", or a rejection's reason."""
+    offsets: Mapping[Place, int]
+    """How far the stream had been read."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where an updater ended."""
+
+    accounting: dict[str, Any]
+    offsets: dict[str, int]
+    decisions: list[str]
+    weights: list[str]
+    """Artifact digests of the releases: adapter and optimiser state."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the comparison found."""
+
+    accounting_equal: bool
+    offsets_equal: bool
+    weights_equal: bool
+    releases: int
+    rejections: int
+    events: int
+    violations: tuple[str, ...]
+
+
+def read_log(stream: StreamSettings) -> list[Record]:
+    """Everything in both topics, partition by partition."""
+    reader = Reader(stream, (Topic.INTERACTIONS, Topic.FEEDBACK))
+    records: list[Record] = []
+    try:
+        records += reader.poll(1000, READ_SECONDS)
+        while any(events > 0 for events in reader.lag().values()):
+            records += reader.poll(1000, 5.0)
+    finally:
+        reader.close()
+    return records
+
+
+def decisions(ledger: LedgerReader) -> list[Decision]:
+    """Every release and rejection, in order."""
+
+    def places(offsets: Mapping[str, Mapping[Any, int]]) -> dict[Place, int]:
+        return {
+            (Topic(topic), int(partition)): offset
+            for topic, partitions in offsets.items()
+            for partition, offset in partitions.items()
+        }
+
+    everything = 10**9
+    found = [
+        Decision(one.created_at, _name(one), places(one.offsets))
+        for one in ledger.releases(everything)
+    ]
+    found += [
+        Decision(one["at"], f"rejected: {one['reason']}", places(one["record"]["offsets"]))
+        for one in ledger.rejections(everything)
+    ]
+    return sorted(found, key=lambda one: one.at)
+
+
+def _name(release: Release) -> str:
+    return f"v{release.version} {release.artifact_digest} {release.examples_digest}"
+
+
+def outcome(ledger: LedgerReader) -> Outcome:
+    return Outcome(
+        accounting=json.loads(json.dumps(ledger.accounting().as_dict(), default=str)),
+        offsets={f"{t}/{p}": offset for (t, p), (_, offset) in sorted(ledger.offsets().items())},
+        decisions=[one.name for one in decisions(ledger)],
+        weights=[str(release.artifact_digest) for release in ledger.releases(10**9)],
+    )
+
+
+class Script:
+    """A reader that gives the log in the given portions, one a poll."""
+
+    def __init__(self, log: Sequence[Record], cuts: Sequence[Mapping[Place, int]]) -> None:
+        self._portions: list[list[Record]] = []
+        read: dict[Place, int] = {}
+        for cut in [*cuts, None]:
+            self._portions.append(
+                [
+                    record
+                    for record in log
+                    if record.offset >= read.get((record.topic, record.partition), 0)
+                    and (
+                        cut is None or record.offset < cut.get((record.topic, record.partition), 0)
+                    )
+                ]
+            )
+            read |= cut or {}
+
+    @property
+    def left(self) -> int:
+        return len(self._portions)
+
+    def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
+        del max_records, timeout_seconds
+        return self._portions.pop(0) if self._portions else []
+
+    def gaps(self) -> list[Gap]:
+        return []
+
+    def lag(self) -> dict[Place, int]:
+        return {}
+
+    def commit(self, positions: Mapping[Place, tuple[str, int]]) -> None:
+        del positions
+
+
+class Discarded:
+    """Where the reference's dead letters go: only their count matters."""
+
+    def send(self, record: Record, reason: Reason, stage: str) -> None:
+        del record, reason, stage
+
+
+def run_reference(
+    settings: Settings, log: Sequence[Record], cuts: Sequence[Mapping[Place, int]]
+) -> Outcome:
+    """An updater without faults, in this process, in a state directory of its own."""
+    import torch
+
+    from updater.assembly import assemble
+
+    torch.set_num_threads(settings.learning.threads or torch.get_num_threads())
+    script = Script(log, cuts)
+    settings.state_dir.mkdir(parents=True)
+    ledger = Ledger(settings.ledger_path, horizon_seconds=settings.learning.horizon_seconds)
+    try:
+        loop, _ = assemble(
+            settings,
+            ledger=ledger,
+            store=ArtifactStore(settings.store_dir),
+            reader=script,
+            dead_letters=Discarded(),
+            publish=lambda _: None,
+        )
+        loop.resume()
+        while script.left:
+            loop.cycle()
+    finally:
+        ledger.close()
+    with Ledger.open_readonly(settings.ledger_path) as reader:
+        return outcome(reader)
+
+
+def judge(
+    settings: Settings,
+    reference_dir: Path,
+    acknowledged: set[str],
+    versions_seen: set[int],
+) -> Verdict:
+    """Compare what is there now with what must be there.
+
+    Args:
+        settings: of the updater that lived through the chaos; it must have ended.
+        acknowledged: ids of ratings that somebody said were safe.
+        versions_seen: that replies claimed to be of.
+    """
+    violations: list[str] = []
+    log = read_log(settings.stream)
+    with Ledger.open_readonly(settings.ledger_path) as ledger:
+        found = outcome(ledger)
+        made = decisions(ledger)
+        releases = ledger.releases(10**9)
+        violations += [f"ledger: {line}" for line in ledger.audit()]
+        violations += [f"never announced: v{one.version}" for one in ledger.unpublished()]
+    violations += _lost(log, acknowledged)
+    violations += _unread(log, found)
+    violations += _announcements(settings, releases)
+    approved = {0, *(release.version for release in releases)}
+    violations += [
+        f"a reply claimed to be of v{version}, which was never released"
+        for version in sorted(versions_seen - approved)
+    ]
+    expected = run_reference(
+        settings.model_copy(update={"state_dir": reference_dir}), log, [one.offsets for one in made]
+    )
+    return Verdict(
+        accounting_equal=found.accounting == expected.accounting,
+        offsets_equal=found.offsets == expected.offsets,
+        weights_equal=(found.decisions, found.weights) == (expected.decisions, expected.weights),
+        releases=len(releases),
+        rejections=len(made) - len(releases),
+        events=len(log),
+        violations=(*violations, *_differences(found, expected)),
+    )
+
+
+def _lost(log: Sequence[Record], acknowledged: set[str]) -> list[str]:
+    there = set()
+    for record in log:
+        if record.topic is Topic.FEEDBACK and record.value:
+            try:
+                there.add(Feedback.model_validate_json(record.value).feedback_id)
+            except ValueError:
+                continue
+    lost = sorted(acknowledged - there)
+    return [f"acknowledged and not in the stream: {len(lost)}, first {lost[0]}"] if lost else []
+
+
+def _unread(log: Sequence[Record], found: Outcome) -> list[str]:
+    ends: dict[str, int] = {}
+    for record in log:
+        place = f"{record.topic}/{record.partition}"
+        ends[place] = max(ends.get(place, 0), record.offset + 1)
+    return [
+        f"{place}: the log ends at {end}, the ledger stands at {found.offsets.get(place, 0)}"
+        for place, end in sorted(ends.items())
+        if found.offsets.get(place, 0) != end
+    ]
+
+
+def _announcements(settings: Settings, releases: Sequence[Release]) -> list[str]:
+    ours = {release.version: release for release in releases}
+    announced: dict[int, Release] = {}
+    follower = ReleaseFollower(settings.stream, settings.alias)
+    try:
+        while told := follower.poll(5.0):
+            announced |= {release.version: release for release in told}
+    finally:
+        follower.close()
+    # Compaction may leave only the newest.
+    violations = [
+        f"v{version} on the topic is not what the ledger says"
+        for version, release in announced.items()
+        if ours.get(version) != release
+    ]
+    if releases and releases[-1].version not in announced:
+        violations.append(f"v{releases[-1].version} is not on the topic")
+    store = ArtifactStore(settings.store_dir)
+    violations += [
+        f"v{release.version} in the store is not what the ledger says"
+        for release in releases
+        if store.release(settings.alias, release.version) != release
+    ]
+    return violations
+
+
+def _differences(found: Outcome, expected: Outcome) -> list[str]:
+    violations = []
+    if found.accounting != expected.accounting:
+        violations.append(f"accounting {found.accounting}, without faults {expected.accounting}")
+    if found.offsets != expected.offsets:
+        violations.append(f"offsets {found.offsets}, without faults {expected.offsets}")
+    for number, (ours, theirs) in enumerate(zip(found.decisions, expected.decisions, strict=False)):
+        if ours != theirs:
+            violations.append(f"decision {number}: {ours}, without faults {theirs}")
+            break
+    if len(found.decisions) != len(expected.decisions):
+        violations.append(
+            f"{len(found.decisions)} decisions, without faults {len(expected.decisions)}"
+        )
+    return violations

@@ -1,0 +1,175 @@
+"""The chaos harness: its schedule follows from the seed, and its oracle sees what it must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.events import Feedback, Interaction, LogprobConvention, PolicySpan, SamplingSettings
+from daemon.settings import Settings, load_settings
+from daemon.stream import Record, Topic
+from tests.chaos import oracle
+from tests.chaos.oracle import Outcome, Script, decisions, outcome, run_reference
+from tests.chaos.schedule import KINDS, schedule, updater_lives
+from tests.chaos.world import UPDATER_SETTINGS
+from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
+from updater.ledger import Ledger
+from updater.policy import Policy
+
+EVERYTHING = frozenset(need for kind in KINDS for need in kind.needs)
+
+
+@given(st.integers(0, 10**6))
+def test_a_seed_gives_the_same_faults_again(seed: int) -> None:
+    assert schedule(seed, 600, EVERYTHING) == schedule(seed, 600, EVERYTHING)
+    assert list(islice(updater_lives(seed), 50)) == list(islice(updater_lives(seed), 50))
+
+
+@given(st.integers(0, 10**6))
+def test_what_a_machine_lacks_changes_none_of_the_other_faults(seed: int) -> None:
+    needy = {kind.name for kind in KINDS if kind.needs}
+    all_of_it = [fault for fault in schedule(seed, 600, EVERYTHING) if fault.kind not in needy]
+    assert schedule(seed, 600, frozenset()) == all_of_it
+
+
+def test_ten_minutes_hold_every_kind_of_fault() -> None:
+    struck = {fault.kind for seed in range(3) for fault in schedule(seed, 600, EVERYTHING)}
+    assert struck == {kind.name for kind in KINDS}
+
+
+def a_log(interactions: Sequence[Interaction]) -> list[Record]:
+    """Replies with a rating each, in two partitions of each topic."""
+    records = []
+    for number, interaction in enumerate(interactions):
+        rating = Feedback.model_validate(
+            {
+                "feedback_id": f"fb-{number}",
+                "interaction_id": interaction.interaction_id,
+                "value": 1 if number % 3 else -1,
+                "created_at": 2_000.0 + number,
+            }
+        )
+        for topic, event in ((Topic.INTERACTIONS, interaction), (Topic.FEEDBACK, rating)):
+            place = (topic, str(topic), number % 2, number // 2)
+            records.append(Record(*place, 3_000_000, None, event.to_bytes()))
+    return records
+
+
+def some_replies(number: int) -> list[Interaction]:
+    """What nobody wrote: good enough to be counted."""
+    return [
+        Interaction(
+            interaction_id=f"chatcmpl-{index}",
+            alias=ALIAS,
+            created_at=1_000.0 + index,
+            latency_seconds=0.1,
+            prompt_token_ids=(1, 2),
+            completion_token_ids=(3,),
+            completion_logprobs=(-1.0,),
+            logprob_convention=LogprobConvention.PROCESSED,
+            sampling=SamplingSettings(),
+            policy_spans=(PolicySpan(version=0, start=0, end=1),),
+            finish_reason="stop",
+        )
+        for index in range(number)
+    ]
+
+
+BOTH = (Topic.INTERACTIONS, Topic.FEEDBACK)
+
+
+@given(st.lists(st.integers(0, 10), max_size=5))
+def test_a_script_gives_every_record_once_and_none_before_its_cut(ends: list[int]) -> None:
+    log = a_log(some_replies(20))
+    cuts = [{(Topic.FEEDBACK, part): end for part in (0, 1)} for end in sorted(ends)]
+    script = Script(log, cuts)
+    given_so_far: list[Record] = []
+    for cut in cuts:
+        given_so_far += script.poll(1, 0.0)
+        feedback = [one for one in given_so_far if one.topic is Topic.FEEDBACK]
+        assert all(one.offset < cut[one.topic, one.partition] for one in feedback)
+        assert len(feedback) == sum(cut.values())
+    given_so_far += script.poll(1, 0.0)
+    assert sorted(map(repr, given_so_far)) == sorted(map(repr, log))
+    assert script.left == 0
+
+
+@pytest.fixture
+def settings_in(tiny_model_dir: Path, tmp_path: Path) -> Callable[[str], Settings]:
+    """Settings of a reference, by the name of its state directory."""
+
+    def make(name: str) -> Settings:
+        variables = {f"MOORLINE_{key}": value for key, value in UPDATER_SETTINGS.items()}
+        variables |= {
+            "MOORLINE_MODEL__PATH": str(tiny_model_dir),
+            "MOORLINE_STATE_DIR": str(tmp_path / name),
+        }
+        return load_settings(environment=variables)
+
+    return make
+
+
+def test_the_same_log_cut_at_the_same_places_gives_the_same_weights_and_another_does_not(
+    settings_in: Callable[[str], Settings],
+) -> None:
+    learning = settings_in("first").learning
+    policy = Policy(
+        settings_in("first").model.path,
+        rank=learning.lora_rank,
+        alpha=learning.lora_alpha,
+        seed=learning.seed,
+    )
+    log = a_log(
+        [
+            recorded(policy, sequence, f"chatcmpl-{number}")
+            for number, sequence in enumerate(some_sequences(20))
+        ]
+    )
+
+    def everything_to(end: int) -> dict[tuple[Topic, int], int]:
+        return {(topic, part): end for topic in BOTH for part in (0, 1)}
+
+    first = run_reference(settings_in("first"), log, [everything_to(4), everything_to(9)])
+    with Ledger.open_readonly(settings_in("first").ledger_path) as ledger:
+        made = [one.offsets for one in decisions(ledger)]
+        assert outcome(ledger) == first
+    assert len(first.weights) == 2
+    assert made == [everything_to(4), everything_to(9)]
+    assert run_reference(settings_in("again"), log, made) == first
+
+    without_one = [record for record in log if record.value and b"fb-3" not in record.value]
+    lost = run_reference(settings_in("lost"), without_one, made)
+    assert lost.weights != first.weights
+    assert lost.accounting != first.accounting
+
+
+def test_every_difference_is_a_violation() -> None:
+    found = Outcome({"total": 3}, {"feedback.v1/0": 3}, ["v1 a"], ["a"])
+    assert oracle._differences(found, found) == []
+    for other in (
+        replace(found, accounting={"total": 4}),
+        replace(found, offsets={"feedback.v1/0": 2}),
+        replace(found, decisions=["v1 b"]),
+        replace(found, decisions=["v1 a", "v2 c"]),
+    ):
+        assert len(oracle._differences(found, other)) == 1
+
+
+def test_an_acknowledged_rating_that_is_not_in_the_stream_is_lost() -> None:
+    log = a_log(some_replies(3))
+    assert oracle._lost(log, {"fb-0", "fb-2"}) == []
+    assert "fb-9" in oracle._lost(log, {"fb-0", "fb-9"})[0]
+
+
+def test_a_ledger_that_does_not_stand_at_the_end_of_the_log_is_told() -> None:
+    log = a_log(some_replies(4))
+    at_the_end = Outcome({}, {f"{topic}/{part}": 2 for topic in BOTH for part in (0, 1)}, [], [])
+    assert oracle._unread(log, at_the_end) == []
+    short = replace(at_the_end, offsets={**at_the_end.offsets, "feedback.v1/1": 1})
+    assert len(oracle._unread(log, short)) == 1
