@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
 from collections import Counter
+
+logger = logging.getLogger("moorline.failpoints")
 
 FAILPOINTS_VARIABLE = "MOORLINE_FAILPOINTS"
 
@@ -41,4 +44,5 @@ def failpoint(name: str) -> None:
         elif action == "raise":
             raise FailpointError(f"failpoint {name}")
         elif action.startswith("sleep:"):
+            logger.warning("asleep at a failpoint", extra={"failpoint": name})
             time.sleep(float(action.removeprefix("sleep:")))

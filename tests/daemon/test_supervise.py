@@ -280,6 +280,44 @@ def test_child_that_never_gets_ready_is_a_crash(plant: Callable[..., Tree], tmp_
     assert not any(exists(pid) for pid in tree.pids())
 
 
+WAITING = """
+    import sys
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/healthz" else 503)
+            self.end_headers()
+    HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_child_that_waits_for_something_elsewhere_is_no_crash_while_it_is_alive(
+    plant: Callable[..., Tree],
+) -> None:
+    port = free_port()
+    child = script(
+        "updater",
+        WAITING,
+        ready_url=f"http://127.0.0.1:{port}/readyz",
+        alive_url=f"http://127.0.0.1:{port}/healthz",
+        ready_timeout_seconds=7.0,  # it is asked every 5 s
+        may_wait=True,
+    )
+    child["argv"].append(str(port))
+    tree = plant([child])
+    time.sleep(11)
+    tree.process.terminate()
+    assert tree.end() == 0
+    assert [kind for kind, _, _ in tree.said] == ["starting", "stopping", "stopped"]
+
+
+def test_child_that_waits_and_gives_no_sign_of_life_is_a_crash(plant: Callable[..., Tree]) -> None:
+    gone = f"http://127.0.0.1:{free_port()}/"
+    child = script("updater", "import time; time.sleep(600)", ready_url=gone, alive_url=gone)
+    tree = plant([child | {"may_wait": True, "ready_timeout_seconds": 0.5}])
+    assert "not ready after" in tree.wait_for("crashed", "updater")
+
+
 def test_stubborn_child_is_killed_after_its_grace(
     plant: Callable[..., Tree], tmp_path: Path
 ) -> None:
