@@ -1,4 +1,4 @@
-"""A TCP proxy whose faults are switched while it runs: pass on, delay, stall, cut, refuse.
+"""A TCP proxy whose faults are switched while it runs: pass on, delay, stall, cut, hang up, refuse.
 
 Standard library only, one thread of its own. In front of a broker, have the broker advertise
 ``proxy.address``; a client that asks for metadata goes around the proxy otherwise.
@@ -42,6 +42,7 @@ class Proxy:
         self._delay_seconds = 0.0
         self._piece_bytes = _CHUNK_BYTES
         self._flowing = asyncio.Event()
+        self._hanging_up = False
         self.connections = 0
         """Accepted so far."""
 
@@ -73,6 +74,12 @@ class Proxy:
     def cut(self) -> None:
         """Every open connection is reset; new ones are treated as before."""
         self._do(self._cut)
+
+    def hang_up(self) -> None:
+        """Every open connection is reset, and whoever comes is let in and hung up on: what a load
+        balancer without a server behind it does.
+        """
+        self._do(self._hang_up)
 
     def refuse(self) -> None:
         """Nobody listens any more, and every open connection is reset."""
@@ -110,6 +117,7 @@ class Proxy:
 
     async def _set(self, delay_seconds: float, piece_bytes: int, flowing: bool) -> None:
         self._delay_seconds, self._piece_bytes = delay_seconds, piece_bytes
+        self._hanging_up = False
         if flowing:
             self._flowing.set()
         else:
@@ -122,6 +130,10 @@ class Proxy:
     async def _cut(self) -> None:
         for end in list(self._ends):
             end.transport.abort()
+
+    async def _hang_up(self) -> None:
+        self._hanging_up = True
+        await self._cut()
 
     async def _refuse(self) -> None:
         if self._server is not None:
@@ -137,6 +149,9 @@ class Proxy:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        if self._hanging_up:
+            writer.close()
+            return
         self._ends.add(writer)
         far_writer: asyncio.StreamWriter | None = None
         try:

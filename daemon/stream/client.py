@@ -73,6 +73,25 @@ class _WatchedManager(KafkaConnectionManager):  # type: ignore[misc]
             connection.init_future.add_callback(self._forget)
         return connection
 
+    async def _connect(
+        self,
+        node: Any,
+        conn: Any,
+        reset_backoff_on_connect: bool = True,
+        timeout_at: float | None = None,
+    ) -> None:
+        """Back off also from who accepts and hangs up, as a proxy without a broker behind it.
+
+        The library takes that for a success and comes again at once, hundreds of times a second.
+        """
+        before = self._backoff.get(node.node_id)
+        await super()._connect(node, conn, reset_backoff_on_connect=False, timeout_at=timeout_at)
+        if conn.connected:
+            if reset_backoff_on_connect:
+                self.reset_backoff(node.node_id)
+        elif self._backoff.get(node.node_id) == before:
+            self.update_backoff(node.node_id)
+
     async def _build_transport(self, node: Any, timeout_at: float | None = None) -> Any:
         transport = await super()._build_transport(node, timeout_at=timeout_at)
         _answer_before_the_end(self._net, transport)

@@ -75,6 +75,10 @@ def test_faults_are_switched_while_it_runs(echo: str) -> None:
         with open_through(proxy) as second:
             assert ask(second, b"new") == b"new"
 
+        proxy.hang_up()
+        with open_through(proxy) as hung_up_on:
+            assert hung_up_on.recv(10) == b""
+
         proxy.refuse()
         with pytest.raises(ConnectionError):
             open_through(proxy)

@@ -1,5 +1,5 @@
-"""A broker that is slow: what waits goes to the spool and out of it in order, and what is beyond
-the bound is counted. Apache Kafka behind a proxy that delays and trickles.
+"""A broker that is slow, or gone behind something that is not: what waits goes to the spool and out
+of it in order, and what is beyond the bound is counted. Apache Kafka behind a proxy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 from daemon import metrics
 from daemon.broker import free_port
 from daemon.settings import StreamSettings
-from daemon.stream import Publisher, Topic
+from daemon.stream import Publisher, ReleaseFollower, Topic
 from tests.integration.test_kafka_publisher import (
     assert_exactly,
     numbers_by_partition,
@@ -101,3 +101,26 @@ def test_what_a_trickling_link_leaves_no_room_for_is_counted_and_the_rest_arrive
     found = numbers_by_partition(read_all(settings, Topic.INTERACTIONS, len(taken)))
     assert sorted(number for numbers in found.values() for number in numbers) == taken
     assert all(numbers == sorted(numbers) for numbers in found.values())
+
+
+def test_who_accepts_and_hangs_up_is_not_stormed(
+    proxy: Proxy, topic_prefix: str, tmp_path: Path
+) -> None:
+    settings = StreamSettings(bootstrap=proxy.address, topic_prefix=topic_prefix)
+    publisher = Publisher(settings, tmp_path / "spool")
+    publisher.start()
+    follower = ReleaseFollower(settings)
+    publish_numbers(publisher, range(10))
+    assert publisher.flush(90)
+    follower.poll(1.0)
+    proxy.hang_up()
+    publish_numbers(publisher, range(10, 30))
+    follower.poll(2.0)
+    before = proxy.connections
+    follower.poll(4.0)
+    assert proxy.connections - before < 100, "it was hundreds a second, and most of a core"
+    proxy.pass_on()
+    assert publisher.flush(90)
+    follower.close()
+    publisher.close()
+    assert_exactly(read_all(settings, Topic.INTERACTIONS, 30), 30)
