@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.updater.ledger_fixtures import (
     HORIZON,
     HOUR,
     NOW,
+    VOCABULARY,
     Log,
     correction,
     interaction,
@@ -512,6 +514,28 @@ def test_expiry_is_done_a_bounded_number_of_rows_at_a_time(ledger: Ledger) -> No
     feed(ledger, Log(), *[interaction(f"a{i}") for i in range(5)])
     later = NOW + HORIZON + 1
     assert [ledger.expire(later, limit=2).interactions for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_the_file_shrinks_again_bit_by_bit_when_what_waited_is_gone(
+    ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("updater.ledger.database._PAGES_GIVEN_BACK", 20)
+    log, later = Log(), NOW + HORIZON + 1
+    # Of random tokens: nothing compresses them away.
+    tokens = tuple(random.Random(0).choices(range(VOCABULARY), k=900))
+    feed(ledger, log, *[interaction(f"r{i}", prompt_token_ids=tokens) for i in range(400)])
+    ledger._database.wipe()  # moves the WAL into the file
+    sizes = [path.stat().st_size]
+    while len(sizes) < 3 or sizes[-1] < sizes[-2]:
+        ledger.expire(later)
+        ledger._database.wipe()
+        sizes.append(path.stat().st_size)
+    assert sizes[0] - sizes[1] == 20 * 4096
+    assert sizes[-1] < sizes[0] / 2
+    ((pages,),), ((free,),) = map(
+        ledger._database.rows, ("PRAGMA page_count", "PRAGMA freelist_count")
+    )
+    assert 0 < free <= pages / 4
 
 
 def test_a_partition_with_unread_records_holds_the_horizon_back(ledger: Ledger) -> None:

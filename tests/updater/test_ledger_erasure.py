@@ -131,6 +131,19 @@ def test_a_copy_from_before_an_erasure_cannot_be_read_after_it(path: Path, tmp_p
         assert ledger.audit() == []
 
 
+def test_names_in_pages_that_somebody_still_reads_go_when_they_have_read(
+    ledger: Ledger, path: Path
+) -> None:
+    said = rating("a", rater="ana-the-rater", feedback_id="fb-1")
+    feed(ledger, Log(), interaction("a"), said)
+    with Ledger.open_readonly(path) as reader, reader._database.snapshot() as connection:
+        assert connection.execute("SELECT count(*) FROM feedback").fetchone() == (1,)
+        ledger.forget(erasure("ana-the-rater"), now=NOW)
+        assert b"ana-the-rater" in on_disk(path.parent)
+    ledger.expire(NOW)
+    assert b"ana-the-rater" not in on_disk(path.parent)
+
+
 def test_without_its_keys_a_ledger_is_refused_in_one_line(path: Path) -> None:
     with Ledger(path) as ledger:
         feed(ledger, Log(), interaction("a"))

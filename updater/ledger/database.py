@@ -19,6 +19,12 @@ from updater.ledger.schema import SCHEMA_NUMBER, TABLES
 CACHE_KIB = 64 * 1024
 """Pages held in memory, whatever the file's size."""
 _WAL_KEPT_BYTES = 64 * 2**20
+_BUSY_WAIT_MS = 30_000
+_WIPE_WAIT_MS = 1_000
+_FREE_SHARE = 4
+"""One page in four of the file may be free, to be used again."""
+_PAGES_GIVEN_BACK = 2_000
+"""At a time: about 8 MB, so that nobody waits for it."""
 _OF_THE_DISK = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_CANTOPEN,
@@ -106,7 +112,11 @@ class Database:
             uri = f"file:{quote(str(path.absolute()))}?mode={'ro' if readonly else 'rwc'}"
             # Calls are serialised by the mutex, so that a status thread may read.
             self._connection = sqlite3.connect(
-                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30.0
+                uri,
+                uri=True,
+                isolation_level=None,
+                check_same_thread=False,
+                timeout=_BUSY_WAIT_MS / 1000,
             )
             try:
                 self._prepare(readonly)
@@ -189,11 +199,27 @@ class Database:
                 raise
         failpoint(f"ledger.{step}.committed")
 
-    def wipe(self) -> None:
-        """Leave no old page in the WAL, as far as readers let it go; end of ``secure_delete``."""
+    def give_back(self) -> None:
+        """Shrink the file by a bounded step, where too much of it is free."""
         with self._mutex, translated_errors(self.path):
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._connection.execute("PRAGMA secure_delete = OFF")
+            (pages,) = self._connection.execute("PRAGMA page_count").fetchone()
+            (free,) = self._connection.execute("PRAGMA freelist_count").fetchone()
+            surplus = min(free - pages // _FREE_SHARE, _PAGES_GIVEN_BACK)
+            if surplus > 0:
+                # As a script: each page is a step of the statement, and `execute` takes only one.
+                self._connection.executescript(f"PRAGMA incremental_vacuum({surplus});")
+
+    def wipe(self) -> bool:
+        """Leave no old page in the WAL; False: a reader needs one. Ends ``secure_delete``."""
+        with self._mutex, translated_errors(self.path):
+            self._connection.execute(f"PRAGMA busy_timeout = {_WIPE_WAIT_MS}")
+            try:
+                (busy, *_) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._connection.execute(f"PRAGMA busy_timeout = {_BUSY_WAIT_MS}")
+            if not busy:
+                self._connection.execute("PRAGMA secure_delete = OFF")
+            return not busy
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:

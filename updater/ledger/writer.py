@@ -150,7 +150,10 @@ class Ledger(LedgerReader):
         return self._watermark.at(now)
 
     def expire(self, now: float | None = None, *, limit: int = 10_000) -> Expired:
-        """Apply the horizon to at most ``limit`` rows of each kind; the rest at the next call."""
+        """Apply the horizon to at most ``limit`` rows of each kind; the rest at the next call.
+
+        What became free in the file goes back to the disk, likewise bit by bit.
+        """
         watermark = self.watermark(time.time() if now is None else now)
         with self._database.transaction("expire") as connection:
             fates = Fates(connection)
@@ -158,6 +161,7 @@ class Ledger(LedgerReader):
             changes = fates.by_topic()
         count(changes)
         self._destroy_doomed()
+        self._database.give_back()
         return expired
 
     # --- who is forgotten ---------------------------------------------------------------------
@@ -226,8 +230,7 @@ class Ledger(LedgerReader):
                 connection.executemany("DELETE FROM doomed_keys WHERE key = ?", doomed)
         if self._wipe_due:
             self._keys.wipe()
-            self._database.wipe()
-            self._wipe_due = False
+            self._wipe_due = not self._database.wipe()  # a reader's old pages go at the next call
 
     def _readable(self, read: Callable[[sqlite3.Connection, Bodies], _Read]) -> _Read:
         """Read bodies. One whose key is gone (the ledger is a copy from before an erasure, and has
