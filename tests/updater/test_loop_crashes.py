@@ -14,7 +14,7 @@ import torch
 
 from daemon import failpoints
 from daemon.artifacts import ArtifactStore
-from daemon.events import Feedback, Release
+from daemon.events import Erasure, Feedback, Release
 from daemon.stream import Topic
 from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
 from tests.updater.test_loop import Tape, Updater
@@ -70,6 +70,9 @@ def update(model_dir: Path, state_dir: Path, armed: str) -> None:
     os.environ[failpoints.FAILPOINTS_VARIABLE] = armed
     for _ in range(4):
         updater.loop.cycle()
+    asked = Erasure(erasure_id="er-1", interaction_id="chatcmpl-5", replay=True)
+    updater.tape.add(Topic.ERASURES, asked.to_bytes())
+    updater.loop.cycle()
     updater.close()
 
 
@@ -102,6 +105,7 @@ def outcome(state_dir: Path) -> dict[str, Any]:
             "offsets": reader.offsets(),
             "releases": [(r.version, r.artifact_digest, r.examples_digest) for r in releases],
             "baselines": reader.baselines(),
+            "erased": (reader.erasure("er-1"), reader.withdrawn_versions()),
             # Announced again after a kill is the same release again.
             "announced": list(dict.fromkeys((state_dir / "announced").read_text().splitlines())),
         }
@@ -115,7 +119,8 @@ def reference(
     state_dir = tmp_path_factory.mktemp("reference")
     assert run(state_dir, "") == 0
     found = outcome(state_dir)
-    assert len(found["releases"]) == len(found["announced"]) == 2
+    assert len(found["releases"]) == len(found["announced"]) == 3
+    assert found["erased"][1] == {2}
     return found
 
 
@@ -125,5 +130,13 @@ def test_a_kill_anywhere_in_a_cycle_changes_nothing_of_the_end(
 ) -> None:
     for _ in range(2):  # the second time at what the first has left
         assert run(tmp_path, f"{point}=kill@1") == -SIGKILL
+    assert run(tmp_path, "") == 0
+    assert outcome(tmp_path) == reference
+
+
+def test_a_kill_between_a_withdrawal_and_its_announcement_changes_nothing_of_the_end(
+    run: Callable[[Path, str], int], reference: dict[str, Any], tmp_path: Path
+) -> None:
+    assert run(tmp_path, "loop.after_restoration=kill@1") == -SIGKILL
     assert run(tmp_path, "") == 0
     assert outcome(tmp_path) == reference
