@@ -227,6 +227,7 @@ def lineage_json(found: Lineage) -> dict[str, Any]:
         ],
         "events": found.events,
         "raters": found.raters,
+        "withdrawn": found.withdrawn,
     }
 
 
@@ -237,6 +238,12 @@ def lineage_page(found: Lineage, *, every: bool) -> RenderableType:
     about.add_column(style="dim", min_width=12)
     about.add_column(overflow="fold")
     about.add_row("  released", f"{_when(release.created_at)} ({ago(release.created_at)})")
+    if release.restores is not None:
+        about.add_row(
+            "  restores", f"v{release.restores:06d}, which had not learned from the erased"
+        )
+    if found.withdrawn:
+        about.add_row("  withdrawn", "for an erasure: nothing live descends from it")
     events = ", ".join(f"{count} of {topic}" for topic, count in found.events.items()) or "none"
     about.add_row("  events", events)
     about.add_row("  raters", str(found.raters))

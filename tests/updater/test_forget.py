@@ -75,8 +75,15 @@ def test_for_programs(state: Path) -> None:
         "replay": True,
         "restored_as": None,
     }
-    with Books(state / "ledger.sqlite") as books:
-        assert books.replay_wanted() == 0
+    with Ledger(state / "ledger.sqlite", horizon_seconds=HORIZON) as ledger:
+        assert ledger.replay_wanted() == 0
+        ledger.commit_restoration(release(ledger, restores=0))
+    assert "for an erasure" in moorline("lineage", "1", state=state)[1]
+    assert "restores" in moorline("lineage", "2", state=state)[1]
+    assert [
+        json.loads(moorline("lineage", number, "--json", state=state)[1])["withdrawn"]
+        for number in ("1", "2")
+    ] == [True, False]
 
 
 @pytest.mark.parametrize(

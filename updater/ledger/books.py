@@ -44,6 +44,8 @@ class Lineage:
     """topic -> events that ended in it."""
     raters: int
     """Different ones among the feedback whose rows are still here."""
+    withdrawn: bool = False
+    """For an erasure: what it had learned from is erased, or waits to be learned from again."""
 
 
 class Books(Stories):
@@ -168,5 +170,10 @@ class Books(Stories):
             Topic.FEEDBACK,
         )
         return Lineage(
-            release, tuple(ancestors), tuple(self.lineage(version)), dict(events), int(raters)
+            release,
+            tuple(ancestors),
+            tuple(self.lineage(version)),
+            dict(events),
+            int(raters),
+            withdrawn=version in self.withdrawn_versions(),
         )
