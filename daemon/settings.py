@@ -142,6 +142,10 @@ class LearningSettings(_Section):
     min_batch_examples: int = Field(default=8, ge=1)
     horizon_seconds: float = Field(default=7 * 86400.0, gt=0)
     """How long an interaction waits for feedback, and feedback for its interaction (event time)."""
+    keep_decided_seconds: float | None = Field(default=None, gt=0)
+    """How long the ledger keeps the (encrypted) text of replies that are decided, and of what was
+    learned from with them; None: for the horizon. Less keeps less of people; then ratings that come
+    later are `late`, and `moorline forget --replay` can learn from less again."""
     signals: Rewards = SIGNALS
     """Implicit signals by name and what each is worth as a rating, -1 to 1. The table replaces the
     default one; a signal that is not in it is counted and not learned from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import time
 from types import FrameType
@@ -62,7 +63,11 @@ class Updater:
         learning = settings.learning
         if learning.threads:
             torch.set_num_threads(learning.threads)
-        self._ledger = Ledger(settings.ledger_path, horizon_seconds=learning.horizon_seconds)
+        self._ledger = Ledger(
+            settings.ledger_path,
+            horizon_seconds=learning.horizon_seconds,
+            keep_decided_seconds=learning.keep_decided_seconds or math.inf,
+        )
         self._store = ArtifactStore(settings.store_dir)
         disable_progress_bar()  # a log is no terminal
         self._reader = Reader(settings.stream, (Topic.INTERACTIONS, Topic.FEEDBACK, Topic.ERASURES))

@@ -510,6 +510,27 @@ def test_bodies_go_after_one_horizon_and_rows_after_two_but_fates_stay(
     assert ledger.accounting().total == total
 
 
+def test_bodies_of_what_is_decided_may_go_before_the_horizon(tmp_path: Path) -> None:
+    log = Log()
+    with Ledger(
+        tmp_path / "l.sqlite", horizon_seconds=HORIZON, keep_decided_seconds=2 * HOUR
+    ) as ledger:
+        greedy = interaction("greedy", sampling=SamplingSettings(temperature=0.0))
+        feed(ledger, log, interaction("a"), rating("a"), interaction("waits"), greedy)
+        feed(ledger, log, interaction("c"), interaction("d"), preference("c", "d"))
+        train(ledger)
+        later = NOW + 2 * HOUR + 1
+        feed(ledger, log, rating("c", rater="bob"), at=later - HOUR, now=later)
+        assert ledger.expire(later - HOUR).forgotten == 0
+        assert ledger.expire(later, limit=2).forgotten == 2
+        assert ledger.expire(later).forgotten == 1, "bob's word on c waits for a batch"
+        feed(ledger, log, rating("a", rater="bob"), rating("waits"), at=later, now=later)
+        ready = {example.interaction.interaction_id for example in ledger.ready_examples(9)}
+        assert ready == {"c", "waits"}
+        assert fates(ledger, RATINGS)[Fate.LATE, Reason.NONE] == 1
+        assert ledger.audit() == []
+
+
 def test_expiry_is_done_a_bounded_number_of_rows_at_a_time(ledger: Ledger) -> None:
     feed(ledger, Log(), *[interaction(f"a{i}") for i in range(5)])
     later = NOW + HORIZON + 1

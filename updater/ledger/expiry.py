@@ -31,16 +31,22 @@ class Expiry:
         self._execute = connection.execute
         self._fates = fates
 
-    def run(self, watermark: float, horizon_seconds: float, limit: int) -> Expired:
+    def run(
+        self, watermark: float, horizon_seconds: float, keep_decided_seconds: float, limit: int
+    ) -> Expired:
         """Forget at most ``limit`` rows of each kind.
 
         Args:
             watermark: everything that arrived before it has been read, Unix seconds.
+            keep_decided_seconds: bodies of decided replies go after so long, at the latest with
+                the horizon.
         """
         before = watermark - horizon_seconds
         # Feedback first: an interaction is not idle while a preference that names it waits.
         feedback = self._waiting_feedback(before, limit)
         interactions, forgotten = self._idle_interactions(before, limit)
+        if keep_decided_seconds < horizon_seconds:
+            forgotten += self._decided_interactions(watermark - keep_decided_seconds, limit)
         # One more horizon as a tombstone, so that late feedback is known to be late.
         pruned = self._tombstones(before - horizon_seconds, limit)
         return Expired(interactions, feedback, forgotten, pruned)
@@ -57,17 +63,32 @@ class Expiry:
             if state == InteractionState.PENDING:
                 self._fates.move(position, offset, Fate.EXPIRED, Reason.NO_FEEDBACK)
                 expired += 1
-            self._execute(
-                "UPDATE interactions SET retained = 0, prompt = NULL, state = ? WHERE id = ?",
-                (InteractionState.DECIDED, identity),
-            )
-            self._execute("DELETE FROM interaction_bodies WHERE id = ?", (identity,))
-            self._execute(
-                "DELETE FROM feedback_bodies WHERE id IN"
-                " (SELECT id FROM feedback WHERE interaction = ?)",
-                (identity,),
-            )
+            self._drop_body(identity)
         return expired, len(rows) - expired
+
+    def _decided_interactions(self, before: float, limit: int) -> int:
+        rows = self._execute(
+            "SELECT id FROM interactions INDEXED BY interactions_decided WHERE retained = 1"
+            " AND open_ratings = 0 AND open_preferences = 0 AND state = 'decided'"
+            " AND event_time < ? ORDER BY event_time LIMIT ?",
+            (before, limit),
+        ).fetchall()
+        for (identity,) in rows:
+            self._drop_body(identity)
+        return len(rows)
+
+    def _drop_body(self, identity: int) -> None:
+        """A reply's, and those of the feedback that was learned from with it."""
+        self._execute(
+            "UPDATE interactions SET retained = 0, prompt = NULL, state = ? WHERE id = ?",
+            (InteractionState.DECIDED, identity),
+        )
+        self._execute("DELETE FROM interaction_bodies WHERE id = ?", (identity,))
+        self._execute(
+            "DELETE FROM feedback_bodies WHERE id IN"
+            " (SELECT id FROM feedback WHERE interaction = ?)",
+            (identity,),
+        )
 
     def _waiting_feedback(self, before: float, limit: int) -> int:
         rows = self._execute(

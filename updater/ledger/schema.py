@@ -136,6 +136,8 @@ CREATE INDEX interactions_by_subject ON interactions (subject) WHERE subject IS 
 CREATE INDEX interactions_ready ON interactions (event_time, key) WHERE open_ratings > 0;
 CREATE INDEX interactions_idle ON interactions (event_time)
     WHERE retained = 1 AND open_ratings = 0 AND open_preferences = 0;
+CREATE INDEX interactions_decided ON interactions (event_time)
+    WHERE retained = 1 AND open_ratings = 0 AND open_preferences = 0 AND state = 'decided';
 CREATE INDEX interactions_forgotten ON interactions (event_time)
     WHERE retained = 0 AND open_preferences = 0;
 CREATE TRIGGER ready_more AFTER UPDATE OF open_ratings ON interactions

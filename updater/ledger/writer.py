@@ -9,6 +9,7 @@ of keys that nothing needs any more.
 from __future__ import annotations
 
 import logging
+import math
 import sqlite3
 import time
 from collections import Counter
@@ -43,7 +44,6 @@ from updater.values import Example, TokenSequence
 logger = logging.getLogger("moorline.ledger")
 
 DEFAULT_HORIZON_SECONDS = 7 * 86400.0
-_DOOMED_AT_ONCE = 10_000
 _Read = TypeVar("_Read")
 _NOTHING: Mapping[str, Reason] = MappingProxyType({})
 
@@ -56,11 +56,13 @@ class Ledger(LedgerReader):
         path: Path,
         *,
         horizon_seconds: float = DEFAULT_HORIZON_SECONDS,
+        keep_decided_seconds: float = math.inf,
     ) -> None:
         """Take the lock, open or create the file, begin a new lease.
 
         Args:
             horizon_seconds: how long an interaction and its feedback wait for each other.
+            keep_decided_seconds: bodies of decided replies are kept so long, if not for less.
 
         Raises:
             LedgerLocked: another updater holds it.
@@ -81,6 +83,7 @@ class Ledger(LedgerReader):
             self._destroy_doomed()
             opened.pop_all()
         self._horizon_seconds = horizon_seconds
+        self._keep_seconds = keep_decided_seconds
         self._claims = Claims()
         self._watermark = Watermark(self._database)
         logger.info("ledger opened", extra={"path": str(path), "lease_epoch": self.epoch})
@@ -157,7 +160,9 @@ class Ledger(LedgerReader):
         watermark = self.watermark(time.time() if now is None else now)
         with self._database.transaction("expire") as connection:
             fates = Fates(connection)
-            expired = Expiry(connection, fates).run(watermark, self._horizon_seconds, limit)
+            expired = Expiry(connection, fates).run(
+                watermark, self._horizon_seconds, self._keep_seconds, limit
+            )
             changes = fates.by_topic()
         count(changes)
         self._destroy_doomed()
@@ -167,9 +172,7 @@ class Ledger(LedgerReader):
     # --- who is forgotten ---------------------------------------------------------------------
 
     def forget(self, erasure: Erasure, *, now: float | None = None) -> Forgotten:
-        """Carry an erasure out; on return its bodies can be read by nobody. Again is a no-op.
-
-        An erasure on the stream is carried out by ``ingest``, by the same rules.
+        """Carry an erasure out, as ``ingest`` does one on the stream. Again is a no-op.
 
         Raises:
             LedgerUnavailable: the disk refused; call again.
@@ -222,9 +225,7 @@ class Ledger(LedgerReader):
 
     def _destroy_doomed(self) -> None:
         """Destroy the keys that nothing needs; after a kill the next start does it."""
-        while doomed := self._database.rows(
-            "SELECT key FROM doomed_keys ORDER BY key LIMIT ?", _DOOMED_AT_ONCE
-        ):
+        while doomed := self._database.rows("SELECT key FROM doomed_keys ORDER BY key LIMIT 10000"):
             self._keys.destroy([key for (key,) in doomed])
             with self._database.transaction("keys") as connection:
                 connection.executemany("DELETE FROM doomed_keys WHERE key = ?", doomed)
@@ -382,10 +383,8 @@ class Ledger(LedgerReader):
             LedgerError: there is no such release.
         """
         with self._database.transaction("live") as connection:
-            if version and self.release(version) is None:
-                raise LedgerError(f"there is no release {version}: see `moorline releases`")
-            if version in self.withdrawn_versions():
-                raise LedgerError(f"release {version} was withdrawn for an erasure")
+            if version and (self.release(version) is None or version in self.withdrawn_versions()):
+                raise LedgerError(f"there is no release {version}, or it was withdrawn")
             set_meta(connection, "live_version", None if version is None else str(version))
 
     def _settled(self, connection: sqlite3.Connection, baselines: Baselines | None) -> None:
