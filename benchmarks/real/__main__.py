@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.jobs import WorkerDied
 from benchmarks.real import report
-from benchmarks.real.study import Store, WorkerDied, machine, run_study
+from benchmarks.real.study import Store, machine, run_study
 from benchmarks.real.train import Config
 from daemon.demo.model import ModelUnavailable, prepare_model
 

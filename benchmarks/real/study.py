@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import queue
-import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.queues import Queue
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.jobs import Tick, progress_bars, work
 from benchmarks.real import rules, train
 from benchmarks.real.summary import cells
 from benchmarks.real.train import Cell, Config, Reply, Trace
@@ -44,13 +34,8 @@ from updater import (
     trust_region,
 )
 
-POLL_SECONDS = 0.5
 BASE_PART_BATCHES = 8
 HELD_OUT = "held-out"
-
-
-class WorkerDied(RuntimeError):
-    """A process of the study ended without its result (killed, or out of memory)."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +125,7 @@ def run_study(model_dir: Path, config: Config, store: Store, workers: int) -> St
         KeyboardInterrupt: what was finished is in the store.
         WorkerDied: likewise.
     """
-    with _progress() as progress:
+    with progress_bars() as progress:
         bar = progress.add_task("runs")
         steps = progress.add_task("steps")
 
@@ -175,104 +160,33 @@ def _run(
     bar: TaskID,
     steps: TaskID,
 ) -> None:
-    for event in _work(todo, model_dir, config, store, workers):
-        if event is None:
-            progress.advance(steps)
+    for event in work(partial(_do, model_dir, config, store), todo, workers):
+        if isinstance(event, int):
+            progress.advance(steps, event)
         else:
             store.save(*event)
             progress.advance(bar)
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description:>5}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-
-
-Event = tuple[Job, Any] | None
-"""A finished job with its result, or one step made."""
-
-
-def _work(
-    todo: Sequence[Job], model_dir: Path, config: Config, store: Store, workers: int
-) -> Iterator[Event]:
-    """What the worker processes report, as it comes."""
-    context = multiprocessing.get_context("spawn")
-    tasks: Queue[Job | None] = context.Queue()
-    events: Queue[Event] = context.Queue()
-    for job in todo:
-        tasks.put(job)
-    processes = [
-        context.Process(
-            target=_worker,
-            args=(model_dir, config, store, tasks, events, os.getpid()),
-            daemon=True,
-        )
-        for _ in range(min(workers, len(todo)))
-    ]
-    for process in processes:
-        tasks.put(None)
-        process.start()
-    left = len(todo)
-    try:
-        while left:
-            try:
-                event = events.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if any(process.exitcode for process in processes):
-                    raise WorkerDied(
-                        "a worker process ended early (killed, or out of memory): "
-                        "run again, perhaps with --workers 1; what was finished is kept"
-                    ) from None
-                continue
-            left -= event is not None
-            yield event
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-def _worker(
-    model_dir: Path,
-    config: Config,
-    store: Store,
-    tasks: Queue[Job | None],
-    events: Queue[Event],
-    parent: int,
-) -> None:
-    """Does jobs until there are none. One thread: the processes are the parallelism."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)
+def _do(model_dir: Path, config: Config, store: Store, job: Job, tick: Tick) -> Any:
+    """A job's result, ready for JSON; in a process of its own."""
     transformers_logging.disable_progress_bar()
 
-    def tick() -> None:
-        if os.getppid() != parent:  # it was killed: nobody wants the result
-            raise SystemExit(1)
-        events.put(None)
+    def step() -> None:
+        tick(1)
 
-    while (job := tasks.get()) is not None:
-        events.put((job, _do(job, model_dir, config, store, tick)))
-
-
-def _do(job: Job, model_dir: Path, config: Config, store: Store, tick: train.Tick) -> Any:
-    """A job's result, ready for JSON."""
     match job:
         case Base(part) if part == HELD_OUT:
             return [[asdict(reply) for reply in train.base_held_out(model_dir, config)]]
         case Base(part):
             first = int(part) * BASE_PART_BATCHES
             numbers = range(first, first + BASE_PART_BATCHES)
-            batches = train.base_batches(model_dir, config, numbers, tick)
+            batches = train.base_batches(model_dir, config, numbers, step)
             return [[asdict(reply) for reply in batch] for batch in batches]
         case Cell():
             start = store.base_replies(Base(HELD_OUT))[0]
             base = store.base_batches(config)
-            return train.learn_cell(model_dir, config, job, base, start, tick).to_json()
+            return train.learn_cell(model_dir, config, job, base, start, step).to_json()
 
 
 def _revision() -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.jobs import WorkerDied
 from benchmarks.staleness import report
 from benchmarks.staleness.methods import METHODS
-from benchmarks.staleness.study import Store, WorkerDied, machine, run_study
+from benchmarks.staleness.study import Store, machine, run_study
 from benchmarks.staleness.summary import DEFAULT, RIVAL, UNCORRECTED, Summary
 from benchmarks.staleness.train import Config
 
