@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from daemon.artifacts import ArtifactStore, StoreUnavailable
 from daemon.cli.app import app
-from tests.daemon.test_artifacts import ALIAS, release
+from tests.daemon.test_artifacts import ALIAS, kill_at, release
 
 
 @pytest.fixture
@@ -43,6 +43,8 @@ def test_a_rollback_needs_no_room_on_the_disk(small_disk: Path) -> None:
     for version in (1, 2):
         release(store, version)
     fill(small_disk)
+    kill_at("artifacts.pin.before_rename", store, "pin")  # its room is still there
+    assert store.pinned(ALIAS) is None
     command = ["rollback", "--to", "1", "--wait", "0", "--state-dir", str(small_disk)]
     assert CliRunner().invoke(app, command).exit_code == 0
     pin = store.pinned(ALIAS)
