@@ -209,21 +209,23 @@ class Chaos:
     # --- everything else ----------------------------------------------------------------
 
     async def _strikes(self) -> None:
-        """Every fault of the schedule at its time; different targets strike side by side."""
+        """Every fault of the schedule at its time, unless another one still has its target."""
         began = time.monotonic()
         strikes = []
         for fault in schedule(self._seed, self._duration_seconds, self._world.has):
             await asyncio.sleep(max(0.0, began + fault.at_seconds - time.monotonic()))
-            strikes.append(asyncio.create_task(self._strike(fault)))
+            target, strike = self._how(fault)
+            if not target.locked():
+                strikes.append(asyncio.create_task(self._strike(fault, target, strike)))
         await asyncio.gather(*strikes)
 
-    async def _strike(self, fault: Fault) -> None:
-        world = self._world
-        target, strike = self._how(fault)
+    async def _strike(
+        self, fault: Fault, target: asyncio.Lock, strike: Callable[[Fault], Awaitable[None]]
+    ) -> None:
         async with target:
-            if target is self._server_lock and not world.server_is_alive():
+            if target is self._server_lock and not self._world.server_is_alive():
                 await self._start_server()
-            world.counts.strike(fault.kind)
+            self._world.counts.strike(fault.kind)
             await strike(fault)
 
     def _how(self, fault: Fault) -> tuple[asyncio.Lock, Callable[[Fault], Awaitable[None]]]:
