@@ -3,7 +3,8 @@
 The artifact store is the truth: a pin if an operator set one, else the newest release that was not
 refused. Kafka's releases topic only wakes this loop early, so swapping needs neither Kafka nor the
 updater. A release that is corrupt, unusable or fails parity is refused until this process restarts,
-and the next older one is tried. A store that does not answer is waited for; what is live stays.
+and the next older one is tried, but none that was withdrawn for an erasure. A store that does not
+answer is waited for; what is live stays.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from daemon.artifacts import ArtifactStore, Pin, PinUnreadable, StoreError
 from daemon.events import Release, ReleaseKind
 from daemon.failpoints import failpoint
 from daemon.logs import describe
+from daemon.withdrawals import Withdrawals
 from serving.mechanisms import EnginePoisoned, Mechanism, PolicyUnusable
 from serving.models import LivePolicy, Policy
 from serving.parity import Generate, Logprobs, ParityBatch, ParityError, compare, score
@@ -80,6 +82,7 @@ class SwapController:
     ) -> None:
         self._alias = alias
         self._store = store
+        self._withdrawals = Withdrawals(store)
         self._live = live
         self._mechanism = mechanism
         self._generate = generate
@@ -143,7 +146,10 @@ class SwapController:
         metrics.POLICY_VERSION.labels("serving").set(self._live.version)
 
     def _look(self) -> tuple[Pin | None, list[int]]:
-        return self._store.pinned(self._alias), self._store.versions(self._alias)
+        versions = self._store.versions(self._alias)
+        withdrawn = self._withdrawals.among(self._alias, versions)
+        kept = [version for version in versions if version not in withdrawn]
+        return self._store.pinned(self._alias), kept
 
     def _wanted(self, pin: Pin | None, versions: list[int]) -> Iterator[int]:
         """Versions to try, best first; the base model closes the list."""

@@ -24,6 +24,7 @@ from daemon.cli.common import (
 from daemon.events import Feedback, FeedbackKind, policy_name
 from daemon.http import Unreachable, request_json
 from daemon.settings import Settings
+from daemon.withdrawals import Withdrawals
 
 _ASK_SECONDS = 0.5
 
@@ -63,6 +64,11 @@ def rollback(
     settings = settings_from(config, assignments, state_dir=state_dir)
     store = ArtifactStore(settings.store_dir)
     version = _version_before(store, settings.alias) if to is None else to
+    if version in Withdrawals(store).among(settings.alias, store.versions(settings.alias)):
+        raise CommandError(
+            f"{policy_name(settings.alias, version)} was withdrawn for an erasure: roll back to "
+            "another version; `moorline releases` lists them"
+        )
     store.pin(settings.alias, version, reason)
     say(f"Pinned [bold]{policy_name(settings.alias, version)}[/]; learning is paused.")
     _wait_until_served(settings, version, wait)

@@ -471,6 +471,15 @@ def test_rollback_to_what_cannot_be_served_is_refused(state: Path, store: Artifa
     assert store.pinned("assistant") is None
 
 
+def test_rollback_to_what_was_withdrawn_is_refused(state: Path, store: ArtifactStore) -> None:
+    clean = store.release("assistant", 1)
+    back = {"version": 3, "parent": 1, "restores": 1}
+    store.record_release(clean.model_copy(update=back))
+    assert "withdrawn for an erasure" in refusal("rollback", "--to", "2", state=state)
+    assert store.pinned("assistant") is None
+    moorline("rollback", "--to", "1", state=state)
+
+
 # --- feedback ----------------------------------------------------------------------------------
 
 
