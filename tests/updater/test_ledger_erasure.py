@@ -232,6 +232,7 @@ def test_feedback_that_waits_for_an_erased_reply_ends_with_it(ledger: Ledger) ->
     feed(ledger, log, interaction("a", user="ana"), interaction("b"), rating("b", rater="cy"))
     assert fates(ledger) == {(Fate.ERASED, Reason.NONE): 3}
     assert fates(ledger, REPLIES) == {(Fate.ERASED, Reason.NONE): 2}
+    assert ledger._database.rows("SELECT DISTINCT rater FROM feedback") == [("",)]
 
 
 def test_of_one_tenant_only(ledger: Ledger) -> None:

@@ -204,6 +204,8 @@ class Joins:
         ruling = rule(rating, of, over, head, self._horizon_seconds)
         if self._erased_for_its_tenant(rating):
             ruling = _ERASED
+        if ruling.state is FeedbackState.ERASED:
+            self._execute("UPDATE feedback SET rater = '' WHERE id = ?", (rating.id,))
         if ruling.is_head and head is not None:
             self._unseat(head)
         self._execute(
