@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from daemon.artifacts import ArtifactStore, StoreError
+from daemon.artifacts import ArtifactCorrupt, ArtifactMissing, ArtifactStore
 from daemon.events import ArtifactFile, Release, ReleaseKind, Verdict
 from daemon.settings import Settings
 from updater.ledger import Ledger, examples_digest
@@ -59,7 +59,7 @@ class Manifests:
                 break
             try:
                 self._store.open(old.artifact_digest, old.files)
-            except StoreError:
+            except (ArtifactMissing, ArtifactCorrupt):
                 ancestor = old.parent or 0
                 continue
             return self._release(

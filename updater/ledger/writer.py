@@ -219,6 +219,7 @@ class Ledger(LedgerReader):
 
     def _erased(self) -> None:
         """After the commit: the keys go, and every old page that is still in a file."""
+        logger.info("an erasure was carried out")
         self._claims.clear()
         self._wipe_due = True
         self._destroy_doomed()
