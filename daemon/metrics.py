@@ -151,6 +151,8 @@ DISK_REFUSALS = _counter(
     "Writes that a disk refused (full, read-only, failing); where: ledger, store or spool",
     ["where"],
 )
+for _where in ("ledger", "store", "spool"):
+    DISK_REFUSALS.labels(where=_where)  # 0 from the start, so that the first one is an increase
 
 # --- updater: updates and their bound ---------------------------------------------------------
 
