@@ -14,8 +14,9 @@ which it is read: the same events shuffled, repeated or interleaved give the sam
 * A preference names two interactions. It is judged once both are there, by the same rules against
   each, and the two must answer one prompt.
 
-Event times are what clients' clocks say, so they are cut at arrival, and lateness is judged by
-arrival alone: a clock that is a day off cannot move a window.
+Event times are what clients' clocks say, so they are cut at arrival, and feedback is judged by its
+arrival: a clock that is ahead moves no window, and one that is behind shortens, by as much, the
+windows of what it stamps.
 """
 
 from __future__ import annotations
