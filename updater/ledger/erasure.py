@@ -66,8 +66,10 @@ def concerned(connection: sqlite3.Connection, erasure: Erasure) -> Concerned:
         )
         waiting = _ids(
             connection,
-            "SELECT f.id FROM feedback f JOIN interactions i ON i.id IN (f.interaction, f.over)"
-            " WHERE i.key >= ? AND i.key < ? AND f.state <> 'erased'",
+            "SELECT f.id FROM interactions i JOIN feedback f ON f.interaction = i.id"
+            " WHERE i.key >= ?1 AND i.key < ?2 AND f.state <> 'erased' UNION"
+            " SELECT f.id FROM interactions i JOIN feedback f ON f.over = i.id"
+            " WHERE i.key >= ?1 AND i.key < ?2 AND f.state <> 'erased'",
             (f"{name}/", f"{name}0"),
         )
         return Concerned(interactions, waiting)
