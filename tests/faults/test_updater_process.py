@@ -30,6 +30,7 @@ from tests.faults.updater_process import (
     outcome,
 )
 from tests.kafka_fixtures import wait_until
+from updater.ledger import Ledger
 
 pytest_plugins = ("tests.kafka_fixtures",)
 
@@ -102,6 +103,36 @@ def test_a_signal_finds_it_anywhere_and_it_ends_cleanly_and_goes_on(
     assert last.stop() == 0
     assert reference.stop() == 0
     assert outcome(tmp_path / "state") == outcome(tmp_path / "reference")
+
+
+def test_a_signal_while_the_broker_hangs_in_an_announcement_does_not_wait_for_it(
+    start: Starter,
+    own_tansu: EmbeddedBroker,
+    conversations: Conversations,
+    topic_prefix: str,
+    tmp_path: Path,
+) -> None:
+    settings = StreamSettings(
+        bootstrap=own_tansu.bootstrap, topic_prefix=topic_prefix, partitions=1
+    )
+    ensure_topics(settings)
+    conversations.send(settings, 0)
+    updater = start("loop.after_manifest=sleep:2@1", on=settings)
+    updater.wait_said("failpoint=loop.after_manifest")
+    assert own_tansu.pid is not None
+    os.kill(own_tansu.pid, signal.SIGSTOP)
+    try:
+        asked_at = time.monotonic()
+        assert updater.stop(seconds=75) == 0, updater.said()
+        assert time.monotonic() - asked_at < 60, "the grace is 75 s"
+    finally:
+        os.kill(own_tansu.pid, signal.SIGCONT)
+    with Ledger.open_readonly(tmp_path / "state/ledger.sqlite") as reader:
+        assert [release.version for release in reader.unpublished()] == [1]
+    again = start(on=settings)
+    again.wait_version(1)
+    assert again.stop() == 0
+    assert len(outcome(tmp_path / "state")["weights"]) == 1, "announced now"
 
 
 # --- row 24: a step that hangs -------------------------------------------------------------------
