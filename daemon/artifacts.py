@@ -158,10 +158,8 @@ class ArtifactStore:
             make_directory(self._artifacts)
             free_bytes = shutil.disk_usage(self._artifacts).free
         if free_bytes < size_bytes:
-            raise StoreUnavailable(
-                f"the store {self.root} has {free_bytes} bytes left and the next artifact needs "
-                f"{size_bytes}: make room"
-            )
+            why = f"{free_bytes} bytes are left, the next artifact needs {size_bytes}"
+            raise StoreUnavailable(f"the store {self.root} is full ({why}): make room")
 
     def open(self, digest: str, files: tuple[ArtifactFile, ...]) -> Path:
         """The directory of an artifact, after every byte of it was checked.
@@ -398,7 +396,5 @@ def _writing(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise
-        raise StoreUnavailable(
-            f"the store {root} cannot be written now ({error.strerror}): "
-            "check free space, permissions and the disk"
-        ) from error
+        what = f"the store {root} cannot be written now ({error.strerror})"
+        raise StoreUnavailable(f"{what}: check free space, permissions and the disk") from error
