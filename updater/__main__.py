@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from daemon.artifacts import StoreError
@@ -20,6 +21,9 @@ from updater.trainer import UnknownObjective
 
 def main() -> int:
     """Exit code 0 after a clean stop, 1 with one line on stderr otherwise."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Until the loop listens itself there is nothing to finish and nothing to hurt.
+        signal.signal(number, lambda *_: os._exit(0))
     try:
         settings = load_settings()
         setup_logging(settings, "updater")

@@ -105,6 +105,16 @@ def test_a_signal_finds_it_anywhere_and_it_ends_cleanly_and_goes_on(
     assert outcome(tmp_path / "state") == outcome(tmp_path / "reference")
 
 
+def test_a_signal_while_it_starts_ends_it_at_once(start: Starter) -> None:
+    for words in ("ledger opened", "resumed"):
+        updater = start()
+        updater.wait_said(words)
+        assert updater.stop(seconds=30) == 0, updater.said()
+    last = start()
+    last.wait(lambda: last.why_not_ready() is None)
+    assert last.stop() == 0
+
+
 def test_a_signal_while_the_broker_hangs_in_an_announcement_does_not_wait_for_it(
     start: Starter,
     own_tansu: EmbeddedBroker,
