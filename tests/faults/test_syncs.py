@@ -230,8 +230,6 @@ from tests.faults.test_syncs import batches
 from updater.ledger import Ledger, LedgerUnavailable
 
 ledger = Ledger(Path(sys.argv[1]))
-if "open" in sys.argv:
-    os._exit(0)
 for batch in batches():
     for _ in range(3):
         before = ledger.accounting().as_dict(), str(ledger.offsets())
@@ -261,18 +259,25 @@ def books(path: Path) -> tuple[dict[str, Any], Any]:
         return reader.accounting().as_dict(), reader.offsets()
 
 
+@pytest.mark.parametrize("file", ["ledger.sqlite-wal", "ledger.sqlite.keys-wal"])
 @pytest.mark.parametrize("fate", ["live", "die"])
-def test_a_transaction_that_could_not_be_synced_is_made_again(tmp_path: Path, fate: str) -> None:
-    path = tmp_path / "ledger.sqlite"
-    Ledger(path).close()
-    opening, _ = traced(INGEST, path, "open")
-    after = len(opening) + 2  # the first batch is written
-    inject = f"fsync,fdatasync:error=EIO:when={after}..{after + 1}"
-    _, done = traced(INGEST, path, fate, inject=inject)
+def test_a_transaction_that_could_not_be_synced_is_made_again(
+    tmp_path: Path, fate: str, file: str
+) -> None:
+    plain, path = tmp_path / "plain/ledger.sqlite", tmp_path / "state/ledger.sqlite"
+    for one in (plain, path):
+        Ledger(one).close()
+    sound, _ = traced(INGEST, plain, "live")
+    syncs = [number for number, call in enumerate(sound, 1) if call.path.endswith(f"/{file}")]
+    # A late batch's: SQLite ignores the sync of the directory when it begins a log.
+    inject = f"{LEDGER}:error=EIO:when={syncs[-3]}"
+    calls, done = traced(INGEST, path, fate, inject=inject)
+    assert [call.path for call in calls if call.failed] == [str(path.with_name(file))]
     refusals = done.stdout.splitlines()
     assert done.returncode == (9 if fate == "die" else 0), done.stderr
-    assert len(refusals) == (1 if fate == "die" else 2)
-    assert all("disk I/O error" in line and "check free space" in line for line in refusals)
+    assert len(refusals) == 1
+    assert "disk I/O error" in refusals[0]
+    assert "check free space" in refusals[0]
     if fate == "die":  # on a disk that may hold the frames after all: before or after, not between
         books(path)
         with Ledger(path) as ledger:
