@@ -31,6 +31,7 @@ Client = TypeVar("Client")
 
 RECONNECT_BACKOFF_MAX_MS = 1000
 """The library's default is 30 s; with this a send is acknowledged ~1 s after the broker is back."""
+CONNECTING_LOOK_MS = 100.0
 REPEATED_LOG_SECONDS = 30.0
 """The library repeats itself several times a second while a broker is away."""
 
@@ -130,6 +131,18 @@ class _WatchedClient(KafkaNetClient):  # type: ignore[misc]
     def __init__(self, **configs: Any) -> None:
         net = NetworkSelector(**configs)
         super().__init__(net=net, manager=_WatchedManager(net, **configs), **configs)
+
+    def connection_delay(self, node_id: Any) -> float:
+        """For how long the producer should wait before it looks at a node again, milliseconds.
+
+        The library gives it seconds, which it takes for milliseconds, and nothing at all for a node
+        that is being connected: it would look thousands of times a second, also at a broker that
+        never answers. What happens on the wire wakes it anyway.
+        """
+        connection = self._manager._conns.get(node_id)
+        connecting = connection is not None and not connection.connected
+        delay_ms = 1000.0 * float(super().connection_delay(node_id))
+        return max(delay_ms, CONNECTING_LOOK_MS if connecting else 0.0)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from daemon import metrics
 from daemon.broker import free_port
 from daemon.settings import StreamSettings
 from daemon.stream import Publisher, ReleaseFollower, Topic
+from daemon.stream.client import _WatchedClient
 from tests.integration.test_kafka_publisher import (
     assert_exactly,
     numbers_by_partition,
@@ -124,3 +125,31 @@ def test_who_accepts_and_hangs_up_is_not_stormed(
     follower.close()
     publisher.close()
     assert_exactly(read_all(settings, Topic.INTERACTIONS, 30), 30)
+
+
+def test_a_producer_that_waits_for_an_answer_does_not_spin(
+    proxy: Proxy, topic_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    delay = _WatchedClient.connection_delay
+
+    def counted(client: _WatchedClient, node_id: object) -> float:
+        nonlocal looks
+        looks += 1
+        return delay(client, node_id)
+
+    monkeypatch.setattr(_WatchedClient, "connection_delay", counted)
+    settings = StreamSettings(bootstrap=proxy.address, topic_prefix=topic_prefix)
+    publisher = Publisher(settings, tmp_path / "spool")
+    publisher.start()
+    publish_numbers(publisher, range(10))
+    assert publisher.flush(90)
+    proxy.stall()
+    proxy.cut()  # it comes again, is let in, and hears nothing
+    publish_numbers(publisher, range(10, 20))
+    time.sleep(4)
+    assert 0 < looks < 200, "it was ten thousand a second"
+    proxy.pass_on()
+    assert publisher.flush(90)
+    publisher.close()
+    assert_exactly(read_all(settings, Topic.INTERACTIONS, 20), 20)
