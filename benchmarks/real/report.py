@@ -12,7 +12,7 @@ from benchmarks.real.figure import draw
 from benchmarks.real.rules import QUESTIONS, RULES
 from benchmarks.real.study import Study
 from benchmarks.real.summary import Claim, Comparison, Estimate, Score, Summary
-from benchmarks.real.train import DIAGNOSTICS, PRODUCT, follow_share
+from benchmarks.real.train import DIAGNOSTICS, PRODUCT, Config, follow_share
 from daemon.settings import BoundSettings, GateSettings, LearningSettings
 from updater.objectives import OBJECTIVES
 
@@ -146,7 +146,7 @@ def _markdown(
 def _set_up(study: Study) -> str:
     config = study.config
     settings = LearningSettings()
-    bound = BoundSettings()
+    product = f"{_product(config)}\n\n" if PRODUCT in config.methods else ""
     lags = ", ".join(str(lag) for lag in sorted(config.lags))
     rates = " and ".join(f"{rate:g}" for rate in config.rates)
     return f"""## Set-up
@@ -159,19 +159,12 @@ ago, S in {{{lags}}}. The queue starts with S batches of the base policy, the sa
 learns from these and then from {config.own_batches} batches of its own, which makes
 S + {config.own_batches} updates with AdamW, gradient clip {settings.gradient_clip:g}, one pass.
 Log-probabilities are recorded at generation and never recomputed. The limits of the objectives are
-their sources' defaults, not tuned. In `dppo_kl`, `ppo_clip` and `pg_is` the pull to the anchor,
-pacing, the trust region and the gate are off, so that nothing but the objective bounds a step.
+their sources' defaults, not tuned. The pull to the anchor, pacing, the trust region and the gate
+are off, so that nothing but the objective bounds a step.
 
-`{PRODUCT}` is `{settings.objective}` as the updater uses it, all settings at their defaults and
-only the gate off: credit low on stale replies, the step paced by effective sample size, replies
-further than {settings.too_far_nats:g} nats set aside, a pull to the anchor (weight
-{settings.anchor_weight:g}), and each step cut until KL(live || candidate) is at most
-{bound.live_kl_nats:g} nats and KL(anchor || candidate) at most {bound.anchor_kl_nats:g}, on the
-newest {config.batch_replies} replies and on the canaries. The KL column is measured on the same
-canaries, so it is bounded by construction for `{PRODUCT}`; reward and perplexity are not.
-
-All methods have the same learning rates, {rates}; a method is shown at the rate with its best AUC
-at that lag, mean over rules (all runs: appendix).
+{product}All methods have the same learning rates, {rates}; a method is shown at the
+rate with its best AUC at that lag, mean over rules, chosen on the same held-out replies that are
+reported (all runs: appendix).
 
 Reward is the share of replies to {config.held_out} held-out questions (topics never trained on)
 that follow the rule, every {config.evaluate_every} updates; the last evaluation asks
@@ -185,8 +178,20 @@ standard errors are called none, and a somewhat larger one on a single rule shou
 either.
 
 **Lag 0.** With one pass over fresh data p = q, and all these objectives have the same gradient: one
-run stands for all methods. `{PRODUCT}`, whose difference is what it does about stale data and which
-costs twice as much to run, is run at the largest lag only."""
+run stands for all methods."""
+
+
+def _product(config: Config) -> str:
+    """What the method that is the whole update does besides."""
+    settings, bound = LearningSettings(), BoundSettings()
+    return f"""`{PRODUCT}`, at the largest lag only (it costs twice as much to run), is
+`{settings.objective}` as the updater uses it, all settings at their defaults and only the gate
+off: credit low on stale replies, the step paced by effective sample size, replies further than
+{settings.too_far_nats:g} nats set aside, a pull to the anchor (weight
+{settings.anchor_weight:g}), and each step cut until KL(live || candidate) is at most
+{bound.live_kl_nats:g} nats and KL(anchor || candidate) at most {bound.anchor_kl_nats:g}, on the
+newest {config.batch_replies} replies and on the canaries. The KL column is measured on the same
+canaries, so it is bounded by construction for `{PRODUCT}`; reward and perplexity are not."""
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
