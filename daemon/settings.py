@@ -82,6 +82,9 @@ class ServingSettings(_Section):
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
     drain_seconds: float = Field(default=30.0, ge=1)
     """At a stop, running replies get this long to end."""
+    store_patience_seconds: float = Field(default=30.0, gt=0)
+    """A start waits this long for a release store that does not answer; then it serves the base
+    model until the store does."""
     parity_tolerance_nats: float = Field(default=0.1, gt=0)
     """After a swap, the server scores a fixed batch; its mean |logprob - trainer's| must be below
     this (and nearer to the new policy than to the old), or the release is not served."""

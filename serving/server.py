@@ -47,8 +47,6 @@ FORBIDDEN_ENVIRONMENT = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATI
 
 MEMORY_BESIDE_WEIGHTS_BYTES = 1.5 * 2**30
 """Two Python processes with torch and vLLM, measured on CPU."""
-STORE_PATIENCE_SECONDS = 30.0
-"""A start waits so long for a store that does not answer; then the base model is served."""
 PUBLISHER_CLOSE_SECONDS = 5.0
 """To deliver the last events; what is left stays in the spool."""
 ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -250,7 +248,7 @@ async def _serve_engine(
     while not parts.swaps.looked:
         if following.done():
             raise _engine_broke(following.exception())
-        if parts.swaps.reader.waiting_seconds() > STORE_PATIENCE_SECONDS:
+        if parts.swaps.reader.waiting_seconds() > settings.serving.store_patience_seconds:
             logger.error("serving_without_the_store", extra={"policy": parts.live.name})
             break
         await asyncio.sleep(0.02)
