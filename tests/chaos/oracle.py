@@ -88,10 +88,9 @@ def decisions(ledger: LedgerReader) -> list[Decision]:
         Decision(one.created_at, _name(one), places(one.offsets))
         for one in ledger.releases(everything)
     ]
-    found += [
-        Decision(one["at"], f"rejected: {one['reason']}", places(one["record"]["offsets"]))
-        for one in ledger.rejections(everything)
-    ]
+    for one in ledger.rejections(everything):
+        offsets = places(json.loads(one["record"])["offsets"])
+        found.append(Decision(one["at"], f"rejected: {one['reason']}", offsets))
     return sorted(found, key=lambda one: one.at)
 
 
