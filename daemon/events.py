@@ -425,6 +425,11 @@ class Release(Event):
     divergences: tuple[Divergence, ...] = ()
     verdict: Verdict | None = None
     diagnostics: dict[str, float] = Field(default_factory=dict)
+    not_run_again: dict[int, str] = Field(
+        default_factory=dict,
+        description="Behaviour policies of its replies, by version, whose adapter was gone or "
+        "damaged: what it learned from them rests on the recorded logprobs alone",
+    )
     lease_epoch: int = 0
     settings_digest: str = ""
     software: dict[str, str] = Field(default_factory=dict)

@@ -42,6 +42,10 @@ class Fallback(StrEnum):
     """Its bytes are not the ones that were released."""
 
 
+Fallbacks = Mapping[tuple[int, Fallback], int]
+"""Of one reply: tokens whose policy could not be run again, by its version and why."""
+
+
 class BehaviourUnavailable(RuntimeError):
     """A behaviour policy cannot be run again; ``why`` is counted."""
 
@@ -96,8 +100,7 @@ class Rerun:
     ``known``."""
     known: Tensor
     """[T] bool: this token's behaviour policy could be run again."""
-    fallbacks: Mapping[Fallback, int]
-    """Tokens whose policy could not."""
+    fallbacks: Fallbacks
 
 
 class BehaviourPolicies:
@@ -119,13 +122,13 @@ class BehaviourPolicies:
         sequences = [as_sequence(interaction) for interaction in interactions]
         logprobs = [self._blank(sequence) for sequence in sequences]
         known = [torch.zeros(s.tokens, dtype=torch.bool) for s in sequences]
-        fallbacks: list[dict[Fallback, int]] = [defaultdict(int) for _ in sequences]
+        fallbacks: list[dict[tuple[int, Fallback], int]] = [defaultdict(int) for _ in sequences]
         for version, parts in _spans_by_version(interactions).items():
             try:
                 adapter = live if version == live_version else self._adapter(version)
             except BehaviourUnavailable as unavailable:
                 for index, span in parts:
-                    fallbacks[index][unavailable.why] += span.end - span.start
+                    fallbacks[index][version, unavailable.why] += span.end - span.start
                 continue
             indices = sorted({index for index, _ in parts})
             with self._policy.using(adapter):
@@ -165,7 +168,7 @@ class Behaviour:
     """[T] of the sampled tokens, re-run; meaningless where not ``known``."""
     known: Tensor
     """[T] bool"""
-    fallbacks: Mapping[Fallback, int]
+    fallbacks: Fallbacks
     packed_support: np.ndarray[tuple[int, int], np.dtype[np.uint8]] | None
     """[T, V / 8]; None where nothing was truncated."""
     bins: tuple[Tensor, Tensor] | None
@@ -203,6 +206,11 @@ class Behaviour:
         if not bool(self.known.any()):
             return None
         return float((self.log_q - recorded).abs()[self.known].mean())
+
+
+def not_run_again(behaviours: Mapping[str, Behaviour]) -> dict[int, Fallback]:
+    """Behaviour policies of a batch whose recorded logprobs had to be enough, and why."""
+    return dict(sorted(key for one in behaviours.values() for key in one.fallbacks))
 
 
 def likeliest_bins(

@@ -124,7 +124,7 @@ class Observation:
         """
         if behaviour is not None:
             self._sources["exact"] += int(behaviour.known.sum())
-            for why, tokens in behaviour.fallbacks.items():
+            for (_, why), tokens in behaviour.fallbacks.items():
                 self._sources[why] += tokens
         else:  # not truncated, or the policy that looks wrote it and knows the support
             source = "exact" if interaction.sampling.truncated else "recorded"

@@ -20,6 +20,7 @@ from daemon.failpoints import failpoint
 from daemon.settings import Settings
 from daemon.stream import StreamUnavailable
 from updater.baselines import Baselines
+from updater.behaviour import not_run_again
 from updater.credit import assign_credit
 from updater.diagnostics import show, show_divergences
 from updater.gate import Gate
@@ -244,7 +245,14 @@ class Loop:
             moved_nats=moved_from_live_nats(self._last_divergences),
             ess_share=seen.ess_share,
         )
-        return Batch(credited, live_version, seen.set_aside, stats.as_dict()), baselines, seen
+        batch = Batch(
+            credited,
+            live_version,
+            seen.set_aside,
+            stats.as_dict(),
+            not_run_again(seen.behaviours),
+        )
+        return batch, baselines, seen
 
     def _make_no_update(self, batch: Batch, baselines: Baselines) -> str:
         """The policy stays, and every example ends with the reason why it taught nothing."""
@@ -356,6 +364,7 @@ class Loop:
             "verdict": verdict.model_dump(mode="json") if verdict else None,
             "cause": cause,
             "offsets": self._ledger.release_offsets(),
+            "not_run_again": dict(batch.not_run_again),
         }
         self._trainer.restore()
         self._ledger.commit_rejection(

@@ -44,6 +44,7 @@ class Manifests:
             divergences=candidate.divergences,
             verdict=verdict,
             diagnostics=dict(candidate.diagnostics),
+            not_run_again=dict(batch.not_run_again),
         )
 
     def restored(self, ancestor: int) -> Release:

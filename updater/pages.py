@@ -250,6 +250,8 @@ def lineage_page(found: Lineage, *, every: bool) -> RenderableType:
     about.add_row("  step", f"{release.step_scale:.2f} of the proposed update")
     for line in _divergence_words(release.divergences):
         about.add_row("  divergence", line)
+    for version, why in release.not_run_again.items():
+        about.add_row("  not run again", f"v{version:06d}, {why}: by its recorded logprobs alone")
     parents = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=True)
     parents.add_column("version")
     parents.add_column("released")

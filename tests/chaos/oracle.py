@@ -1,8 +1,9 @@
 """The verdict: the books after the chaos against those of a run without faults.
 
-When a record arrives is no property of the log, so the reference is told one thing: how far the
-stream had been read when each decision was made, which every release and every rejection records as
-its offsets. Everything else it computes again: it reads the same log from its beginning with a new
+When a record arrives is no property of the log, and neither is a bit that flips in an archived
+policy. So the reference is told two things, which every release and every rejection records: how
+far the stream had been read when it was decided, and which behaviour policies could not be run
+again. Everything else it computes again: it reads the same log from its beginning with a new
 ledger, store and policy, without a fault, and must end with the same fates, the same offsets, the
 same decisions and the same bytes of weights.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from daemon.artifacts import ArtifactStore
 from daemon.events import Feedback, Reason, Release
 from daemon.settings import Settings, StreamSettings
 from daemon.stream import Gap, Reader, Record, ReleaseFollower, Topic
+from tests.chaos.world import damaged
 from updater.ledger import Ledger, LedgerReader
 
 READ_SECONDS = 60.0
@@ -34,6 +37,11 @@ class Decision:
     """What became of it: "v7 <artifact>", or a rejection's reason."""
     offsets: Mapping[Place, int]
     """How far the stream had been read."""
+    not_run_again: frozenset[int]
+    """Versions of behaviour policies whose adapters were gone or damaged."""
+
+
+NOTHING_DECIDED = Decision(0.0, "", {}, frozenset())
 
 
 @dataclass(frozen=True)
@@ -85,12 +93,14 @@ def decisions(ledger: LedgerReader) -> list[Decision]:
 
     everything = 10**9
     found = [
-        Decision(one.created_at, _name(one), places(one.offsets))
+        Decision(one.created_at, _name(one), places(one.offsets), frozenset(one.not_run_again))
         for one in ledger.releases(everything)
     ]
     for one in ledger.rejections(everything):
-        offsets = places(json.loads(one["record"])["offsets"])
-        found.append(Decision(one["at"], f"rejected: {one['reason']}", offsets))
+        record = json.loads(one["record"])
+        lost = frozenset(map(int, record["not_run_again"]))
+        offsets = places(record["offsets"])
+        found.append(Decision(one["at"], f"rejected: {one['reason']}", offsets, lost))
     return sorted(found, key=lambda one: one.at)
 
 
@@ -128,6 +138,7 @@ class Script:
 
     @property
     def left(self) -> int:
+        """Portions that nobody has asked for."""
         return len(self._portions)
 
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
@@ -151,30 +162,44 @@ class Discarded:
         del record, reason, stage
 
 
-def run_reference(
-    settings: Settings, log: Sequence[Record], cuts: Sequence[Mapping[Place, int]]
-) -> Outcome:
-    """An updater without faults, in this process, in a state directory of its own."""
+def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Decision]) -> Outcome:
+    """An updater without faults, in this process, in a state directory of its own.
+
+    Args:
+        made: where its batches are cut, and which behaviour policies it does without.
+    """
     import torch
 
     from updater.assembly import assemble
+    from updater.loop import Loop
 
     torch.set_num_threads(settings.learning.threads or torch.get_num_threads())
-    script = Script(log, cuts)
+    script = Script(log, [one.offsets for one in made])
     settings.state_dir.mkdir(parents=True)
+    store = ArtifactStore(settings.store_dir)
     ledger = Ledger(settings.ledger_path, horizon_seconds=settings.learning.horizon_seconds)
-    try:
+
+    def started() -> Loop:
         loop, _ = assemble(
             settings,
             ledger=ledger,
-            store=ArtifactStore(settings.store_dir),
+            store=store,
             reader=script,
             dead_letters=Discarded(),
             publish=lambda _: None,
         )
         loop.resume()
-        while script.left:
-            loop.cycle()
+        return loop
+
+    try:
+        loop = started()
+        for decision in (*made, NOTHING_DECIDED):
+            with ExitStack() as faults:
+                if decision.not_run_again:
+                    loop = started()  # one that has them in memory would not notice
+                for version in decision.not_run_again:
+                    faults.enter_context(damaged(store, ledger.release(version)))
+                loop.cycle()
     finally:
         ledger.close()
     with Ledger.open_readonly(settings.ledger_path) as reader:
@@ -210,9 +235,10 @@ def judge(
         f"a reply claimed to be of v{version}, which was never released"
         for version in sorted(versions_seen - approved)
     ]
-    expected = run_reference(
-        settings.model_copy(update={"state_dir": reference_dir}), log, [one.offsets for one in made]
-    )
+    # It keeps every artifact: what the other had to do without, it is told.
+    learning = settings.learning.model_copy(update={"keep_releases": 10**9})
+    reference = settings.model_copy(update={"state_dir": reference_dir, "learning": learning})
+    expected = run_reference(reference, log, made)
     return Verdict(
         accounting_equal=found.accounting == expected.accounting,
         offsets_equal=found.offsets == expected.offsets,

@@ -112,13 +112,13 @@ def updater_lives(seed: int) -> Iterator[Fault]:
     generator = random.Random(f"updater {seed}")
     while True:
         draw = generator.random()
-        lasts = generator.uniform(4.0, 20.0)
+        lasts = generator.uniform(4.0, 12.0)
         point = f"{generator.choice(UPDATER_FAILPOINTS)}=kill@{generator.choice((1, 1, 1, 2, 3))}"
-        if draw < 0.75:
+        if draw < 0.85:
             yield Fault(0.0, "updater killed at a failpoint", lasts, point)
-        elif draw < 0.88:
+        elif draw < 0.92:
             yield Fault(0.0, "updater killed", lasts)
-        elif draw < 0.94:
+        elif draw < 0.96:
             yield Fault(0.0, "updater stopped and continued", lasts)
         else:
             yield Fault(0.0, "updater terminated", lasts)

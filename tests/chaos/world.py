@@ -24,6 +24,7 @@ from pathlib import Path
 
 from daemon.artifacts import ArtifactStore
 from daemon.broker import EmbeddedBroker, free_port
+from daemon.events import Release
 from daemon.failpoints import FAILPOINTS_VARIABLE
 from daemon.settings import Settings, StreamSettings, load_settings
 from tests.kafka_fixtures import ApacheKafka, find_broker_program
@@ -246,31 +247,12 @@ class World:
             ballast.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def flipped_bit(self) -> Iterator[bool]:
-        """One bit of the newest release's adapter is wrong; an operator puts it right again."""
+    def flipped_bit(self) -> Iterator[None]:
+        """The newest release's adapter is damaged; an operator puts it right again."""
         versions = self.store.versions(ALIAS)
         release = self.store.release(ALIAS, versions[-1]) if versions else None
-        names = (
-            [file.name for file in release.files if file.name.endswith(".safetensors")]
-            if release
-            else []
-        )
-        if release is None or release.artifact_digest is None or not names:
-            yield False
-            return
-        path = self.store.open(release.artifact_digest, release.files) / names[0]
-        content = path.read_bytes()
-        mode = path.stat().st_mode
-        path.chmod(0o600)
-        with path.open("r+b") as file:
-            file.seek(len(content) // 2)
-            file.write(bytes([content[len(content) // 2] ^ 0x10]))
-        try:
-            yield True
-        finally:
-            if path.exists():  # garbage collection may have taken it
-                path.write_bytes(content)
-                path.chmod(mode)
+        with damaged(self.store, release):
+            yield
 
     # --- the end ------------------------------------------------------------------------
 
@@ -296,6 +278,29 @@ class World:
         """Give the state directory's file system back, and what was on it."""
         if self._mounted:
             subprocess.run(["umount", "-l", str(self.state_dir)], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def damaged(store: ArtifactStore, release: Release | None) -> Iterator[None]:
+    """One bit of a release's adapter is wrong; nothing happens to what has none."""
+    files = [] if release is None else release.files
+    names = [file.name for file in files if file.name.endswith(".safetensors")]
+    if release is None or release.artifact_digest is None or not names:
+        yield
+        return
+    path = store.open(release.artifact_digest, release.files) / names[0]
+    content = path.read_bytes()
+    mode = path.stat().st_mode
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(len(content) // 2)
+        file.write(bytes([content[len(content) // 2] ^ 0x10]))
+    try:
+        yield
+    finally:
+        if path.exists():  # garbage collection may have taken it
+            path.write_bytes(content)
+            path.chmod(mode)
 
 
 def _mount(directory: Path, size: int) -> bool:

@@ -15,7 +15,7 @@ from daemon.events import Feedback, Interaction, LogprobConvention, PolicySpan, 
 from daemon.settings import Settings, load_settings
 from daemon.stream import Record, Topic
 from tests.chaos import oracle
-from tests.chaos.oracle import Outcome, Script, decisions, outcome, run_reference
+from tests.chaos.oracle import Decision, Outcome, Script, decisions, outcome, run_reference
 from tests.chaos.schedule import KINDS, schedule, updater_lives
 from tests.chaos.world import UPDATER_SETTINGS
 from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
@@ -115,38 +115,100 @@ def settings_in(tiny_model_dir: Path, tmp_path: Path) -> Callable[[str], Setting
     return make
 
 
-def test_the_same_log_cut_at_the_same_places_gives_the_same_weights_and_another_does_not(
-    settings_in: Callable[[str], Settings],
-) -> None:
-    learning = settings_in("first").learning
-    policy = Policy(
-        settings_in("first").model.path,
+@pytest.fixture
+def policy(settings_in: Callable[[str], Settings]) -> Policy:
+    """What the references start from."""
+    settings = settings_in("any")
+    learning = settings.learning
+    return Policy(
+        settings.model.path,
         rank=learning.lora_rank,
         alpha=learning.lora_alpha,
         seed=learning.seed,
     )
-    log = a_log(
-        [
-            recorded(policy, sequence, f"chatcmpl-{number}")
-            for number, sequence in enumerate(some_sequences(20))
-        ]
-    )
 
-    def everything_to(end: int) -> dict[tuple[Topic, int], int]:
-        return {(topic, part): end for topic in BOTH for part in (0, 1)}
 
-    first = run_reference(settings_in("first"), log, [everything_to(4), everything_to(9)])
+def written_by(policy: Policy, number: int) -> list[Interaction]:
+    """Replies of the base model."""
+    return [
+        recorded(policy, sequence, f"chatcmpl-{index}")
+        for index, sequence in enumerate(some_sequences(number))
+    ]
+
+
+def decided_at(end: int) -> Decision:
+    """A decision before which so much of each partition had been read."""
+    offsets = {(topic, part): end for topic in BOTH for part in (0, 1)}
+    return Decision(0.0, "", offsets, frozenset())
+
+
+def test_the_same_log_cut_at_the_same_places_gives_the_same_weights_and_another_does_not(
+    settings_in: Callable[[str], Settings], policy: Policy
+) -> None:
+    log = a_log(written_by(policy, 20))
+    first = run_reference(settings_in("first"), log, [decided_at(4), decided_at(9)])
     with Ledger.open_readonly(settings_in("first").ledger_path) as ledger:
-        made = [one.offsets for one in decisions(ledger)]
+        made = decisions(ledger)
         assert outcome(ledger) == first
     assert len(first.weights) == 2
-    assert made == [everything_to(4), everything_to(9)]
+    assert [one.offsets for one in made] == [decided_at(4).offsets, decided_at(9).offsets]
     assert run_reference(settings_in("again"), log, made) == first
 
     without_one = [record for record in log if record.value and b"fb-3" not in record.value]
     lost = run_reference(settings_in("lost"), without_one, made)
     assert lost.weights != first.weights
     assert lost.accounting != first.accounting
+
+
+def test_what_was_rejected_is_rejected_again(
+    settings_in: Callable[[str], Settings], policy: Policy
+) -> None:
+    log = a_log(written_by(policy, 20))
+
+    def strict(name: str) -> Settings:
+        settings = settings_in(name)
+        gate = settings.gate.model_copy(update={"live_kl_mean_nats": 1e-12})
+        return settings.model_copy(update={"gate": gate})
+
+    first = run_reference(strict("first"), log, [decided_at(4), decided_at(9)])
+    assert first.decisions == ["rejected: gate_blocked", "rejected: gate_blocked"]
+    with Ledger.open_readonly(strict("first").ledger_path) as ledger:
+        made = decisions(ledger)
+    assert [one.offsets for one in made] == [decided_at(4).offsets, decided_at(9).offsets]
+    assert run_reference(strict("again"), log, made) == first
+    assert run_reference(settings_in("lax"), log, made).decisions != first.decisions
+
+
+def test_a_behaviour_policy_that_was_damaged_is_damaged_again(
+    settings_in: Callable[[str], Settings], policy: Policy
+) -> None:
+    """Half of the replies of v1 were not written by it, which only v1 itself can tell."""
+    replies = written_by(policy, 30)
+    late = [
+        reply.model_copy(
+            update={
+                "sampling": SamplingSettings(min_p=1e-9),
+                "policy_spans": (
+                    PolicySpan(version=1, start=0, end=len(reply.completion_token_ids)),
+                ),
+                "completion_logprobs": tuple(
+                    logprob - number % 2 for logprob in reply.completion_logprobs if logprob
+                ),
+            }
+        )
+        for number, reply in enumerate(replies[18:])
+    ]
+    log = a_log(replies[:18] + late)
+    whole = [decided_at(4), decided_at(9), decided_at(13)]
+    without = [*whole[:2], replace(whole[2], not_run_again=frozenset({1}))]
+    sound = run_reference(settings_in("sound"), log, whole)
+    damaged = run_reference(settings_in("damaged"), log, without)
+    assert damaged.weights[:2] == sound.weights[:2]
+    assert damaged.decisions != sound.decisions
+    with Ledger.open_readonly(settings_in("damaged").ledger_path) as ledger:
+        made = decisions(ledger)
+    assert [one.not_run_again for one in made] == [frozenset(), frozenset(), frozenset({1})]
+    assert run_reference(settings_in("again"), log, made) == damaged
 
 
 def test_every_difference_is_a_violation() -> None:

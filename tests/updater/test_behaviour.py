@@ -20,6 +20,7 @@ from updater.behaviour import (
     BehaviourUnavailable,
     Fallback,
     Rerun,
+    not_run_again,
     token_divergence,
 )
 from updater.policy import AdapterState, Policy
@@ -163,7 +164,7 @@ def test_what_is_gone_or_damaged_falls_back_and_is_counted(policy: Policy, shelf
     unknown = reply.model_copy(update={"policy_spans": (PolicySpan(version=9, start=0, end=6),)})
     (rerun,) = shelf.rerun(unknown)
     assert not rerun.known.any()
-    assert rerun.fallbacks == {Fallback.GONE: 6}
+    assert rerun.fallbacks == {(9, Fallback.GONE): 6}
     now = logits_under(policy, shelf.live, unknown)
     sampled = torch.tensor(unknown.completion_token_ids)
     behaviour = Behaviour.keep(rerun, unknown, None)
@@ -172,6 +173,7 @@ def test_what_is_gone_or_damaged_falls_back_and_is_counted(policy: Policy, shelf
     )
     assert torch.allclose(log_p, processed_logprobs(now, sampled, unknown.sampling), atol=1e-6)
     assert behaviour.mismatch_nats(unknown) is None
+    assert not_run_again({unknown.key: behaviour}) == {9: "gone"}
 
     release = shelf.releases[1]
     weights = shelf.store.open(str(release.artifact_digest), release.files)
@@ -181,7 +183,7 @@ def test_what_is_gone_or_damaged_falls_back_and_is_counted(policy: Policy, shelf
     path.chmod(0o644)
     path.write_bytes(content)
     (rerun,) = shelf.rerun(reply)
-    assert rerun.fallbacks == {Fallback.DAMAGED: 6}
+    assert rerun.fallbacks == {(1, Fallback.DAMAGED): 6}
 
 
 def test_an_adapter_is_read_once_and_the_oldest_of_many_is_let_go(
