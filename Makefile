@@ -48,7 +48,7 @@ bench-outage: setup  ## reply latency while the broker is gone, silent or slow (
 	@$(BIN)/python -m benchmarks.outage $(if $(QUICK),--quick) $(ARGS)
 
 chaos: setup  ## kill, cut, fill and corrupt a running whole, then compare the books (DURATION=600 SEED=...)
-	@$(BIN)/python -m tests.chaos --output --duration $(or $(DURATION),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@$(BIN)/python -m tests.chaos --duration $(or $(DURATION),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:  ## remove the environment and everything that was generated
 	rm -rf $(VENV) .models demo build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache

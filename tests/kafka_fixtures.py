@@ -31,7 +31,12 @@ SKIPPED = "no Apache Kafka: no ../shared/kafka/broker, no java, or no MOORLINE_T
 
 
 def find_broker_program() -> Path | None:
-    """``shared/kafka/broker`` beside the repository (also from a work tree inside one)."""
+    """``shared/kafka/broker`` beside the repository (also from a work tree inside one).
+
+    None where it could not run.
+    """
+    if shutil.which("java") is None:
+        return None
     for parent in Path(__file__).resolve().parents[1:5]:
         for candidate in (parent / "shared/kafka/broker", parent.parent / "shared/kafka/broker"):
             if candidate.is_file():
@@ -144,7 +149,7 @@ def stream_settings(tansu: str, topic_prefix: str) -> StreamSettings:
 def make_apache_kafka() -> Iterator[Callable[..., ApacheKafka]]:
     """Starts brokers of one's own; all are stopped at the end of the session."""
     program = find_broker_program()
-    if program is None or shutil.which("java") is None:
+    if program is None:
         if os.environ.get(REQUIRE_KAFKA_VARIABLE):
             pytest.fail(f"{SKIPPED}; and {REQUIRE_KAFKA_VARIABLE} is set")
         pytest.skip(SKIPPED)

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import random
 import shutil
 import signal
@@ -28,7 +29,7 @@ from tests.chaos.load import People
 from tests.chaos.oracle import Verdict, judge
 from tests.chaos.schedule import Fault, schedule, updater_lives
 from tests.chaos.world import BATCH_EXAMPLES, Counts, World, wait_until
-from tests.kafka_fixtures import find_broker_program
+from tests.kafka_fixtures import REQUIRE_KAFKA_VARIABLE, SKIPPED, find_broker_program
 from tests.tiny_model import make_tiny_model
 from updater.ledger import Ledger
 
@@ -42,6 +43,7 @@ examples:
   python -m tests.chaos --seed 7                the schedule of seed 7 again
   python -m tests.chaos --embedded              without Apache Kafka: fewer kinds of faults
   python -m tests.chaos --keep                  leave state and logs, to look into a failure
+  python -m tests.chaos --output                add the run to benchmarks/results/chaos.json
 """
 
 
@@ -317,6 +319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("kafka", "moorline"):  # brokers are meant to go away here
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     apache = not arguments.embedded and find_broker_program() is not None
+    if not (apache or arguments.embedded) and os.environ.get(REQUIRE_KAFKA_VARIABLE):
+        console.print(f"{SKIPPED}; and {REQUIRE_KAFKA_VARIABLE} is set")
+        return 1
     root = Path(tempfile.mkdtemp(prefix="moorline-chaos-"))
     console.print(
         f"seed {arguments.seed}, {arguments.duration:g} s, "

@@ -12,7 +12,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -131,10 +130,7 @@ class World:
 
     def _start_apache(self) -> None:
         program = find_broker_program()
-        if program is None or shutil.which("java") is None:
-            raise RuntimeError(
-                "no Apache Kafka here: run with --embedded, or see docs/invariants.md"
-            )
+        assert program is not None
         port = free_port("127.0.0.1")
         self._proxy = Proxy(f"127.0.0.1:{port}").start()
         self._apache = ApacheKafka(
