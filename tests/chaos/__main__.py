@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +34,8 @@ from tests.kafka_fixtures import REQUIRE_KAFKA_VARIABLE, SKIPPED, find_broker_pr
 from tests.tiny_model import make_tiny_model
 from updater.ledger import Ledger
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "chaos.json"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parents[1] / "benchmarks" / "results" / "chaos.json"
 SETTLE_SECONDS = 240.0
 STOPPED_SECONDS = 3.0
 TERMINATE_SECONDS = 60.0
@@ -367,6 +369,7 @@ def _row(
     violations += tally.failed_requests + tally.unattributed
     return {
         "seed": arguments.seed,
+        "commit": _commit(),
         "duration_seconds": arguments.duration,
         "broker": "Apache Kafka" if apache else "embedded",
         "kills": counts.kills,
@@ -384,6 +387,16 @@ def _row(
         "offsets_equal": verdict.offsets_equal,
         "weights_equal": verdict.weights_equal,
     }
+
+
+def _commit() -> str:
+    """Of the code that ran: a seed means the same only there."""
+    command = ("git", "describe", "--always", "--dirty")
+    try:
+        found = subprocess.run(command, check=False, capture_output=True, text=True, cwd=HERE)
+    except OSError:
+        return ""
+    return found.stdout.strip()
 
 
 def _show(console: Console, row: dict[str, Any], verdict: Verdict, chaos: Chaos) -> None:

@@ -93,7 +93,7 @@ class People:
             reply = await self._ask()
             if reply is not None and self._random.random() < 0.85:
                 ratings.add(asyncio.create_task(self._rate(reply)))
-            if self._random.random() < 0.03:
+            if self._random.random() < 0.06:
                 ratings.add(asyncio.create_task(self._make_noise()))
             ratings = {task for task in ratings if not task.done()}
             await asyncio.sleep(self._random.uniform(0.1, 0.5))

@@ -112,8 +112,8 @@ def updater_lives(seed: int) -> Iterator[Fault]:
     generator = random.Random(f"updater {seed}")
     while True:
         draw = generator.random()
-        lasts = generator.uniform(4.0, 12.0)
-        point = f"{generator.choice(UPDATER_FAILPOINTS)}=kill@{generator.choice((1, 1, 1, 2, 3))}"
+        lasts = generator.uniform(6.0, 15.0)
+        point = f"{generator.choice(UPDATER_FAILPOINTS)}=kill@{generator.choice((1, 1, 1, 1, 2))}"
         if draw < 0.85:
             yield Fault(0.0, "updater killed at a failpoint", lasts, point)
         elif draw < 0.92:

@@ -31,7 +31,7 @@ from tests.proxy import Proxy
 from tests.serving.server_process import ServerProcess
 
 ALIAS = "assistant"
-BATCH_EXAMPLES = 8
+BATCH_EXAMPLES = 4
 STATE_BYTES = 256 * 2**20
 CANARIES = (
     {"prompt": "What is a glacier?", "reply": "A river of ice."},

@@ -109,6 +109,8 @@ def settings_in(tiny_model_dir: Path, tmp_path: Path) -> Callable[[str], Setting
         variables |= {
             "MOORLINE_MODEL__PATH": str(tiny_model_dir),
             "MOORLINE_STATE_DIR": str(tmp_path / name),
+            "MOORLINE_LEARNING__BATCH_EXAMPLES": "8",
+            "MOORLINE_LEARNING__MIN_BATCH_EXAMPLES": "8",
         }
         return load_settings(environment=variables)
 
