@@ -107,6 +107,9 @@ class Reason(StrEnum):
     UPDATE_FAILED = "update_failed"
     """An update with it raised an error, though the policy could be computed: a bug, or bad data
     that no check knows. The log and the rejection say where."""
+    UPDATE_KILLED = "update_killed"
+    """The updater's process died of it again and again, also alone, while others survived: no
+    memory for it, a crash in native code, or a step without end."""
 
 
 class Event(BaseModel):

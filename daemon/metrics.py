@@ -158,8 +158,13 @@ for _where in ("ledger", "store", "spool"):
 
 UPDATES = _counter(
     "moorline_updates_total",
-    "Updates tried; outcome: released, or the Reason that it was not",
+    "Updates tried; outcome: released, the Reason that it was not, or trial: of replies that the "
+    "process has died with",
     ["outcome"],
+)
+UPDATE_DEATHS = _gauge(
+    "moorline_update_deaths",
+    "How often in a row the updater died in an update with one reply that waits, the most; 0: none",
 )
 UPDATE_SECONDS = _histogram(
     "moorline_update_seconds",

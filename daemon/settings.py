@@ -240,6 +240,10 @@ class UpdaterSettings(_Section):
     stall_seconds: float = Field(default=600.0, gt=0)
     """An updater that gets nowhere for so long (no forward pass, no step of the intake) is stalled:
     /healthz says so, and it is started again. More than a micro-batch and a gate's hashing take."""
+    suspect_after_deaths: int = Field(default=3, ge=1)
+    """An update that the process has died in so often in a row (out of memory, a crash in native
+    code, a hang) is made from half its replies, then from half of those, down to one. A reply that
+    kills it so often alone, while another survives, is rejected (`update_killed`)."""
     niceness: int = Field(default=5, ge=0, le=19)
     """CPU priority below the server's, so that replies go first where both share a machine."""
 

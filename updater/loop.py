@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from daemon import metrics
 from daemon.artifacts import ArtifactStore, PinUnreadable, StoreUnavailable
@@ -30,7 +29,7 @@ from updater.manifests import Manifests
 from updater.parity import PARITY_FILE, parity_bytes
 from updater.phase import Phase, Progress
 from updater.policy import OPTIMIZER_STATE, Policy, check_fits
-from updater.quarantine import OF_THE_MACHINE, cause_of, culprits
+from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
 from updater.retention import tidy
 from updater.staleness import Look
 from updater.trainer import (
@@ -41,7 +40,7 @@ from updater.trainer import (
     optimizer_bytes,
 )
 from updater.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
-from updater.values import Batch, Candidate, CreditedExample, Example
+from updater.values import Batch, Candidate, Example, uncredited
 
 logger = logging.getLogger("moorline.loop")
 
@@ -76,6 +75,7 @@ class Loop:
         self._gate = gate
         self._publish = publish
         self._manifests = Manifests(settings, ledger, store, base_model_digest, software)
+        self._quarantine = Quarantine(settings, ledger, trainer, trust_region, self._credited)
         self._base_model_digest = base_model_digest
         self._base_adapter = trainer.live_adapter
         self._progress = progress
@@ -178,19 +178,29 @@ class Loop:
         tidy(self._store, self._ledger, self._settings.alias, self._settings.learning.keep_releases)
 
     def _enough(self) -> bool:
-        """A full batch, or a smaller one that has waited long enough; no erasure lies unread."""
+        """A full batch, a smaller one that has waited long enough, or one that the process died of;
+        and no erasure lies unread."""
         learning = self._settings.learning
         ready = self._ledger.count_ready()
         oldest = self._ledger.oldest_ready_at()
         waited = time.time() - oldest if oldest is not None else 0.0
         long_enough = ready >= learning.min_batch_examples and waited >= learning.max_wait_seconds
         full = ready >= learning.batch_examples
-        return (full or long_enough) and not self._ingest.erasures_unread()
+        due = self._quarantine.due(full or long_enough)
+        return due and not self._ingest.erasures_unread()
 
     def _learn(self) -> str:
-        """One batch to its decision; returns the outcome's name."""
+        """One batch to its decision, suspects first; returns the outcome's name."""
         self._progress.enter(Phase.TRAINING)
-        examples = self._ledger.ready_examples(self._settings.learning.batch_examples)
+        suspects = self._quarantine.suspects()
+        if suspects and not self._quarantine.teaches(suspects):
+            cause = self._quarantine.verdict(suspects)
+            return self._reject_for(Reason.UPDATE_KILLED, suspects, cause) if cause else "trial"
+        examples = suspects or self._ledger.ready_examples(self._settings.learning.batch_examples)
+        with self._quarantine.watch(examples):
+            return self._update(examples)
+
+    def _update(self, examples: Sequence[Example]) -> str:
         try:
             batch, baselines, seen = self._credited(examples)
             logger.info("batch", extra={**batch.credit, **seen.diagnostics})
@@ -202,7 +212,8 @@ class Loop:
         except OF_THE_MACHINE:
             raise
         except Exception as error:  # whatever it is, this batch must not come back for ever
-            return self._quarantine(examples, error)
+            guilty = self._quarantine.culprits(examples, error)
+            return self._reject_for(Reason.UPDATE_FAILED, guilty, cause_of(error))
         show(proposal.diagnostics)
         failpoint("loop.after_training")
 
@@ -263,31 +274,11 @@ class Loop:
             self._ledger.set_not_trainable(ended, reason, learned)
         return self._say("no update", batch, next(iter(reasons.values())))
 
-    def _quarantine(self, examples: Sequence[Example], error: Exception) -> str:
-        """The update raised: the examples that make it raise end here, the others stay ready."""
-        self._trainer.restore()
-        # Raises in its turn where the machine is at fault, not the batch.
-        self._trust_region.logprobs(self._trainer.live_adapter, self._trust_region.canaries)
-        guilty = culprits(examples, self._try)
-        logger.error(
-            "an update raised: the examples at fault are rejected, please report it",
-            extra={"cause": cause_of(error), "batch": len(examples), "rejected": len(guilty)},
+    def _reject_for(self, reason: Reason, guilty: Sequence[Example], cause: str) -> str:
+        """No update survives these: they end here, whatever was with them stays ready."""
+        return self._reject(
+            uncredited(guilty, self._ledger.live_version()), None, reason, cause=cause
         )
-        uncredited = tuple(CreditedExample(one, None, 0.0) for one in guilty)
-        batch = Batch(uncredited, self._ledger.live_version())
-        return self._reject(batch, None, Reason.UPDATE_FAILED, cause=cause_of(error))
-
-    def _try(self, examples: Sequence[Example]) -> None:
-        """An update from these, thrown away."""
-        try:
-            batch, _, seen = self._credited(examples)
-            # A reply alone is as good as expected: with an advantage of 0 nothing would be tried.
-            ones = tuple(replace(one, advantage=one.advantage or 1.0) for one in batch.examples)
-            self._trainer.propose(replace(batch, examples=ones), seen)
-        except (NothingToLearn, NonFiniteUpdate):
-            pass
-        finally:
-            self._trainer.restore()
 
     def _bound(self, batch: Batch, proposal: Proposal) -> BoundedStep | Refused:
         """The largest step inside the divergence bound, measured on traffic outside the batch."""

@@ -177,6 +177,8 @@ def _evidence(outcome: Outcome) -> str:
         words.append(f"gate: {outcome.verdict} ({outcome.checks_passed} checks passed)")
     if outcome.checks_failed:
         words.append(f"failed: {', '.join(outcome.checks_failed)}")
+    if outcome.cause:
+        words.append(_plain(outcome.cause))
     return ", ".join(words)
 
 

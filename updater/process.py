@@ -28,7 +28,7 @@ from daemon.stream import (
 from daemon.systemd import Notifier
 from updater.assembly import assemble
 from updater.diagnostics import ringing
-from updater.ledger import Ledger, LedgerUnavailable
+from updater.ledger import Ledger, LedgerError, LedgerUnavailable
 from updater.phase import UNAVAILABLE, Phase, Progress
 
 logger = logging.getLogger("moorline.updater")
@@ -51,7 +51,7 @@ class Updater:
         self._stopping = False
         self._snapshot: dict[str, Any] = {"alias": settings.alias}
         self._notifier = Notifier()
-        self._progress = Progress(settings.updater.stall_seconds, alive=self._notifier.ping)
+        self._progress = Progress(settings.updater.stall_seconds, alive=self._alive)
         self._server = StatusServer(
             settings.updater.host,
             settings.updater.port,
@@ -67,6 +67,7 @@ class Updater:
             settings.ledger_path,
             horizon_seconds=learning.horizon_seconds,
             keep_decided_seconds=learning.keep_decided_seconds or math.inf,
+            suspect_after_deaths=settings.updater.suspect_after_deaths,
         )
         self._store = ArtifactStore(settings.store_dir)
         disable_progress_bar()  # a log is no terminal
@@ -102,6 +103,13 @@ class Updater:
                 self._rest(_RETRY_SECONDS)
         self._notifier.stopping()
         self.close()
+
+    def _alive(self) -> None:
+        """The loop's thread got on."""
+        self._notifier.ping()
+        if self._stopping:  # being killed because the grace is over is no fault of the batch
+            with contextlib.suppress(LedgerError):
+                self._ledger.attempts.end()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # A plain flag: an Event's lock may be held by the very thread that this interrupts.

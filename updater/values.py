@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +88,11 @@ class Batch:
     def has_signal(self) -> bool:
         """Whether there is an advantage other than zero, a correction or a preference."""
         return any(credited.has_signal for credited in self.examples)
+
+
+def uncredited(examples: Iterable[Example], live_version: int) -> Batch:
+    """A batch that was not looked at any further."""
+    return Batch(tuple(CreditedExample(one, None, 0.0) for one in examples), live_version)
 
 
 @dataclass(frozen=True)

@@ -675,6 +675,46 @@ def test_what_is_not_a_ledger_is_refused(path: Path) -> None:
         Ledger(path)
 
 
+def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> None:
+    log = Log()
+    with Ledger(path, suspect_after_deaths=2) as ledger:
+        feed(ledger, log, *[interaction(name) for name in "abcd"], *[rating(n) for n in "abc"])
+    for life in range(3):
+        with Ledger(path, suspect_after_deaths=2) as ledger:
+            assert [one.key for one in ledger.attempts.suspects()] == (
+                ["a/0", "b/0", "c/0"] if life == 2 else []
+            )
+            ids = [one.example_id for one in ledger.ready_examples(9)]
+            ledger.attempts.begin(ids[:2])
+            # What was measured on has died too, and is not measured on any more.
+            measured = ledger.held_out_traffic(9, exclude=ids[:2])
+            assert len(measured) == (0 if life == 2 else 2)
+    with Ledger(path, suspect_after_deaths=2) as ledger:
+        assert ledger.attempts.shunned() == {1, 2, 3, 4}
+        assert [(one.key, one.deaths) for one in ledger.attempts.suspects()] == [
+            ("a/0", 3),
+            ("b/0", 3),
+            ("c/0", 2),
+        ]
+        (first,) = ledger.examples_of(["a/0", "d/0"])
+        assert ledger.attempts.least_suspect("a/0", 9) == "c/0"
+        assert ledger.attempts.least_suspect("c/0", 3) is None
+        ledger.attempts.begin([first.example_id], alone=True)
+    with Ledger(path, suspect_after_deaths=2) as ledger:
+        assert [ledger.attempts.deaths_alone(key) for key in ("a/0", "b/0")] == [1, 0]
+        feed(ledger, log, rating("a", -1, at=NOW + 9), at=NOW + 9)
+        assert ledger.attempts.suspects()[0].deaths == 4, "the reply is the same"
+        ids = [one.example_id for one in ledger.ready_examples(9)]
+        ledger.set_not_trainable(ids[:1], Reason.NO_ADVANTAGE)
+        assert [one.key for one in ledger.attempts.suspects()] == ["b/0", "c/0"]
+        ledger.attempts.begin(ids[1:])
+        ledger.attempts.end()
+        assert [one.deaths for one in ledger.attempts.suspects()] == [3, 2]
+        ledger.attempts.begin(ids[1:2])
+        ledger.attempts.survive()
+        assert [one.key for one in ledger.attempts.suspects()] == ["c/0"]
+
+
 def test_a_full_disk_changes_nothing_and_passes(ledger: Ledger) -> None:
     log = Log()
     batch = [log.parsed(interaction(f"a{i}", user="u" * 200)) for i in range(200)]
@@ -714,8 +754,8 @@ def test_no_step_of_a_cycle_reads_a_whole_table(ledger: Ledger) -> None:
         getattr(ledger, name)()
     ledger.expire(NOW + 3 * HORIZON)
     connection.set_trace_callback(None)
-    # A row for each partition, fate, gap; keys are destroyed in every cycle.
-    small = ("positions", "p", "t", "gaps", "meta", "doomed_keys")
+    # A row for each partition, fate, gap; keys are destroyed in every cycle, attempts end.
+    small = ("positions", "p", "t", "gaps", "meta", "doomed_keys", "attempts")
     asked = [sql for sql in statements if sql.startswith(("SELECT", "UPDATE", "DELETE"))]
     assert len(asked) > 20
     for sql in asked:

@@ -32,6 +32,7 @@ from updater.ledger import Ledger, Parsed, examples_digest
 STEPS = (
     *("ingest", "release", "rejection", "not_trainable", "expire", "published"),
     *("forget", "restoration", "keys"),
+    *("attempt", "measured", "undecided", "survived", "deaths"),
 )
 POINTS = (
     *(
@@ -41,7 +42,7 @@ POINTS = (
     ),
     *("keys.saved", "keys.destroyed", "keys.wiped"),
 )
-ONCE = ("expire", "not_trainable", "forget", "restoration")
+ONCE = ("expire", "not_trainable", "forget", "restoration", "deaths")
 GONE = "r4"
 BATCH_RECORDS = 7
 BATCH_EXAMPLES = 3
@@ -104,6 +105,12 @@ def update(path: Path, outbox: Path) -> None:
 def decide(ledger: Ledger) -> None:
     """Decides by content, so that a repeated decision is the same one."""
     ids = [example.example_id for example in ledger.ready_examples(BATCH_EXAMPLES)]
+    ledger.attempts.begin(ids[:1], alone=True)
+    ledger.attempts.survive()
+    ledger.attempts.begin(ids)
+    ledger.attempts.end()
+    ledger.attempts.begin(ids)
+    ledger.held_out_traffic(2, exclude=ids)
     match int(examples_digest(ids)[:8], 16) % 5:
         case 0 | 1:
             ledger.commit_rejection({"ids": ids}, ids, Reason.GATE_BLOCKED, now=NOW)
@@ -129,6 +136,7 @@ def outcome(path: Path, outbox: Path) -> dict[str, Any]:
         assert reader.audit() == []
         assert reader.unpublished() == []
         assert reader._database.rows("SELECT key FROM doomed_keys") == []
+        assert reader._database.rows("SELECT 1 FROM attempts WHERE under_way IS NOT NULL") == []
         return {
             "accounting": reader.accounting().as_dict(),
             "offsets": sorted(map(repr, reader.offsets().items())),

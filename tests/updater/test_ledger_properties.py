@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,12 +242,16 @@ class Updater(RuleBasedStateMachine):
         self.epoch = 0
         self.names = 0
         self.generation = 0
+        self.under_way: set[str] = set()
+        self.deaths: Counter[str] = Counter()
         self.reopen()
 
     def reopen(self) -> None:
         self.ledger = Ledger(self.folder / "ledger.sqlite", horizon_seconds=HORIZON)
         assert self.ledger.epoch == self.epoch + 1
         self.epoch = self.ledger.epoch
+        self.deaths.update(self.under_way)
+        self.under_way = set()
 
     def take(self, records: list[Parsed]) -> None:
         done = self.ledger.ingest(records, now=self.now)
@@ -331,6 +336,50 @@ class Updater(RuleBasedStateMachine):
                 self.assert_not_erased(one.rater, one.created_at)
         return multiple(examples) if examples else multiple()
 
+    @rule(batch=batches, alone=st.booleans(), measure=st.booleans())
+    def begin(self, batch: list[Any], alone: bool, measure: bool) -> None:
+        ids = [example.example_id for example in batch]
+        try:
+            self.ledger.attempts.begin(ids, alone=alone)
+        except LedgerError as error:
+            self.check_refusal(error)
+            return
+        self.under_way = {example.interaction.key for example in batch}
+        if measure:
+            self.ledger.held_out_traffic(1, exclude=ids)
+            self.under_way |= self.attempted("under_way IS NOT NULL").keys()
+
+    @rule(target=batches, number=NUMBERS, measure=st.booleans())
+    def die_in_an_update(self, number: int, measure: bool) -> object:
+        self.serve(number)
+        self.rate(number, "ann", [0])
+        self.begin(self.ledger.ready_examples(2), False, measure)
+        self.restart()
+        return self.hand_out(2)
+
+    @rule()
+    def stop_in_order(self) -> None:
+        self.ledger.attempts.end()
+        self.under_way = set()
+
+    @rule()
+    def survive(self) -> None:
+        self.ledger.attempts.survive()
+        self.ended([])
+
+    def ended(self, batch: Iterable[Any]) -> None:
+        for key in self.under_way | {example.interaction.key for example in batch}:
+            del self.deaths[key]
+        self.under_way = set()
+
+    def attempted(self, condition: str) -> dict[str, int]:
+        return dict(
+            self.ledger._database.rows(
+                "SELECT i.key, a.deaths FROM attempts a JOIN interactions i"
+                f" ON i.id = a.interaction WHERE {condition}"
+            )
+        )
+
     @rule(batch=consumes(batches), publish=st.booleans(), left_out=st.sampled_from([0, 0, 1]))
     def train(self, batch: list[object], publish: bool, left_out: int) -> None:
         ids = [example.example_id for example in batch]  # type: ignore[attr-defined]
@@ -342,6 +391,7 @@ class Updater(RuleBasedStateMachine):
         except LedgerError as error:
             self.check_refusal(error)
             return
+        self.ended(batch)
         for example in batch[: len(batch) - len(aside)]:
             for one in example.feedback:  # type: ignore[attr-defined]
                 self.taught.append((version, one.key, one.rater, one.aspect))
@@ -363,6 +413,8 @@ class Updater(RuleBasedStateMachine):
                 self.ledger.set_not_trainable(ids, reason)
         except LedgerError as error:
             self.check_refusal(error)
+        else:
+            self.ended(batch)
 
     def check_refusal(self, error: LedgerError) -> None:
         """Handed out twice, or before a restart, and decided once."""
@@ -416,6 +468,15 @@ class Updater(RuleBasedStateMachine):
         accounting = self.ledger.accounting()
         assert accounting.balanced
         assert accounting.total == self.consumed
+
+    @invariant()
+    def a_death_is_counted_until_an_update_survives(self) -> None:
+        known = {key for (key,) in self.ledger._database.rows("SELECT key FROM interactions")}
+        assert self.attempted("deaths > 0") == {
+            key: deaths for key, deaths in self.deaths.items() if key in known
+        }
+        suspects = self.ledger.attempts.suspects()
+        assert all(self.deaths[one.key] == one.deaths >= 3 for one in suspects)
 
     @invariant()
     def a_word_teaches_once(self) -> None:

@@ -68,6 +68,20 @@ def read_ready(
     return [_example(connection, bodies, key) for _, key in sorted(chosen)]
 
 
+def read_named(
+    connection: sqlite3.Connection, bodies: Bodies, keys: Iterable[str]
+) -> list[tuple[Example, Claim]]:
+    """The examples of those of these replies that wait for a batch; errors as ``read_ready``."""
+    ready = [
+        key
+        for key in keys
+        if connection.execute(
+            "SELECT 1 FROM interactions WHERE key = ? AND open_ratings > 0", (key,)
+        ).fetchone()
+    ]
+    return [_example(connection, bodies, key) for key in ready]
+
+
 def _oldest(connection: sqlite3.Connection, limit: int) -> list[_Place]:
     return connection.execute(
         "SELECT event_time, key FROM interactions INDEXED BY interactions_ready"
@@ -146,12 +160,15 @@ def read_traffic(
     limit: int,
     max_tokens: int,
     excluded: Collection[int],
-) -> list[TokenSequence]:
+) -> dict[int, TokenSequence]:
     """Recent replies that no release has learned from: unrated ones first, then rated ones.
 
     Args:
         max_tokens: longer sequences are passed over.
         excluded: ``interactions.id`` of the batch at hand, replies that lost included.
+
+    Returns:
+        By ``interactions.id``.
 
     Raises:
         BodyErased: the key of a body is gone.
@@ -174,4 +191,4 @@ def read_traffic(
         for identity, tokens, measurable in [*unrated, *rated]
         if measurable and tokens <= max_tokens and identity not in excluded
     ]
-    return [as_sequence(bodies.interaction(identity)) for identity in chosen[:limit]]
+    return {identity: as_sequence(bodies.interaction(identity)) for identity in chosen[:limit]}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-SCHEMA_NUMBER = 3
+SCHEMA_NUMBER = 4
 
 
 class InteractionState(StrEnum):
@@ -43,6 +43,15 @@ class FeedbackState(StrEnum):
     """Late, expired, superseded, or without credit: kept to know repeats."""
     ERASED = "erased"
     """Its rater withdrew it, or somebody the reply that it is on."""
+
+
+class Attempt(StrEnum):
+    """What a reply is in while an update is under way, and dies with if the process does."""
+
+    UPDATE = "update"
+    """With others, as one of the batch or measured on."""
+    ALONE = "alone"
+    """On trial by itself, after another reply has survived the same in the same process."""
 
 
 TABLES = """
@@ -251,6 +260,17 @@ CREATE TABLE decisions (
     decided_by INTEGER
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX decisions_by_decision ON decisions (decided_by, fate) WHERE decided_by IS NOT NULL;
+
+-- What is in the update under way, and how often the process has died in one with it.
+CREATE TABLE attempts (
+    interaction INTEGER PRIMARY KEY,         -- interactions.id
+    under_way TEXT,                          -- an Attempt that has not ended, or NULL
+    deaths INTEGER NOT NULL DEFAULT 0,       -- since an update with it came to an end
+    alone INTEGER NOT NULL DEFAULT 0         -- of these, on trial alone
+) STRICT;
+CREATE TRIGGER attempts_forgotten AFTER DELETE ON interactions BEGIN
+    DELETE FROM attempts WHERE interaction = OLD.id;
+END;
 
 -- Whose words and replies are in which release, also after their rows are gone.
 CREATE TABLE taught (

@@ -10,6 +10,8 @@ from typing import Any
 from pydantic_core import to_json
 
 from daemon.events import Fate, Reason, Release, ReleaseKind, user_digest
+from updater.baselines import Baselines
+from updater.ledger.attempts import conclude
 from updater.ledger.database import LedgerError, set_meta
 from updater.ledger.examples import Claim
 from updater.ledger.fates import Fates
@@ -21,6 +23,7 @@ OF_THE_BATCH = frozenset(
         Reason.TOO_FAR,
         Reason.NON_FINITE_UPDATE,
         Reason.UPDATE_FAILED,
+        Reason.UPDATE_KILLED,
         Reason.DIVERGENCE_BOUND,
         Reason.GATE_BLOCKED,
     }
@@ -113,6 +116,12 @@ class Settlement:
             outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reasons[example_id])
             self.settle({example_id: claim}, outcome)
 
+    def conclude(self, baselines: Baselines | None) -> None:
+        """At the end of a decision: the update has ended, and this is what the credit knows now."""
+        conclude(self._connection)
+        if baselines is not None:
+            set_meta(self._connection, "baselines", baselines.to_json())
+
     def settle(self, claims: Mapping[str, Claim], outcome: Outcome) -> None:
         """Decide these examples.
 
@@ -173,6 +182,7 @@ class Settlement:
             self._condemn(identity, outcome.reason)
         self._recount(identity)
         self._decide(identity, outcome)
+        self._execute("DELETE FROM attempts WHERE interaction = ?", (identity,))
 
     def _decide(self, identity: int, outcome: Outcome) -> None:
         """An interaction keeps the first fate that was decided of it."""

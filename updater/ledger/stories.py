@@ -44,6 +44,8 @@ class Outcome:
     checks_passed: int
     checks_failed: tuple[str, ...]
     """Names."""
+    cause: str = ""
+    """Why nothing was judged: where the update raised, or how often the updater died of it."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,7 @@ class Stories(LedgerReader):
             Reason(reason),
             tuple(Divergence.model_validate(one) for one in told.get("divergences") or ()),
             Verdict.model_validate(told["verdict"]) if told.get("verdict") else None,
+            told.get("cause") or "",
         )
 
 
@@ -333,6 +336,7 @@ def _outcome(
     reason: Reason,
     divergences: tuple[Divergence, ...],
     verdict: Verdict | None,
+    cause: str = "",
 ) -> Outcome:
     checks = verdict.checks if verdict else ()
     return Outcome(
@@ -345,4 +349,5 @@ def _outcome(
         verdict.decision if verdict else None,
         sum(check.passed for check in checks),
         tuple(check.name for check in checks if not check.passed),
+        cause,
     )

@@ -12,9 +12,8 @@ import logging
 import math
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -22,11 +21,12 @@ from typing import Any, TypeVar
 from daemon.events import Erasure, Fate, Reason, Release
 from daemon.stream import Gap
 from updater.baselines import Baselines
+from updater.ledger.attempts import Attempts
 from updater.ledger.bodies import Bodies, BodyErased
 from updater.ledger.claims import Claims
 from updater.ledger.database import Database, LedgerError, WriterLock, make_home, set_meta
 from updater.ledger.erasure import Eraser, Forgotten
-from updater.ledger.examples import read_ready, read_traffic
+from updater.ledger.examples import read_named, read_ready, read_traffic
 from updater.ledger.expiry import Expired, Expiry
 from updater.ledger.fates import Fates, count
 from updater.ledger.intake import Ingested, Intake
@@ -57,12 +57,14 @@ class Ledger(LedgerReader):
         *,
         horizon_seconds: float = DEFAULT_HORIZON_SECONDS,
         keep_decided_seconds: float = math.inf,
+        suspect_after_deaths: int = 3,
     ) -> None:
         """Take the lock, open or create the file, begin a new lease.
 
         Args:
             horizon_seconds: how long an interaction and its feedback wait for each other.
             keep_decided_seconds: bodies of decided replies are kept so long, if not for less.
+            suspect_after_deaths: a reply with which the process has died so often is suspected.
 
         Raises:
             LedgerLocked: another updater holds it.
@@ -79,12 +81,14 @@ class Ledger(LedgerReader):
             self._keys = KeyRing(path.with_name(f"{path.name}.keys"), needed=needed)
             opened.callback(self._keys.close)
             self.epoch = self._database.begin_lease()
+            self._claims = Claims()
+            self.attempts = Attempts(self._database, self._claims, suspect_after_deaths)
+            self.attempts.count_deaths()
             self._wipe_due = True  # a kill may have come between an erasure and its wiping
             self._destroy_doomed()
             opened.pop_all()
         self._horizon_seconds = horizon_seconds
         self._keep_seconds = keep_decided_seconds
-        self._claims = Claims()
         self._watermark = Watermark(self._database)
         logger.info("ledger opened", extra={"path": str(path), "lease_epoch": self.epoch})
 
@@ -214,8 +218,7 @@ class Ledger(LedgerReader):
     def _eraser(
         self, connection: sqlite3.Connection, fates: Fates, tombstones: Tombstones
     ) -> Eraser:
-        live = self.live_version()
-        return Eraser(connection, fates, self._keys, tombstones, self.release, live)
+        return Eraser(connection, fates, self._keys, tombstones, self.release, self.live_version())
 
     def _erased(self) -> None:
         """After the commit: the keys go, and every old page that is still in a file."""
@@ -260,23 +263,30 @@ class Ledger(LedgerReader):
         The ledger remembers which ratings it handed out under each id. A rating that arrives in
         the meantime is not part of the decision.
         """
-        return self._claims.hand_out(
-            self._readable(lambda connection, bodies: read_ready(connection, bodies, limit))
-        )
+        found = self._readable(lambda connection, bodies: read_ready(connection, bodies, limit))
+        return self._claims.hand_out(found)
+
+    def examples_of(self, keys: Sequence[str]) -> list[Example]:
+        """The same, of those of these replies that wait for a batch."""
+        found = self._readable(lambda connection, bodies: read_named(connection, bodies, keys))
+        return self._claims.hand_out(found)
 
     def held_out_traffic(
         self, limit: int, *, exclude: Collection[str] = (), max_tokens: int = 1024
     ) -> list[TokenSequence]:
-        """Recent replies that no release has learned from, unrated ones first, newest first.
+        """Recent replies that no release has learned from, unrated ones first, newest first: what
+        the update under way, if one is, goes on to measure on.
 
         Args:
             exclude: example ids of the batch at hand.
             max_tokens: prompt and completion; longer ones are passed over.
         """
-        excluded = self._claims.interactions(exclude)
-        return self._readable(
+        excluded = self._claims.interactions(exclude) | self.attempts.shunned()
+        found = self._readable(
             lambda connection, bodies: read_traffic(connection, bodies, limit, max_tokens, excluded)
         )
+        self.attempts.measure_on(found)
+        return list(found.values())
 
     # --- how it ends --------------------------------------------------------------------------
 
@@ -300,7 +310,7 @@ class Ledger(LedgerReader):
                 example is unknown or was decided before. Nothing changed.
         """
         trained, aside = self._claims.divided(example_ids, set_aside)
-        with self._database.transaction("release") as connection:
+        with self._decision("release", example_ids, baselines) as settlement:
             check_release(
                 release,
                 trained,
@@ -308,13 +318,8 @@ class Ledger(LedgerReader):
                 live=self.live_version(),
                 epoch=self.epoch,
             )
-            fates = Fates(connection)
-            settlement = Settlement(connection, fates)
             settlement.release(release, trained)
             settlement.set_aside(aside, set_aside)
-            self._settled(connection, baselines)
-            changes = fates.by_topic()
-        self._decided(example_ids, changes)
 
     def commit_rejection(
         self,
@@ -342,14 +347,9 @@ class Ledger(LedgerReader):
         """
         judged, aside = self._claims.divided(example_ids, set_aside)
         now = time.time() if now is None else now
-        with self._database.transaction("rejection") as connection:
-            fates = Fates(connection)
-            settlement = Settlement(connection, fates)
+        with self._decision("rejection", example_ids, baselines) as settlement:
             number = settlement.rejection(record, self.live_version(), judged, reason, now)
             settlement.set_aside(aside, set_aside)
-            self._settled(connection, baselines)
-            changes = fates.by_topic()
-        self._decided(example_ids, changes)
         return number
 
     def set_not_trainable(
@@ -364,13 +364,9 @@ class Ledger(LedgerReader):
             LedgerError: an example is unknown or was decided before. Nothing changed.
         """
         claims = self._claims.of(example_ids)
-        with self._database.transaction("not_trainable") as connection:
-            fates = Fates(connection)
-            outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reason)
-            Settlement(connection, fates).settle(claims, outcome)
-            self._settled(connection, baselines)
-            changes = fates.by_topic()
-        self._decided(example_ids, changes)
+        outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reason)
+        with self._decision("not_trainable", example_ids, baselines) as settlement:
+            settlement.settle(claims, outcome)
 
     def mark_published(self, version: int) -> None:
         """The releases topic has acknowledged this release."""
@@ -388,12 +384,17 @@ class Ledger(LedgerReader):
                 raise LedgerError(f"there is no release {version}, or it was withdrawn")
             set_meta(connection, "live_version", None if version is None else str(version))
 
-    def _settled(self, connection: sqlite3.Connection, baselines: Baselines | None) -> None:
-        if baselines is not None:
-            set_meta(connection, "baselines", baselines.to_json())
-
-    def _decided(
-        self, example_ids: Sequence[str], changes: Counter[tuple[str, Fate, Reason]]
-    ) -> None:
+    @contextmanager
+    def _decision(
+        self, step: str, example_ids: Sequence[str], baselines: Baselines | None
+    ) -> Iterator[Settlement]:
+        """One transaction, and what follows when it has committed."""
+        with self._database.transaction(step) as connection:
+            fates = Fates(connection)
+            settlement = Settlement(connection, fates)
+            yield settlement
+            settlement.conclude(baselines)
+            changes = fates.by_topic()
         count(changes)
         self._claims.drop(example_ids)
+        self.attempts.show()
