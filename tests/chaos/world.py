@@ -47,6 +47,8 @@ UPDATER_SETTINGS = {
     "LEARNING__LEARNING_RATE": "2e-3",
     "LEARNING__THREADS": "1",
     "BOUND__TRAFFIC_EXAMPLES": "4",
+    # Here the process dies all the time, and of none of its replies.
+    "UPDATER__SUSPECT_AFTER_DEATHS": "1000000",
     "UPDATER__POLL_SECONDS": "0.1",
     "UPDATER__NICENESS": "0",
 }
