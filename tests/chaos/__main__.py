@@ -109,7 +109,7 @@ class Chaos:
         self._server_term = None
         await asyncio.to_thread(self._world.start_server, failpoints)
         self._terms += 1
-        self._server_term = self._terms
+        self._server_term = -self._terms if failpoints else self._terms
 
     async def _server_dies_at(self, failpoint: str) -> None:
         """Start it again with a failpoint armed, and wait until it has died of it."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -64,7 +65,8 @@ class People:
         """
         Args:
             url: the server's, now.
-            up: a number that changes with every strike at the server; None: it is not up.
+            up: a number that changes with every strike at the server; None: it is not up;
+                negative: it is going to die of a failpoint, nobody knows when.
         """
         self.tally = Tally()
         self._url = url
@@ -122,9 +124,10 @@ class People:
                 answer = await client.chat.completions.create(**arguments)
                 identity, model = answer.id, answer.model
         except (OpenAIError, httpx.HTTPError) as error:
-            if before is not None and self._up() == before:
+            if before is not None and before > 0 and self._up() == before:
                 self.tally.failed_requests += 1
-                self.tally.failures.append(f"{type(error).__name__}: {error}"[:200])
+                when = f"{datetime.now(UTC):%H:%M:%S}"
+                self.tally.failures.append(f"{when} {type(error).__name__}: {error}"[:200])
             else:
                 self.tally.excused += 1
             return None
