@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -70,10 +70,13 @@ def start(tiny_model_dir: Path, tmp_path: Path, stream: StreamSettings) -> Itera
         state: str = "state",
         on: StreamSettings = stream,
         service: Mapping[str, str] | None = None,
+        deadly: Sequence[int] = (),
         **settings: str,
     ) -> UpdaterProcess:
         made.append(
-            UpdaterProcess(tiny_model_dir, tmp_path / state, on, failpoint, service, **settings)
+            UpdaterProcess(
+                tiny_model_dir, tmp_path / state, on, failpoint, service, deadly, **settings
+            )
         )
         return made[-1]
 
@@ -229,6 +232,56 @@ def test_a_step_that_hangs_shows_and_is_started_again_with_nothing_lost(
         supervisor.communicate(timeout=60)
     assert supervisor.returncode == 0
     assert outcome(tmp_path / "state") == outcome(tmp_path / "reference")
+
+
+# --- an event that kills ------------------------------------------------------------------------
+
+
+def test_an_example_that_kills_the_process_is_rejected_in_the_end_and_the_others_teach(
+    start: Starter, stream: StreamSettings, conversations: Conversations, tmp_path: Path
+) -> None:
+    deadly = conversations.tokens[2]
+    conversations.send(stream, 0)
+    for _ in range(7):  # three times with four, once with two, three times alone
+        updater = start(deadly=deadly)
+        assert updater.end(seconds=90) == -signal.SIGKILL, updater.said()
+    updater = start(deadly=deadly)
+    updater.wait_said("reason=update_killed")
+    conversations.send(stream, 1)
+    updater.wait_version(1)
+    assert updater.stop() == 0
+    found = outcome(tmp_path / "state")
+    assert found["accounting"]["reasons"]["feedback.v1"]["rejected"] == {"update_killed": 1}
+    assert found["accounting"]["topics"]["feedback.v1"] == {
+        "rejected": 1,
+        "trained": BATCH,
+        "pending": BATCH - 1,
+    }
+    explained = subprocess.run(
+        [sys.executable, "-m", "daemon.cli", "explain", "chatcmpl-2", "--state-dir", "state"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "its candidate was refused (update killed; assistant rejection 1)" in explained
+    assert "the process died 3 times in an update of it alone" in explained
+
+
+def test_whoever_is_killed_after_a_signal_has_not_died_of_its_batch(
+    start: Starter, stream: StreamSettings, conversations: Conversations
+) -> None:
+    conversations.send(stream, 0)
+    for asked in (False, True):
+        updater = start("loop.after_training=sleep:2,loop.before_release=kill")
+        updater.wait_said("failpoint=loop.after_training")
+        if asked:
+            updater.signal(signal.SIGTERM)
+        assert updater.end() == -signal.SIGKILL
+        again = start("ingest.polled=sleep:600")
+        again.wait_said("failpoint=ingest.polled")
+        assert ("the updater died in an update" in again.said()) is not asked
+        again.kill()
 
 
 # --- row 8: no broker at the start ---------------------------------------------------------------

@@ -25,6 +25,8 @@ POINTS = (
     "ingest.dead_lettered",
     "ingest.before_ledger",
     "ingest.after_ledger",
+    "ledger.attempt.committed",
+    "ledger.measured.committed",
     "loop.after_training",
     "loop.after_artifact",
     "loop.after_gate",
