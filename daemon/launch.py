@@ -29,7 +29,7 @@ def die_with_parent(parent: int, signal_number: int = signal.SIGTERM) -> None:
     """
     _prctl(_PR_SET_PDEATHSIG, signal_number)
     if os.getppid() != parent:
-        raise SystemExit("the supervisor is gone")
+        raise SystemExit("whoever started this process is gone")
 
 
 def adopt_orphans() -> None:

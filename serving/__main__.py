@@ -9,6 +9,7 @@ import sys
 from daemon.base_model import UnsafeModel
 from daemon.logs import setup_logging
 from daemon.settings import SettingsError, load_settings
+from serving.lifetime import NoTemporaryFolder
 from serving.server import ServerError, prepare_environment
 
 logger = logging.getLogger("moorline.serving")
@@ -31,7 +32,7 @@ def main() -> int:
         from serving.server import serve
 
         asyncio.run(serve(settings))
-    except (SettingsError, ServerError, UnsafeModel) as error:
+    except (SettingsError, ServerError, UnsafeModel, NoTemporaryFolder) as error:
         print(f"moorline serve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before anything was started
@@ -39,5 +40,5 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":  # the engine's process imports this file again
+if __name__ == "__main__":
     sys.exit(main())

@@ -24,6 +24,7 @@ from daemon.base_model import check_model_dir, model_digest
 from daemon.http import base_url, port_problem
 from daemon.settings import Settings
 from daemon.stream import Publisher, SpoolInUse
+from serving.lifetime import nothing_outlives_this_process
 
 if TYPE_CHECKING:
     from serving.assembly import Parts
@@ -167,7 +168,7 @@ async def serve(settings: Settings) -> None:
     """Run the server until SIGTERM or SIGINT.
 
     Raises:
-        ServerError, UnsafeModel: it could not start, or the engine broke.
+        ServerError, UnsafeModel, NoTemporaryFolder: it could not start, or the engine broke.
     """
     model_dir = check_model_dir(settings.model.path).resolve()
     if runs_on_cpu():
@@ -183,9 +184,11 @@ async def serve(settings: Settings) -> None:
     except (SpoolInUse, OSError) as error:
         bound.close()
         raise ServerError(f"the spool cannot be used: {error}") from None
+    arguments = vllm_arguments(settings, model_dir, port, mode)
     try:
-        async with _engine(vllm_arguments(settings, model_dir, port, mode)) as (engine, args):
-            await _serve_engine(settings, model_dir, mode, engine, args, bound, publisher)
+        with nothing_outlives_this_process():
+            async with _engine(arguments) as (engine, args):
+                await _serve_engine(settings, model_dir, mode, engine, args, bound, publisher)
     finally:
         bound.close()
         await asyncio.to_thread(publisher.close, PUBLISHER_CLOSE_SECONDS)
@@ -233,7 +236,7 @@ async def _serve_engine(
     from serving.assembly import assemble
     from serving.outbox import Outbox
 
-    await engine.collective_rpc("moorline_install", args=(os.getpid(),))
+    await engine.collective_rpc("moorline_install")
     parts = await assemble(
         settings,
         engine,

@@ -8,36 +8,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import select
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 PROCESSED_ROW = "moorline_processed_logprobs"
 """Key in ``SamplingParams.extra_args``: this row's logprobs are for the recorder."""
-
-
-def end_with(server: int) -> None:
-    """Have this process, and the engine's above it, killed as soon as the server is gone.
-
-    vLLM leaves them running for ever, with all their memory: the next start might find none.
-    """
-    engine = os.getppid()
-    try:
-        handle = os.pidfd_open(server)  # readable when it has ended
-    except (AttributeError, OSError):  # not Linux, or not allowed
-        return
-
-    def watch() -> None:
-        select.select([handle], [], [])
-        if engine != server and os.getppid() == engine:
-            os.kill(engine, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="moorline-end-with", daemon=True).start()
 
 
 class WorkerExtension:
@@ -48,21 +25,16 @@ class WorkerExtension:
     _moorline_prepared: Any = None
     """Base directory and changes, between the two calls of a reload."""
 
-    def moorline_install(self, server: int) -> None:
+    def moorline_install(self) -> None:
         """Replace the sampler by one that picks the logprob convention row by row.
 
         Also: Ctrl-C in a terminal reaches the whole process group, and a worker that dies of it
-        would cut the replies that the server is about to drain. The server stops its workers; where
-        it cannot (kill -9, out of memory), they end with it.
-
-        Args:
-            server: its process id.
+        would cut the replies that the server is about to drain. The server stops its workers.
         """
         from serving.sampler import install
 
         install(self.model_runner)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        end_with(server)
 
     def moorline_prepare(self, base_dir: str, adapter_dir: str | None) -> int:
         """Read and check an adapter while requests go on; None is the base model.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from daemon.broker import free_port
+from tests.serving.leftovers import Leftovers
 from tests.serving.policies import MESSAGES, Lineage
 from tests.serving.server_process import ServerProcess, wait_for
 
@@ -20,11 +22,23 @@ KEY = "a-long-test-key"
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 
 
+def make_temporary_folder() -> Iterator[Path]:
+    """``TMPDIR`` of the servers made while it is there: short, for the sockets' paths."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+folder_of_lonely = pytest.fixture(scope="module")(make_temporary_folder)
+own_folder = pytest.fixture(make_temporary_folder)
+
+
 @pytest.fixture(scope="module")
 def lonely(
     server_factory: Callable[..., ServerProcess],
     tiny_model_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
+    folder_of_lonely: Path,  # noqa: ARG001 - in force when the server is made
 ) -> ServerProcess:
     """No broker; in its store a good release, one with foreign parity, and a corrupt newest one."""
     server = server_factory(
@@ -89,9 +103,12 @@ def test_one_page_has_vllms_metrics_and_ours(lonely: ServerProcess) -> None:
     assert "moorline_policy_version" in page
 
 
-def test_stopping_is_clean_and_leaves_no_process(lonely: ServerProcess) -> None:
+def test_stopping_is_clean_and_leaves_nothing(
+    lonely: ServerProcess, folder_of_lonely: Path
+) -> None:
     assert lonely.terminate() == 0
     wait_for(lonely.group_is_empty)
+    wait_for(Leftovers(folder_of_lonely).none)
 
 
 def test_a_stop_during_the_start_is_clean_too(
@@ -103,6 +120,40 @@ def test_a_stop_during_the_start_is_clean_too(
     time.sleep(3)
     assert server.terminate() == 0
     wait_for(server.group_is_empty)
+
+
+MOMENTS = {
+    "engine spawned": "spawn_main",
+    "worker loading": "VLLM::Worker",
+    "listening": None,
+}
+"""When to kill, and which process there is by then."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_at_any_moment_of_a_start_leaves_nothing(
+    moment: str,
+    server_factory: Callable[..., ServerProcess],
+    own_folder: Path,
+) -> None:
+    server = server_factory("killed", SERVING__SWAP_MODE="reload")
+    left = Leftovers(own_folder)
+    server.launch()
+    assert server.process is not None
+    sign = MOMENTS[moment]
+    if sign is None:
+        server.wait_listening()
+    else:
+        while not any(sign in command for command in left.processes().values()):
+            assert server.process.poll() is None
+            time.sleep(0.02)
+    if moment != "engine spawned":
+        assert len(left.processes()) == 5  # server, tracker, shell, engine, worker
+        assert left.shared_memory()
+        assert left.files()
+    server.process.kill()  # the server alone
+    server.process.wait()
+    wait_for(left.none)
 
 
 def test_where_nobody_knows_what_is_wanted_a_start_serves_the_base_model(
@@ -160,6 +211,18 @@ def test_pickled_weights_are_refused(
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     assert "pickled" in refusal(server_factory("pickled", model_dir=tmp_path))
+
+
+def test_too_long_a_path_for_sockets_is_one_line(
+    server_factory: Callable[..., ServerProcess], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    line = refusal(server_factory("long"))
+    assert "too long a path" in line
+    assert "TMPDIR" in line
+    assert [one.name for one in folder.iterdir() if "torchinductor" not in one.name] == []
 
 
 def test_too_little_memory_is_one_line(server_factory: Callable[..., ServerProcess]) -> None:
