@@ -109,7 +109,8 @@ class Reason(StrEnum):
     that no check knows. The log and the rejection say where."""
     UPDATE_KILLED = "update_killed"
     """The updater's process died of it again and again, also alone, while others survived: no
-    memory for it, a crash in native code, or a step without end."""
+    memory for it, a crash in native code, or a step without end. Nobody's later word on the reply
+    is learned from."""
 
 
 class Event(BaseModel):

@@ -61,6 +61,7 @@ class Quarantine:
         self._credit = credit
         self._deaths = settings.updater.suspect_after_deaths
         self._batch = settings.learning.batch_examples
+        self._said_to_wait = False
         # In more deaths than it takes to know of one that it kills.
         self._hopeless = 2 * self._deaths + self._batch.bit_length()
         # Of one alone nothing can be learned: its reward is what is expected of it.
@@ -131,7 +132,12 @@ class Quarantine:
         suspects = self._worst()
         if not suspects:
             return batch
-        return len(suspects) > 1 or self._another(suspects[0].key) is not None
+        if len(suspects) > 1 or self._another(suspects[0].key) is not None:
+            return True
+        if not self._said_to_wait:
+            logger.error("the updater died with every reply that waits: it waits for another one")
+        self._said_to_wait = True
+        return False
 
     def suspects(self) -> list[Example]:
         """What the process keeps dying with: as much of it as goes into the next update, if any."""

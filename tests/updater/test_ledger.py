@@ -700,7 +700,7 @@ def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> 
         assert ledger.attempts.least_suspect("a/0", 9) == "c/0"
         assert ledger.attempts.least_suspect("c/0", 3) is None
         ledger.attempts.begin([first.example_id], alone=True)
-    with Ledger(path, suspect_after_deaths=2) as ledger:
+    with Ledger(path, horizon_seconds=HORIZON, suspect_after_deaths=2) as ledger:
         assert [ledger.attempts.deaths_alone(key) for key in ("a/0", "b/0")] == [1, 0]
         feed(ledger, log, rating("a", -1, at=NOW + 9), at=NOW + 9)
         assert ledger.attempts.suspects()[0].deaths == 4, "the reply is the same"
@@ -713,6 +713,24 @@ def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> 
         ledger.attempts.begin(ids[1:2])
         ledger.attempts.survive()
         assert [one.key for one in ledger.attempts.suspects()] == ["c/0"]
+        ledger.expire(NOW + 3 * HORIZON)
+        assert ledger.attempts.shunned() == {3}, "nobody rated d, and it is forgotten"
+        assert ledger.audit() == []
+
+
+def test_a_reply_that_kills_the_updater_is_never_read_by_an_update_again(ledger: Ledger) -> None:
+    log = Log()
+    feed(ledger, log, interaction("a"), rating("a"), interaction("b"))
+    ids = [one.example_id for one in ledger.ready_examples(9)]
+    feed(ledger, log, rating("a", 1, "bob"))
+    ledger.commit_rejection({}, ids, Reason.UPDATE_KILLED, now=NOW)
+    feed(ledger, log, rating("a", 1, "cy"))
+    assert ledger.ready_examples(9) == []
+    assert len(ledger.held_out_traffic(9)) == 1, "b"
+    assert ledger.accounting().events[str(Topic.FEEDBACK)] == {
+        Fate.REJECTED: {Reason.UPDATE_KILLED: 1},
+        Fate.NOT_TRAINABLE: {Reason.UPDATE_KILLED: 2},
+    }
 
 
 def test_a_full_disk_changes_nothing_and_passes(ledger: Ledger) -> None:

@@ -402,12 +402,14 @@ class Updater(RuleBasedStateMachine):
 
     @rule(
         batch=consumes(batches),
-        reason=st.sampled_from([Reason.GATE_BLOCKED, Reason.NO_ADVANTAGE, Reason.MISMATCH]),
+        reason=st.sampled_from(
+            [Reason.GATE_BLOCKED, Reason.UPDATE_KILLED, Reason.NO_ADVANTAGE, Reason.MISMATCH]
+        ),
     )
     def refuse(self, batch: list[object], reason: Reason) -> None:
         ids = [example.example_id for example in batch]  # type: ignore[attr-defined]
         try:
-            if reason is Reason.GATE_BLOCKED:
+            if reason in (Reason.GATE_BLOCKED, Reason.UPDATE_KILLED):
                 self.ledger.commit_rejection({}, ids, reason, now=self.now)
             else:
                 self.ledger.set_not_trainable(ids, reason)

@@ -193,6 +193,10 @@ _NEVER = (
         "bodies whose key is about to be destroyed",
     ),
     (
+        "SELECT count(*) FROM attempts WHERE interaction NOT IN (SELECT id FROM interactions)",
+        "deaths counted for replies that are not here",
+    ),
+    (
         "SELECT count(*) FROM (SELECT 1 FROM events WHERE fate = 'trained'"
         " AND (decided_by IS NULL OR decided_by NOT IN (SELECT version FROM releases)))",
         "trained events without their release",

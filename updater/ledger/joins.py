@@ -24,6 +24,7 @@ NOT_MEASURABLE = frozenset(
         Reason.EMPTY_COMPLETION,
         Reason.TOO_LONG,
         Reason.UNKNOWN_POLICY,
+        Reason.UPDATE_KILLED,
     }
 )
 """Interactions that no divergence can be measured on either."""

@@ -15,6 +15,7 @@ from updater.ledger.attempts import conclude
 from updater.ledger.database import LedgerError, set_meta
 from updater.ledger.examples import Claim
 from updater.ledger.fates import Fates
+from updater.ledger.joins import NOT_MEASURABLE
 from updater.ledger.schema import FeedbackState, InteractionState
 
 OF_THE_BATCH = frozenset(
@@ -23,7 +24,6 @@ OF_THE_BATCH = frozenset(
         Reason.TOO_FAR,
         Reason.NON_FINITE_UPDATE,
         Reason.UPDATE_FAILED,
-        Reason.UPDATE_KILLED,
         Reason.DIVERGENCE_BOUND,
         Reason.GATE_BLOCKED,
     }
@@ -46,7 +46,8 @@ class Outcome:
     @property
     def condemns_the_reply(self) -> bool:
         """Whether further ratings of these replies are useless too."""
-        return self.fate is Fate.NOT_TRAINABLE and self.reason not in OF_THE_BATCH
+        of_the_reply = self.fate is Fate.NOT_TRAINABLE and self.reason not in OF_THE_BATCH
+        return of_the_reply or self.reason is Reason.UPDATE_KILLED
 
 
 _TAUGHT = "INSERT OR IGNORE INTO taught (user, tenant, version) VALUES (?, ?, ?)"
@@ -198,7 +199,10 @@ class Settlement:
     def _condemn(self, identity: int, reason: Reason) -> None:
         """Feedback that came since the batch was made shares the reply's fate, and so do
         preferences over it."""
-        self._execute("UPDATE interactions SET untrainable = ? WHERE id = ?", (reason, identity))
+        self._execute(
+            "UPDATE interactions SET untrainable = ?, measurable = measurable AND ? WHERE id = ?",
+            (reason, reason not in NOT_MEASURABLE, identity),
+        )
         for side in ("interaction", "over"):
             for rating, of, position, offset in self._execute(
                 f"UPDATE feedback SET state = ? WHERE {side} = ? AND head = 1 AND state = 'ready'"
