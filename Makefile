@@ -16,6 +16,7 @@ demo: setup  ## watch a real model learn from feedback (about 12 minutes); repor
 	@$(BIN)/moorline demo $(ARGS)
 
 test: setup lint  ## all checks and tests, slow ones too (under 15 minutes on 2 cores)
+	@deploy/promtool.sh $(VENV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report= $(ARGS) $(OR_NONE)
 	@$(BIN)/python -m pytest -m slow --cov --cov-append --cov-report=term:skip-covered $(ARGS) $(OR_NONE)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,10 @@ def test_every_alert_is_about_metrics_that_exist_and_says_what_to_do(rule: dict[
 
 
 def test_the_rules_fire_when_they_should() -> None:
-    promtool = shutil.which("promtool")
+    beside_python = Path(sys.executable).parent
+    promtool = shutil.which("promtool", path=f"{beside_python}{os.pathsep}{os.environ['PATH']}")
     if promtool is None:
-        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+        pytest.skip("promtool is missing: run deploy/promtool.sh, or install Prometheus")
     done = subprocess.run(
         [promtool, "test", "rules", "alerts_test.yml"], cwd=FOLDER, capture_output=True, text=True
     )
