@@ -124,3 +124,18 @@ def test_pinning_the_base_model_and_back(served: Served, lineage: Lineage) -> No
     assert lineage.mean_difference_nats(event) < CLOSE_NATS
     served.server.store.unpin("assistant")
     served.server.wait_version(live)
+
+
+def test_a_restored_version_serves_the_bytes_of_its_ancestor(
+    served: Served, lineage: Lineage
+) -> None:
+    clean, withdrawn = lineage.release(), lineage.release()
+    served.server.wait_version(withdrawn)
+    restored = lineage.restore(clean)
+    served.server.wait_version(restored)
+    reply = one_reply(served.server)
+    assert reply.model == f"assistant@v{restored:06d}"
+    (event,) = served.tape.of(reply.id)
+    assert [span.version for span in event.policy_spans] == [restored]
+    assert lineage.mean_difference_nats(event) < CLOSE_NATS
+    assert served.server.status()["swaps"][-1]["parity_nats"] < CLOSE_NATS

@@ -6,8 +6,10 @@ That a real model learns is shown by `make demo`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +25,14 @@ import pytest
 from kafka import KafkaProducer
 
 from daemon.artifacts import ArtifactStore
+from tests.serving.make_release import raw_logprobs, reference_model
 from tests.serving.server_process import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BATCH = 6
+CLOSE_NATS = 0.001
+"""How near the served logprobs are to those of the same weights outside vLLM, in float32."""
 SETTINGS = {
     "serving.port": "0",
     "updater.port": "0",
@@ -85,6 +90,24 @@ class Running:
             **options,
         )
 
+    def get(self, path: str) -> Any:
+        """JSON of the server; None while it cannot be reached."""
+        try:
+            return httpx.get(f"{self.addresses['server']}{path}", timeout=30).json()
+        except httpx.TransportError:
+            return None
+
+    def distance_nats(self, model_dir: Path, adapter_dir: Path) -> float:
+        """Mean difference of a reply's logprobs from what these bytes would have given it."""
+        options = {"logprobs": True, "extra_body": {"return_token_ids": True}}
+        reply = self.ask(0, **options)
+        (choice,) = reply.choices
+        served = [token.logprob for token in choice.logprobs.content]
+        model = reference_model(model_dir, adapter_dir)
+        expected = raw_logprobs(model, reply.prompt_token_ids, choice.token_ids)
+        pairs = zip(served, expected, strict=True)
+        return sum(abs(one - other) for one, other in pairs) / len(served)
+
     def children(self) -> list[int]:
         """Processes of the tree, by the environment that only they have."""
         mark = f"MOORLINE_STATE_DIR={self.state_dir}".encode()
@@ -96,6 +119,25 @@ class Running:
             except OSError:
                 continue
         return found
+
+    def server(self) -> int | None:
+        """Process id of the server, if there is one."""
+        for pid in self.children():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if words[1:3] == [b"-m", b"serving"]:
+                    return pid
+        return None
+
+    def serves(self, version: int) -> bool:
+        """Whether everything that names the version names this one."""
+        name = f"assistant@v{version:06d}"
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        reply = httpx.post(f"{self.addresses['server']}/v1/chat/completions", json=body, timeout=60)
+        assert reply.json()["model"] == name
+        assert reply.headers["x-moorline-policy-version"] == str(version)
+        assert self.get("/readyz") == {"ready": True, "why_not": None, "policy_version": version}
+        return bool(self.get("/v1/moorline/status")["policy_name"] == name)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +248,7 @@ def test_the_broker_dying_costs_no_reply_and_learning_goes_on(up: Running) -> No
         if b"tansu" in Path(f"/proc/{pid}/exe").readlink().name.encode()
     ]
     os.kill(broker, signal.SIGKILL)
-    replies = [up.ask(number) for number in range(BATCH)]
+    replies = [up.ask(number, user="eve") for number in range(BATCH)]
     assert all(reply.choices[0].finish_reason in ("stop", "length") for reply in replies)
     for index, reply in enumerate(replies):
         rating = {"interaction_id": reply.id, "value": 1 if index % 2 else -1, "rater": "ana"}
@@ -216,10 +258,44 @@ def test_the_broker_dying_costs_no_reply_and_learning_goes_on(up: Running) -> No
     assert up.updater()["accounting"]["balanced"]
 
 
+def test_what_had_learned_from_an_erased_person_is_not_served_any_more(
+    up: Running, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    store = ArtifactStore(up.state_dir / "store")
+    releases = [store.release("assistant", version) for version in (1, 2)]
+    clean, stained = (  # copies: a withdrawn adapter is removed
+        Path(shutil.copytree(store.open(one.artifact_digest or "", one.files), tmp_path / one.name))
+        for one in releases
+    )
+    assert up.distance_nats(tiny_model_dir, stained) < CLOSE_NATS
+    assert up.distance_nats(tiny_model_dir, clean) > 10 * CLOSE_NATS
+
+    forgotten = up.command("forget", "--user", "eve", "--replay", "--yes", "--json")
+    assert forgotten.returncode == 0, forgotten.stderr
+    result = json.loads(forgotten.stdout)["result"]
+    assert (result["interactions"], result["releases"], result["clean_ancestor"]) == (BATCH, [2], 1)
+    wait_for(lambda: up.ask(1).model == "assistant@v000003", 60)
+    assert up.serves(3)
+    assert store.release("assistant", 3).artifact_digest == releases[0].artifact_digest
+    assert up.distance_nats(tiny_model_dir, clean) < CLOSE_NATS
+    assert up.command("rollback", "--to", "2", "--reason", "test").returncode != 0
+
+    killed = up.server()
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: up.server() not in (None, killed), 60)
+    wait_for(lambda: (up.get("/readyz") or {}).get("ready"), 300)
+    assert up.serves(3)
+    status = up.get("/v1/moorline/status")
+    assert [swap["version"] for swap in status["swaps"]] == [3]
+    assert status["refused_versions"] == {}
+    assert up.distance_nats(tiny_model_dir, clean) < CLOSE_NATS
+
+
 def test_one_signal_stops_everything_and_leaves_nothing_behind(up: Running) -> None:
     assert len(up.children()) >= 3
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(120) == 0
     wait_for(lambda: up.children() == [], 10)
     status = up.command("status")
-    assert "v000002" in status.stdout or status.returncode != 0
+    assert "v000003" in status.stdout or status.returncode != 0

@@ -52,6 +52,14 @@ class Lineage:
         self.server.store.record_release(release)
         return release.version
 
+    def restore(self, ancestor: int) -> int:
+        """What an erasure's replay does: the bytes of ``ancestor`` again, as a new version."""
+        version = max(self.adapters) + 1
+        self.adapters[version] = self.adapters[ancestor]
+        changes = {"version": version, "parent": ancestor, "restores": ancestor}
+        old = self.server.store.release("assistant", ancestor)
+        return self.announce(old.model_copy(update=changes))
+
     def prepare(self, size: float = 0.05, **changes: Any) -> Release:
         """Make one more version and put its bytes into the store: the slow part of a release."""
         version = max(self.adapters) + 1
