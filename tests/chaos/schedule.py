@@ -107,17 +107,16 @@ def schedule(seed: int, duration_seconds: float, has: frozenset[str]) -> list[Fa
 def updater_lives(seed: int) -> Iterator[Fault]:
     """How each life of the updater ends, one after the other, for ever.
 
-    ``lasts_seconds`` is how long a life lasts that its failpoint has not ended by itself.
+    ``lasts_seconds`` is how long a life lasts that its failpoint has not ended by itself; it is
+    killed then, wherever it is.
     """
     generator = random.Random(f"updater {seed}")
     while True:
         draw = generator.random()
         lasts = generator.uniform(6.0, 15.0)
         point = f"{generator.choice(UPDATER_FAILPOINTS)}=kill@{generator.choice((1, 1, 1, 1, 2))}"
-        if draw < 0.85:
+        if draw < 0.92:
             yield Fault(0.0, "updater killed at a failpoint", lasts, point)
-        elif draw < 0.92:
-            yield Fault(0.0, "updater killed", lasts)
         elif draw < 0.96:
             yield Fault(0.0, "updater stopped and continued", lasts)
         else:

@@ -44,7 +44,7 @@ UPDATER_SETTINGS = {
     "LEARNING__BATCH_EXAMPLES": str(BATCH_EXAMPLES),
     "LEARNING__MIN_BATCH_EXAMPLES": str(BATCH_EXAMPLES),
     "LEARNING__MAX_WAIT_SECONDS": "1e9",
-    "LEARNING__LEARNING_RATE": "2e-3",
+    "LEARNING__LEARNING_RATE": "1e-3",
     "LEARNING__THREADS": "1",
     "BOUND__TRAFFIC_EXAMPLES": "4",
     # Here the process dies all the time, and of none of its replies.
