@@ -268,10 +268,8 @@ class Loop:
     def _make_no_update(self, batch: Batch, baselines: Baselines) -> str:
         """The policy stays, and every example ends with the reason why it taught nothing."""
         reasons = dict.fromkeys(batch.example_ids, Reason.NO_ADVANTAGE) | dict(batch.set_aside)
-        for reason in sorted(set(reasons.values())):
-            ended = [name for name, why in reasons.items() if why is reason]
-            learned = baselines if reason is Reason.NO_ADVANTAGE else None
-            self._ledger.set_not_trainable(ended, reason, learned)
+        learned = baselines if batch.examples else None
+        self._ledger.commit_no_update(self._circumstances(batch), reasons, learned)
         return self._say("no update", batch, next(iter(reasons.values())))
 
     def _reject_for(self, reason: Reason, guilty: Sequence[Example], cause: str) -> str:
@@ -354,14 +352,20 @@ class Loop:
             "diagnostics": dict(diagnostics or {}),
             "verdict": verdict.model_dump(mode="json") if verdict else None,
             "cause": cause,
-            "offsets": self._ledger.release_offsets(),
-            "not_run_again": dict(batch.not_run_again),
+            **self._circumstances(batch),
         }
         self._trainer.restore()
         self._ledger.commit_rejection(
             record, batch.handed_out, reason, baselines, set_aside=batch.set_aside
         )
         return self._say("rejected", batch, reason)
+
+    def _circumstances(self, batch: Batch) -> dict[str, object]:
+        """What a batch depended on besides its examples: with it, its end can be made again."""
+        return {
+            "offsets": self._ledger.release_offsets(),
+            "not_run_again": dict(batch.not_run_again),
+        }
 
     def _announce(self) -> None:
         """The outbox: manifests into the store, which servers follow, then onto the topic."""

@@ -1,7 +1,7 @@
 """The verdict: the books after the chaos against those of a run without faults.
 
 When a record arrives is no property of the log, and neither is a bit that flips in an archived
-policy. So the reference is told two things, which every release and every rejection records: how
+policy. So the reference is told two things, which the end of every batch records: how
 far the stream had been read when it was decided, and which behaviour policies could not be run
 again. Everything else it computes again: it reads the same log from its beginning with a new
 ledger, store and policy, without a fault, and must end with the same fates, the same offsets, the
@@ -34,7 +34,7 @@ class Decision:
 
     at: float
     name: str
-    """What became of it: "v7 <artifact>", or a rejection's reason."""
+    """What became of it: "v7 <artifact> <examples>", a rejection's reason, or "no update"."""
     offsets: Mapping[Place, int]
     """How far the stream had been read."""
     not_run_again: frozenset[int]
@@ -82,7 +82,7 @@ def read_log(stream: StreamSettings) -> list[Record]:
 
 
 def decisions(ledger: LedgerReader) -> list[Decision]:
-    """Every release and rejection, in order."""
+    """How every batch ended, in order."""
 
     def places(offsets: Mapping[str, Mapping[Any, int]]) -> dict[Place, int]:
         return {
@@ -96,11 +96,14 @@ def decisions(ledger: LedgerReader) -> list[Decision]:
         Decision(one.created_at, _name(one), places(one.offsets), frozenset(one.not_run_again))
         for one in ledger.releases(everything)
     ]
-    for one in ledger.rejections(everything):
+    others = [
+        *((f"rejected: {one['reason']}", one) for one in ledger.rejections(everything)),
+        *(("no update", one) for one in ledger.no_updates(everything)),
+    ]
+    for name, one in others:
         record = json.loads(one["record"])
         lost = frozenset(map(int, record["not_run_again"]))
-        offsets = places(record["offsets"])
-        found.append(Decision(one["at"], f"rejected: {one['reason']}", offsets, lost))
+        found.append(Decision(one["at"], name, places(record["offsets"]), lost))
     return sorted(found, key=lambda one: one.at)
 
 
@@ -244,7 +247,7 @@ def judge(
         offsets_equal=found.offsets == expected.offsets,
         weights_equal=(found.decisions, found.weights) == (expected.decisions, expected.weights),
         releases=len(releases),
-        rejections=len(made) - len(releases),
+        rejections=sum(one.name.startswith("rejected") for one in made),
         events=len(log),
         violations=(*violations, *_differences(found, expected)),
     )

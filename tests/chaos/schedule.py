@@ -25,6 +25,8 @@ UPDATER_FAILPOINTS = (
     "ledger.release.begun",
     "ledger.release.before_commit",
     "ledger.release.committed",
+    "ledger.no_update.before_commit",
+    "ledger.no_update.committed",
     "dead_letters.before_send",
     "dead_letters.after_acknowledgement",
     "loop.after_training",

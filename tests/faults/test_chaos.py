@@ -43,15 +43,15 @@ def test_ten_minutes_hold_every_kind_of_fault() -> None:
     assert struck == {kind.name for kind in KINDS}
 
 
-def a_log(interactions: Sequence[Interaction]) -> list[Record]:
-    """Replies with a rating each, in two partitions of each topic."""
+def a_log(interactions: Sequence[Interaction], equal: int = 0) -> list[Record]:
+    """Replies with a rating each, in two partitions of each topic; the first ratings are equal."""
     records = []
     for number, interaction in enumerate(interactions):
         rating = Feedback.model_validate(
             {
                 "feedback_id": f"fb-{number}",
                 "interaction_id": interaction.interaction_id,
-                "value": 1 if number % 3 else -1,
+                "value": 1 if number < equal or number % 3 else -1,
                 "created_at": 2_000.0 + number,
             }
         )
@@ -179,6 +179,18 @@ def test_what_was_rejected_is_rejected_again(
     assert [one.offsets for one in made] == [decided_at(4).offsets, decided_at(9).offsets]
     assert run_reference(strict("again"), log, made) == first
     assert run_reference(settings_in("lax"), log, made).decisions != first.decisions
+
+
+def test_where_there_was_nothing_to_learn_there_is_nothing_again(
+    settings_in: Callable[[str], Settings], policy: Policy
+) -> None:
+    log = a_log(written_by(policy, 20), equal=8)
+    first = run_reference(settings_in("first"), log, [decided_at(4), decided_at(9)])
+    assert [name.split()[0] for name in first.decisions] == ["no", "v1"]
+    with Ledger.open_readonly(settings_in("first").ledger_path) as ledger:
+        made = decisions(ledger)
+    assert [one.offsets for one in made] == [decided_at(4).offsets, decided_at(9).offsets]
+    assert run_reference(settings_in("again"), log, made) == first
 
 
 def test_a_behaviour_policy_that_was_damaged_is_damaged_again(

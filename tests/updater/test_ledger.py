@@ -345,7 +345,7 @@ def test_what_is_not_trainable_says_so_of_later_ratings_only_if_the_reply_is_at_
     feed(ledger, log, interaction("a"), rating("a"))
     (example,) = ledger.ready_examples(10)
     feed(ledger, log, rating("a", 1, "bob"))
-    ledger.set_not_trainable([example.example_id], reason)
+    ledger.commit_no_update({}, {example.example_id: reason})
     assert fates(ledger, REPLIES) == {(Fate.NOT_TRAINABLE, reason): 1}
     assert ledger.count_ready() == open_after
     feed(ledger, log, rating("a", 1, "cy"))
@@ -653,7 +653,7 @@ def test_examples_and_offsets_survive_a_restart(path: Path) -> None:
         stale = [example.example_id for example in ledger.ready_examples(9)]
     with Ledger(path) as ledger:
         with pytest.raises(LedgerError, match="not handed out"):
-            ledger.set_not_trainable(stale, Reason.MISMATCH)
+            ledger.commit_no_update({}, dict.fromkeys(stale, Reason.MISMATCH))
         assert (ledger.offsets(), ledger.ready_examples(9), ledger.accounting()) == before
 
 
@@ -705,7 +705,7 @@ def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> 
         feed(ledger, log, rating("a", -1, at=NOW + 9), at=NOW + 9)
         assert ledger.attempts.suspects()[0].deaths == 4, "the reply is the same"
         ids = [one.example_id for one in ledger.ready_examples(9)]
-        ledger.set_not_trainable(ids[:1], Reason.NO_ADVANTAGE)
+        ledger.commit_no_update({}, dict.fromkeys(ids[:1], Reason.NO_ADVANTAGE))
         assert [one.key for one in ledger.attempts.suspects()] == ["b/0", "c/0"]
         ledger.attempts.begin(ids[1:])
         ledger.attempts.end()

@@ -30,7 +30,7 @@ from tests.updater.ledger_fixtures import (
 from updater.ledger import Ledger, Parsed, examples_digest
 
 STEPS = (
-    *("ingest", "release", "rejection", "not_trainable", "expire", "published"),
+    *("ingest", "release", "rejection", "no_update", "expire", "published"),
     *("forget", "restoration", "keys"),
     *("attempt", "measured", "undecided", "survived", "deaths"),
 )
@@ -42,7 +42,7 @@ POINTS = (
     ),
     *("keys.saved", "keys.destroyed", "keys.wiped"),
 )
-ONCE = ("expire", "not_trainable", "forget", "restoration", "deaths")
+ONCE = ("expire", "no_update", "forget", "restoration", "deaths")
 GONE = "r4"
 BATCH_RECORDS = 7
 BATCH_EXAMPLES = 3
@@ -115,7 +115,7 @@ def decide(ledger: Ledger) -> None:
         case 0 | 1:
             ledger.commit_rejection({"ids": ids}, ids, Reason.GATE_BLOCKED, now=NOW)
         case 2:
-            ledger.set_not_trainable(ids, Reason.MISMATCH)
+            ledger.commit_no_update({}, dict.fromkeys(ids, Reason.MISMATCH))
         case _:
             trained, aside = ids[:-1], {ids[-1]: Reason.TOO_FAR}
             made = release(ledger, trained)

@@ -412,7 +412,7 @@ class Updater(RuleBasedStateMachine):
             if reason in (Reason.GATE_BLOCKED, Reason.UPDATE_KILLED):
                 self.ledger.commit_rejection({}, ids, reason, now=self.now)
             else:
-                self.ledger.set_not_trainable(ids, reason)
+                self.ledger.commit_no_update({}, dict.fromkeys(ids, reason))
         except LedgerError as error:
             self.check_refusal(error)
         else:

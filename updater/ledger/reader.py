@@ -115,6 +115,14 @@ class LedgerReader:
         names = ("id", "reason", "parent", "examples", "at", "record")
         return [dict(zip(names, row, strict=True)) for row in reversed(rows)]
 
+    def no_updates(self, newest: int = 100) -> list[dict[str, Any]]:
+        """The newest batches that taught nothing, ascending; ``record`` as for ``rejections``."""
+        rows = self._database.rows(
+            "SELECT id, examples, at, record FROM no_updates ORDER BY id DESC LIMIT ?", newest
+        )
+        names = ("id", "examples", "at", "record")
+        return [dict(zip(names, row, strict=True)) for row in reversed(rows)]
+
     def count_rejections(self) -> int:
         """Candidates that the bound or the gate refused."""
         return int(self._database.rows("SELECT count(*) FROM rejections")[0][0])

@@ -251,6 +251,14 @@ CREATE TABLE rejections (
     record TEXT NOT NULL                     -- JSON: verdict, divergences, diagnostics
 ) STRICT;
 
+-- Batches from which there was nothing to learn.
+CREATE TABLE no_updates (
+    id INTEGER PRIMARY KEY,
+    examples INTEGER NOT NULL,
+    at REAL NOT NULL,
+    record TEXT NOT NULL                     -- JSON: how far the stream had been read, and more
+) STRICT;
+
 -- What was decided of each example; the primary key makes "at most once" a law of the file.
 CREATE TABLE decisions (
     example_id TEXT PRIMARY KEY,

@@ -106,10 +106,24 @@ class Settlement:
         (number,) = self._execute(
             "INSERT INTO rejections (reason, parent, examples, at, record)"
             " VALUES (?, ?, ?, ?, ?) RETURNING id",
-            (reason, parent, len(claims), now, to_json(record, inf_nan_mode="strings").decode()),
+            (reason, parent, len(claims), now, _json(record)),
         ).fetchone()
         self.settle(claims, Outcome(Fate.REJECTED, FeedbackState.REJECTED, reason, number))
         return int(number)
+
+    def no_update(
+        self,
+        record: Mapping[str, Any],
+        claims: Mapping[str, Claim],
+        reasons: Mapping[str, Reason],
+        now: float,
+    ) -> None:
+        """Examples that taught nothing."""
+        self._execute(
+            "INSERT INTO no_updates (examples, at, record) VALUES (?, ?, ?)",
+            (len(claims), now, _json(record)),
+        )
+        self.set_aside(claims, reasons)
 
     def set_aside(self, claims: Mapping[str, Claim], reasons: Mapping[str, Reason]) -> None:
         """Examples of a batch that its candidate did not learn from."""
@@ -245,3 +259,7 @@ def check_release(
                 f"release {release.name} has {name} {getattr(release, name)}, "
                 f"the ledger expects {value}: make it anew from the live policy"
             )
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    return to_json(record, inf_nan_mode="strings").decode()

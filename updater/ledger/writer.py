@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from daemon.events import Erasure, Fate, Reason, Release
+from daemon.events import Erasure, Reason, Release
 from daemon.stream import Gap
 from updater.baselines import Baselines
 from updater.ledger.attempts import Attempts
@@ -34,8 +34,7 @@ from updater.ledger.joins import Joins
 from updater.ledger.keys import KeyRing
 from updater.ledger.reader import LedgerReader
 from updater.ledger.rules import Parsed
-from updater.ledger.schema import FeedbackState
-from updater.ledger.settlement import Outcome, Settlement, check_release
+from updater.ledger.settlement import Settlement, check_release
 from updater.ledger.tombstones import Tombstones
 from updater.ledger.watermark import Watermark
 from updater.ledger.withdrawal import Withdrawal, check_restoration, wanted_ancestor
@@ -352,21 +351,28 @@ class Ledger(LedgerReader):
             settlement.set_aside(aside, set_aside)
         return number
 
-    def set_not_trainable(
-        self, example_ids: Sequence[str], reason: Reason, baselines: Baselines | None = None
+    def commit_no_update(
+        self,
+        record: Mapping[str, Any],
+        reasons: Mapping[str, Reason],
+        baselines: Baselines | None = None,
+        *,
+        now: float | None = None,
     ) -> None:
         """Examples turned out to teach nothing; what they say of the baseline may be kept.
 
-        A reason that lies in the reply (``mismatch``) also holds for later ratings of it; one that
-        lies in the batch (``no_advantage``, ``non_finite_update``) does not.
+        Args:
+            record: what is known of the batch, JSON-able.
+            reasons: by example. One that lies in the reply (``mismatch``) also holds for later
+                ratings of it; one that lies in the batch (``no_advantage``) does not.
 
         Raises:
             LedgerError: an example is unknown or was decided before. Nothing changed.
         """
-        claims = self._claims.of(example_ids)
-        outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reason)
-        with self._decision("not_trainable", example_ids, baselines) as settlement:
-            settlement.settle(claims, outcome)
+        claims = self._claims.of(list(reasons))
+        now = time.time() if now is None else now
+        with self._decision("no_update", list(reasons), baselines) as settlement:
+            settlement.no_update(record, claims, reasons, now)
 
     def mark_published(self, version: int) -> None:
         """The releases topic has acknowledged this release."""
