@@ -18,7 +18,7 @@ demo: setup  ## watch a real model learn from feedback (about 12 minutes); repor
 test: setup lint  ## all checks and tests, slow ones too (about 15 minutes on 2 cores)
 	@deploy/promtool.sh $(VENV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report= $(ARGS) $(OR_NONE)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-append --cov-report=term:skip-covered $(ARGS) $(OR_NONE)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --cov --cov-append --cov-report=term:skip-covered $(ARGS) $(OR_NONE)
 
 lint: setup  ## ruff, mypy --strict, import contracts
 	@$(BIN)/ruff check .
