@@ -25,10 +25,10 @@ from transformers import AutoTokenizer
 
 from daemon.demo.model import prepare_model
 from daemon.demo.people import MAX_REPLY_TOKENS, training_questions
-from daemon.events import Interaction, LogprobConvention, PolicySpan, SamplingSettings
-from daemon.settings import LearningSettings
-from updater import divergence
-from updater.behaviour import (
+from moorline.events import Interaction, LogprobConvention, PolicySpan, SamplingSettings
+from moorline.settings import LearningSettings
+from updater.learning import divergence
+from updater.learning.behaviour import (
     Archive,
     Behaviour,
     BehaviourPolicies,
@@ -36,10 +36,10 @@ from updater.behaviour import (
     Fallback,
     token_divergence,
 )
-from updater.objectives import OBJECTIVES
-from updater.policy import AdapterState, Policy
-from updater.sampling import processed_distribution, processed_logprobs
-from updater.trainer import Trainer
+from updater.learning.objectives import OBJECTIVES
+from updater.learning.policy import AdapterState, Policy
+from updater.learning.sampling import processed_distribution, processed_logprobs
+from updater.learning.trainer import Trainer
 from updater.values import Batch, CreditedExample, Example, as_sequence
 
 SAMPLING = (SamplingSettings(), SamplingSettings(temperature=0.7, top_p=0.9))

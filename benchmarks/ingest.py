@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from daemon.events import (
+from moorline.events import (
     Feedback,
     Interaction,
     LogprobConvention,
@@ -27,7 +27,7 @@ from daemon.events import (
     Reason,
     SamplingSettings,
 )
-from daemon.stream import Record, Topic
+from moorline.stream import Record, Topic
 from updater.ingest import parse, why_untrainable
 from updater.ledger import Ledger, Parsed
 

@@ -30,11 +30,11 @@ from rich.table import Table
 from daemon.broker import EmbeddedBroker
 from daemon.demo.model import prepare_model
 from daemon.demo.people import training_questions
-from daemon.events import Interaction
-from daemon.settings import StreamSettings
-from daemon.stream import Reader, Topic
-from updater.policy import Policy
-from updater.sampling import processed_logprobs
+from moorline.events import Interaction
+from moorline.settings import StreamSettings
+from moorline.stream import Reader, Topic
+from updater.learning.policy import Policy
+from updater.learning.sampling import processed_logprobs
 from updater.values import TokenSequence
 
 SAMPLING = [{"temperature": t, "top_p": p} for t in (0.7, 1.0) for p in (0.9, 1.0)]

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from daemon.launch import group_exists, stop_groups
-from daemon.systemd import without_notification
+from moorline.launch import group_exists, stop_groups
+from moorline.systemd import without_notification
 
 logger = logging.getLogger("moorline.supervise")
 
@@ -66,7 +66,7 @@ class ChildProcess:
         self.heard_at = self.started_at
         self._ended = threading.Event()
         self._last_lines: deque[str] = deque(maxlen=20)
-        launcher = [sys.executable, "-m", "daemon.launch", "child", str(os.getpid()), "--"]
+        launcher = [sys.executable, "-m", "moorline.launch", "child", str(os.getpid()), "--"]
         self._process = subprocess.Popen(
             [*launcher, *child.argv],
             env={"PYTHONUNBUFFERED": "1"} | without_notification(dict(child.environment)),

@@ -7,9 +7,9 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from daemon.http import PortUnavailable, base_url, port_problem
-from daemon.settings import Settings, child_environment
 from daemon.supervise import Child
+from moorline.http import PortUnavailable, base_url, port_problem
+from moorline.settings import Settings, child_environment
 
 _STOP_MARGIN_SECONDS = 15.0
 _YIELDING = {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import sys
 
-from daemon.base_model import UnsafeModel
-from daemon.logs import setup_logging
-from daemon.settings import SettingsError, load_settings
+from moorline.base_model import UnsafeModel
+from moorline.logs import setup_logging
+from moorline.settings import SettingsError, load_settings
 from serving.lifetime import NoTemporaryFolder
 from serving.server import ServerError, prepare_environment
 

@@ -7,8 +7,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-from daemon.settings import Settings
-from daemon.stream import ReleaseFollower
+from moorline.settings import Settings
+from moorline.stream import ReleaseFollower
 
 POLL_SECONDS = 1.0
 

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from daemon.pseudonyms import Pseudonyms
+from moorline.pseudonyms import Pseudonyms
 
 VERSION_HEADER = "x-moorline-policy-version"
 NO_STORE_HEADER = "x-moorline-no-store"

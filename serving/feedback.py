@@ -15,8 +15,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from daemon import metrics
-from daemon.events import Feedback
+from moorline import metrics
+from moorline.events import Feedback
 
 logger = logging.getLogger("moorline.serving.feedback")
 

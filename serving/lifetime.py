@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from daemon.launch import die_with_parent
+from moorline.launch import die_with_parent
 
 _SPAWNED_BY = "MOORLINE_SPAWNED_BY"
 """Environment: who should be the parent of a process that is spawned. It may be gone by then."""

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import asdict
 from typing import Any
 
-from daemon.events import Feedback, Interaction
-from daemon.stream import Publisher, Topic
+from moorline.events import Feedback, Interaction
+from moorline.stream import Publisher, Topic
 
 
 class Outbox:

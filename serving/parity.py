@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from daemon.logs import describe
+from moorline.logs import describe
 
 PARITY_FILE = "parity.json"
 Logprobs = NDArray[np.float64]  # (completion tokens of all sequences,) nats

@@ -6,7 +6,7 @@ no change: logprobs that only the recorder asked for are removed again before th
 output, and no error in here reaches a reply.
 
 The recorder asks for *processed* logprobs (what the token was really sampled from). A client that
-asks for logprobs itself gets plain vLLM's raw ones (``serving.worker`` chooses by row), and then
+asks for logprobs itself gets plain vLLM's raw ones (``vllm/worker.py`` chooses by row), and then
 these are what is recorded, and named so.
 """
 
@@ -22,18 +22,18 @@ from typing import Any
 from pydantic import ValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from daemon import metrics
-from daemon.events import (
+from moorline import metrics
+from moorline.events import (
     GREEDY_BELOW,
     Interaction,
     LogprobConvention,
     PolicySpan,
     SamplingSettings,
 )
-from daemon.logs import describe
+from moorline.logs import describe
 from serving.context import RequestContext, current_request
-from serving.models import version_of
-from serving.worker import PROCESSED_ROW
+from serving.vllm.models import version_of
+from serving.vllm.worker import PROCESSED_ROW
 
 logger = logging.getLogger("moorline.serving.recorder")
 

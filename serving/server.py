@@ -20,14 +20,14 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daemon.base_model import check_model_dir, model_digest
-from daemon.http import base_url, port_problem
-from daemon.settings import Settings
-from daemon.stream import Publisher, SpoolInUse
+from moorline.base_model import check_model_dir, model_digest
+from moorline.http import base_url, port_problem
+from moorline.settings import Settings
+from moorline.stream import Publisher, SpoolInUse
 from serving.lifetime import nothing_outlives_this_process
 
 if TYPE_CHECKING:
-    from serving.assembly import Parts
+    from serving.vllm.app import Parts
 
 logger = logging.getLogger("moorline.serving")
 
@@ -100,7 +100,7 @@ def vllm_arguments(settings: Settings, model_dir: Path, port: int, mode: str) ->
         "--max-num-seqs": serving.max_concurrent_sequences,
         "--load-format": "safetensors",
         "--logprobs-mode": "processed_logprobs",
-        "--worker-extension-cls": "serving.worker.WorkerExtension",
+        "--worker-extension-cls": "serving.vllm.worker.WorkerExtension",
         "--shutdown-timeout": int(serving.drain_seconds),
         "--uvicorn-log-level": "warning",
     }
@@ -108,7 +108,7 @@ def vllm_arguments(settings: Settings, model_dir: Path, port: int, mode: str) ->
     words.append("--no-use-tqdm-on-load")
     if runs_on_cpu():
         words += ["--enforce-eager", f"--kv-cache-memory-bytes={int(serving.kv_cache_gib * 2**30)}"]
-        words.append("--distributed-executor-backend=serving.executor.QuietExecutor")
+        words.append("--distributed-executor-backend=serving.vllm.executor.QuietExecutor")
     if mode == "adapter":
         rank = next(rank for rank in LORA_RANKS if rank >= settings.learning.lora_rank)
         words += ["--enable-lora", f"--max-loras={serving.max_loras}", f"--max-lora-rank={rank}"]
@@ -233,8 +233,8 @@ async def _serve_engine(
     publisher: Publisher,
 ) -> None:
     from serving.announcements import announcements
-    from serving.assembly import assemble
     from serving.outbox import Outbox
+    from serving.vllm.app import assemble
 
     await engine.collective_rpc("moorline_install")
     parts = await assemble(

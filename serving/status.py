@@ -1,7 +1,7 @@
 """What the server says about itself: /healthz, /readyz and /v1/moorline/status.
 
 ``/metrics`` needs nothing here: vLLM exposes the process's default Prometheus registry, and
-``daemon.metrics`` lives in it too.
+``moorline.metrics`` lives in it too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from serving.context import Admission
-from serving.models import LivePolicy
 from serving.swap import SwapController
+from serving.vllm.models import LivePolicy
 
 
 @dataclass

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import ParamSpec, TypeVar
 
-from daemon import metrics
+from moorline import metrics
 
 logger = logging.getLogger("moorline.serving.store")
 

@@ -19,16 +19,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from daemon import metrics
-from daemon.artifacts import ArtifactStore, Pin, PinUnreadable, StoreError
-from daemon.events import Release, ReleaseKind
-from daemon.failpoints import failpoint
-from daemon.logs import describe
-from daemon.withdrawals import Withdrawals
-from serving.mechanisms import EnginePoisoned, Mechanism, PolicyUnusable
-from serving.models import LivePolicy, Policy
+from moorline import metrics
+from moorline.events import Release, ReleaseKind
+from moorline.failpoints import failpoint
+from moorline.logs import describe
+from moorline.store import ArtifactStore, Pin, PinUnreadable, StoreError, Withdrawals
 from serving.parity import Generate, Logprobs, ParityBatch, ParityError, compare, score
 from serving.store_reader import StoreReader
+from serving.strategies import EnginePoisoned, Mechanism, PolicyUnusable
+from serving.vllm.models import LivePolicy, Policy
 
 logger = logging.getLogger("moorline.serving.swap")
 

@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("fixed")
 pytest_plugins = ("tests.kafka_fixtures",)
 
 from daemon.demo.model import prepare_model  # noqa: E402
-from daemon.settings import StreamSettings  # noqa: E402
+from moorline.settings import StreamSettings  # noqa: E402
 from tests.serving.server_process import ServerProcess, Tape  # noqa: E402
 from tests.tiny_model import make_tiny_model  # noqa: E402
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from daemon.broker import EmbeddedBroker
-from daemon.settings import StreamSettings
+from moorline.settings import StreamSettings
 
 TEST_KAFKA_VARIABLE = "MOORLINE_TEST_KAFKA"
 REQUIRE_KAFKA_VARIABLE = "MOORLINE_TEST_REQUIRE_KAFKA"

@@ -6,17 +6,17 @@ import os
 import signal
 import sys
 
-from daemon.artifacts import StoreError
-from daemon.base_model import UnsafeModel
-from daemon.http import PortUnavailable
-from daemon.logs import setup_logging
-from daemon.settings import SettingsError, load_settings
-from daemon.stream import StreamRefused
-from updater.gate import CanaryError
+from moorline.base_model import UnsafeModel
+from moorline.http import PortUnavailable
+from moorline.logs import setup_logging
+from moorline.settings import SettingsError, load_settings
+from moorline.store import StoreError
+from moorline.stream import StreamRefused
+from updater.learning.policy import ReleaseUnfit
+from updater.learning.trainer import UnknownObjective
 from updater.ledger import LedgerError
-from updater.policy import ReleaseUnfit
 from updater.process import Updater
-from updater.trainer import UnknownObjective
+from updater.safety import CanaryError
 
 
 def main() -> int:

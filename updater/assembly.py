@@ -5,20 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 
-from daemon.artifacts import ArtifactStore
-from daemon.base_model import check_model_dir, model_digest
-from daemon.events import Release
-from daemon.settings import Settings
-from updater.behaviour import Archive
-from updater.gate import Gate, load_canaries
-from updater.hints import ChatTokens
+from moorline.base_model import check_model_dir, model_digest
+from moorline.events import Release
+from moorline.settings import Settings
+from moorline.store import ArtifactStore
 from updater.ingest import DeadLetterSink, Ingest, Source
+from updater.learning.behaviour import Archive
+from updater.learning.chat_template import ChatTokens
+from updater.learning.policy import Policy
+from updater.learning.trainer import Trainer
 from updater.ledger import Ledger
 from updater.loop import Loop
-from updater.phase import Progress
-from updater.policy import Policy
-from updater.trainer import Trainer
-from updater.trust_region import TrustRegion
+from updater.progress import Progress
+from updater.safety import Gate, load_canaries
+from updater.safety.trust_region import TrustRegion
 
 
 def assemble(

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from daemon.settings import StreamSettings
-from daemon.stream import StreamUnavailable, Topic, topic_name
-from daemon.stream.client import admin_session
-from daemon.stream.scan import RangeGone, Scanner
-from daemon.stream.topics import JOINED, TopicState, describe
+from moorline.settings import StreamSettings
+from moorline.stream import StreamUnavailable, Topic, topic_name
+from moorline.stream.client import admin_session
+from moorline.stream.scan import RangeGone, Scanner
+from moorline.stream.topics import JOINED, TopicState, describe
 from updater.ledger.books import Books, Consumed
 
 _EXAMPLES = 5

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from daemon.events import (
+from moorline.events import (
     GREEDY_BELOW,
     Erasure,
     Fate,
@@ -25,9 +25,9 @@ from daemon.events import (
     LogprobConvention,
     Reason,
 )
-from daemon.failpoints import failpoint
-from daemon.stream import Gap, Record, StreamUnavailable, Topic
-from updater.credit import why_no_credit
+from moorline.failpoints import failpoint
+from moorline.stream import Gap, Record, StreamUnavailable, Topic
+from updater.learning.advantages import why_no_credit
 from updater.ledger import Ledger, Parsed
 
 logger = logging.getLogger("moorline.ingest")
@@ -40,7 +40,7 @@ _PROGRESS_SECONDS = 1.0
 
 
 class Source(Protocol):
-    """What ingest needs of ``daemon.stream.Reader``."""
+    """What ingest needs of ``moorline.stream.Reader``."""
 
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]: ...
     def gaps(self) -> list[Gap]: ...
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 class DeadLetterSink(Protocol):
-    """What ingest needs of ``daemon.stream.DeadLetters``."""
+    """What ingest needs of ``moorline.stream.DeadLetters``."""
 
     def send(self, record: Record, reason: Reason, stage: str) -> None: ...
 

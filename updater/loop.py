@@ -12,34 +12,34 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from daemon import metrics
-from daemon.artifacts import ArtifactStore, PinUnreadable, StoreUnavailable
-from daemon.events import ArtifactFile, Decision, Divergence, Reason, Release, Verdict
-from daemon.failpoints import failpoint
-from daemon.settings import Settings
-from daemon.stream import StreamUnavailable
-from updater.baselines import Baselines
-from updater.behaviour import not_run_again
-from updater.credit import assign_credit
-from updater.diagnostics import show, show_divergences
-from updater.gate import Gate
+from moorline import metrics
+from moorline.events import ArtifactFile, Decision, Divergence, Reason, Release, Verdict
+from moorline.failpoints import failpoint
+from moorline.settings import Settings
+from moorline.store import ArtifactStore, PinUnreadable, StoreUnavailable
+from moorline.stream import StreamUnavailable
 from updater.ingest import Ingest
-from updater.ledger import Ledger, LedgerUnavailable
-from updater.manifests import Manifests
-from updater.parity import PARITY_FILE, parity_bytes
-from updater.phase import Phase, Progress
-from updater.policy import OPTIMIZER_STATE, Policy, check_fits
-from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
-from updater.retention import tidy
-from updater.staleness import Look
-from updater.trainer import (
+from updater.learning.advantages import assign_credit
+from updater.learning.baselines import Baselines
+from updater.learning.behaviour import not_run_again
+from updater.learning.diagnostics import show, show_divergences
+from updater.learning.policy import OPTIMIZER_STATE, Policy, check_fits
+from updater.learning.staleness import Look
+from updater.learning.trainer import (
     NonFiniteUpdate,
     NothingToLearn,
     Proposal,
     Trainer,
     optimizer_bytes,
 )
-from updater.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
+from updater.ledger import Ledger, LedgerUnavailable
+from updater.parity import PARITY_FILE, parity_bytes
+from updater.progress import Phase, Progress
+from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
+from updater.releases import Manifests
+from updater.retention import tidy
+from updater.safety import Gate
+from updater.safety.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
 from updater.values import Batch, Candidate, Example, uncredited
 
 logger = logging.getLogger("moorline.loop")

@@ -14,10 +14,10 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.utils.logging import disable_progress_bar
 
-from daemon.artifacts import ArtifactStore, PinUnreadable
-from daemon.http import StatusServer
-from daemon.settings import Settings
-from daemon.stream import (
+from moorline.http import StatusServer
+from moorline.settings import Settings
+from moorline.store import ArtifactStore, PinUnreadable
+from moorline.stream import (
     DeadLetters,
     Reader,
     StreamUnavailable,
@@ -25,11 +25,11 @@ from daemon.stream import (
     ensure_topics,
     publish_release,
 )
-from daemon.systemd import Notifier
+from moorline.systemd import Notifier
 from updater.assembly import assemble
-from updater.diagnostics import ringing
+from updater.learning.diagnostics import ringing
 from updater.ledger import Ledger, LedgerError, LedgerUnavailable
-from updater.phase import UNAVAILABLE, Phase, Progress
+from updater.progress import UNAVAILABLE, Phase, Progress
 
 logger = logging.getLogger("moorline.updater")
 

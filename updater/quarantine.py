@@ -24,14 +24,14 @@ from dataclasses import replace
 
 import torch
 
-from daemon.artifacts import StoreError
-from daemon.settings import Settings
-from daemon.stream import StreamUnavailable
-from updater.baselines import Baselines
+from moorline.settings import Settings
+from moorline.store import StoreError
+from moorline.stream import StreamUnavailable
+from updater.learning.baselines import Baselines
+from updater.learning.staleness import Look
+from updater.learning.trainer import NonFiniteUpdate, NothingToLearn, Trainer
 from updater.ledger import Ledger, LedgerError, Suspect
-from updater.staleness import Look
-from updater.trainer import NonFiniteUpdate, NothingToLearn, Trainer
-from updater.trust_region import TrustRegion
+from updater.safety.trust_region import TrustRegion
 from updater.values import Batch, Example
 
 logger = logging.getLogger("moorline.quarantine")

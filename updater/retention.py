@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from daemon import metrics
-from daemon.artifacts import ArtifactStore, StoreError
+from moorline import metrics
+from moorline.store import ArtifactStore, StoreError
 from updater.ledger import LedgerReader
 
 logger = logging.getLogger("moorline.retention")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from daemon.events import Divergence, Feedback, Interaction, Reason
+from moorline.events import Divergence, Feedback, Interaction, Reason
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from benchmarks.real.rules import QUESTIONS, RULES
 from benchmarks.real.study import Study
 from benchmarks.real.summary import Claim, Comparison, Estimate, Score, Summary
 from benchmarks.real.train import DIAGNOSTICS, PRODUCT, Config, follow_share
-from daemon.settings import BoundSettings, GateSettings, LearningSettings
-from updater.objectives import OBJECTIVES
+from moorline.settings import BoundSettings, GateSettings, LearningSettings
+from updater.learning.objectives import OBJECTIVES
 
 HEADINGS = {
     "k3_nats": "k3",

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.real.rules import RULES, Rule, batch_at, held_out_questions, training_questions
-from daemon.events import (
+from moorline.events import (
     Feedback,
     FeedbackKind,
     Interaction,
@@ -41,16 +41,16 @@ from daemon.events import (
     PolicySpan,
     SamplingSettings,
 )
-from daemon.settings import BoundSettings, LearningSettings
-from updater.baselines import Baselines
-from updater.credit import assign_credit
-from updater.divergence import exact_kl
-from updater.gate.canaries import CanarySet, load_canaries
-from updater.policy import Policy
-from updater.sampling import processed_logprobs
-from updater.staleness import Look
-from updater.trainer import Trainer
-from updater.trust_region import Refused, TrustRegion, moved_from_live_nats
+from moorline.settings import BoundSettings, LearningSettings
+from updater.learning.advantages import assign_credit
+from updater.learning.baselines import Baselines
+from updater.learning.divergence import exact_kl
+from updater.learning.policy import Policy
+from updater.learning.sampling import processed_logprobs
+from updater.learning.staleness import Look
+from updater.learning.trainer import Trainer
+from updater.safety.probes import CanarySet, load_canaries
+from updater.safety.trust_region import Refused, TrustRegion, moved_from_live_nats
 from updater.values import Batch, Example, TokenSequence
 
 SAMPLING = SamplingSettings(temperature=1.0)

@@ -1,6 +1,7 @@
 """What is compared: the registry's objectives, ablations made of them, and whole recipes.
 
-Every loss here is a call of ``updater.objectives.OBJECTIVES``, or two joined token by token.
+Every loss here is a call of ``updater.learning.objectives.OBJECTIVES``, or two joined token by
+token.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from updater.objectives import OBJECTIVES, RARE_PROBABILITY, ObjectiveOutput
+from updater.learning.objectives import OBJECTIVES, RARE_PROBABILITY, ObjectiveOutput
 
 
 class Kind(StrEnum):
@@ -55,7 +56,7 @@ class Recipe:
 
 PLAIN = Recipe()
 UPDATER = Recipe(baseline_follows_ess=True, pace_by_ess=True)
-"""Moorline's defaults: `updater/credit.py` and the setting `learning.pace_by_ess`."""
+"""Moorline's defaults: `updater/learning/advantages.py` and the setting `learning.pace_by_ess`."""
 SPRUNG = replace(UPDATER, log_ratio_weight=1e-3)
 
 

@@ -25,7 +25,7 @@ from benchmarks.staleness.summary import (
     paired,
 )
 from benchmarks.staleness.train import ADAM_BETAS, STALE_FROM
-from updater.objectives import OBJECTIVES
+from updater.learning.objectives import OBJECTIVES
 
 Table = list[list[str]]
 DIAGNOSTICS = {

@@ -16,7 +16,7 @@ from benchmarks.jobs import Tick, progress_bars, work
 from benchmarks.staleness import methods, task, train
 from benchmarks.staleness.methods import Kind
 from benchmarks.staleness.train import Config, Trace, train_group
-from updater import divergence, objectives
+from updater.learning import divergence, objectives
 
 Group = tuple[str, int]  # method, lag
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks.staleness import task
 from benchmarks.staleness.methods import METHODS, Kind, Method, Tokens
 from benchmarks.staleness.task import LENGTH_TOKENS, PROMPTS, Parameters
-from updater.divergence import ess_share
-from updater.objectives import log_ratio_penalty, measure_batches, token_mean
+from updater.learning.divergence import ess_share
+from updater.learning.objectives import log_ratio_penalty, measure_batches, token_mean
 
 ADAM_BETAS = (0.9, 0.95)
 """The updater's own. With 0.999, one wrong reply after a long calm makes a step of 3 rates."""

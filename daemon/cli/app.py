@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
-from daemon.artifacts import StoreError
-from daemon.cli import doctor, look, operate, redrive, run
+from daemon.cli import doctor, inspect, ledger, operate, redrive, run
 from daemon.cli.common import CommandError, err
-from daemon.http import PortUnavailable, Unreachable
-from daemon.settings import SettingsError
-
-EXTENSIONS = "moorline.commands"
-"""Entry points of packages that this one must not import: each is called with the app."""
+from moorline.http import PortUnavailable, Unreachable
+from moorline.settings import SettingsError
+from moorline.store import StoreError
 
 EXPECTED = (CommandError, SettingsError, StoreError, Unreachable, PortUnavailable)
 
@@ -53,12 +50,11 @@ def _root(
 
 
 run.register(app)
-look.register(app)
+inspect.register(app)
 operate.register(app)
 redrive.register(app)
 doctor.register(app)
-for extension in entry_points(group=EXTENSIONS):
-    extension.load()(app)
+ledger.register(app)
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import typer
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
-from daemon.durable import write_file
-from daemon.http import base_url
-from daemon.settings import Settings, load_settings
+from moorline.durable import write_file
+from moorline.http import base_url
+from moorline.settings import Settings, load_settings
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

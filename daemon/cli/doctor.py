@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon import tree
-from daemon.base_model import check_model_dir
 from daemon.cli.common import (
     ConfigOption,
     JsonOption,
@@ -30,8 +29,9 @@ from daemon.cli.common import (
 )
 from daemon.cli.run import BootstrapOption, ModelOption
 from daemon.cli.status_page import size
-from daemon.http import PortUnavailable
-from daemon.settings import Settings
+from moorline.base_model import check_model_dir
+from moorline.http import PortUnavailable
+from moorline.settings import Settings
 
 _GIB = 2**30
 _PROCESS_BYTES = int(1.5 * _GIB)
@@ -265,7 +265,7 @@ def _broker(settings: Settings) -> Iterator[Finding]:
             detail = "embedded, in memory (development only)"
             yield Finding("broker", Health.OK, detail)
         return
-    from daemon.stream.client import StreamUnavailable, admin_session
+    from moorline.stream.client import StreamUnavailable, admin_session
 
     try:
         with admin_session(settings.stream):

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
-from daemon.artifacts import ArtifactStore
 from daemon.cli.common import (
     CommandError,
     ConfigOption,
@@ -21,10 +20,10 @@ from daemon.cli.common import (
     say,
     settings_from,
 )
-from daemon.events import Feedback, FeedbackKind, policy_name
-from daemon.http import Unreachable, request_json
-from daemon.settings import Settings
-from daemon.withdrawals import Withdrawals
+from moorline.events import Feedback, FeedbackKind, policy_name
+from moorline.http import Unreachable, request_json
+from moorline.settings import Settings
+from moorline.store import ArtifactStore, Withdrawals
 
 _ASK_SECONDS = 0.5
 
@@ -235,7 +234,7 @@ def feedback(
 
 def _produce(settings: Settings, event: Feedback) -> str:
     """One record to the feedback topic, acknowledged by the broker."""
-    from daemon.stream import Publisher, Topic, topic_name
+    from moorline.stream import Publisher, Topic, topic_name
 
     bootstrap = endpoints(settings).bootstrap
     if bootstrap is None:

@@ -26,10 +26,10 @@ from daemon.cli.common import (
     settings_from,
 )
 from daemon.cli.status_page import ago, size
-from daemon.events import Reason
+from moorline.events import Reason
 
 if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
-    from daemon.stream.redrive import Letter, Redriver, Wanted
+    from moorline.stream.redrive import Letter, Redriver, Wanted
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _READY = "ready"
@@ -79,9 +79,9 @@ def redrive(
       moorline redrive --reason unsupported_schema_version --since 2d
       moorline redrive --topic feedback.v1 --limit 100
     """
-    from daemon.stream import StreamUnavailable
-    from daemon.stream.redrive import Wanted, redriving
-    from daemon.stream.topics import Topic
+    from moorline.stream import StreamUnavailable
+    from moorline.stream.redrive import Wanted, redriving
+    from moorline.stream.topics import Topic
 
     settings = settings_from(config, assignments, state_dir=state_dir)
     bootstrap = endpoints(settings).bootstrap
@@ -114,7 +114,7 @@ def redrive(
 
 def _outcomes(redriver: Redriver, wanted: Wanted, *, dry_run: bool) -> Iterator[tuple[Letter, str]]:
     """Each letter and what was done, or would be."""
-    from daemon.stream.redrive import BATCH_LETTERS
+    from moorline.stream.redrive import BATCH_LETTERS
 
     letters = redriver.letters(wanted)
     while batch := list(islice(letters, BATCH_LETTERS)):

@@ -17,7 +17,6 @@ from rich.markup import escape
 from rich.status import Status
 
 from daemon import tree
-from daemon.base_model import check_model_dir
 from daemon.broker import BrokerError, broker_binary
 from daemon.cli.common import (
     RUN_FILE,
@@ -29,10 +28,11 @@ from daemon.cli.common import (
     out,
     settings_from,
 )
-from daemon.logs import setup_logging
-from daemon.settings import Settings, child_environment
 from daemon.supervise import Notice, NoticeKind, RestartPolicy, Supervisor
-from daemon.systemd import Notifier
+from moorline.base_model import check_model_dir
+from moorline.logs import setup_logging
+from moorline.settings import Settings, child_environment
+from moorline.systemd import Notifier
 
 ModelOption = Annotated[
     Path | None,
@@ -232,7 +232,7 @@ def _check_broker(settings: Settings) -> None:
     Raises:
         CommandError: the configured broker does not answer, or refuses us.
     """
-    from daemon.stream.client import StreamUnavailable, admin_session
+    from moorline.stream.client import StreamUnavailable, admin_session
 
     try:
         with admin_session(settings.stream):

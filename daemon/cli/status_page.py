@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from daemon.events import Fate, Release, policy_name
+from moorline.events import Fate, Release, policy_name
 
 MISSING = "-"
 _RECENT_SWAPS = 3

@@ -23,14 +23,14 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from daemon.artifacts import ArtifactStore
 from daemon.demo.crowd import THINKING_SECONDS, Crowd
 from daemon.demo.display import Display
 from daemon.demo.model import ModelUnavailable, prepare_model
 from daemon.demo.people import held_out_questions, is_good, training_questions
 from daemon.demo.report import Evaluation, write_report
 from daemon.demo.settings import DEMO_SETTINGS, up_arguments
-from daemon.http import Unreachable, request_json
+from moorline.http import Unreachable, request_json
+from moorline.store import ArtifactStore
 
 ALIAS = "assistant"
 PEOPLE = 8

@@ -30,10 +30,10 @@ from benchmarks.real.train import (
     as_example,
     follow_share,
 )
-from daemon.events import Reason
-from updater.baselines import Baselines
-from updater.credit import assign_credit
+from moorline.events import Reason
 from updater.ingest import why_untrainable
+from updater.learning.advantages import assign_credit
+from updater.learning.baselines import Baselines
 
 CONFIG = Config()
 SLOW, FAST = CONFIG.rates

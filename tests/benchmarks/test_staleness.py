@@ -26,7 +26,7 @@ from benchmarks.staleness.train import (
     _Queue,
     train_group,
 )
-from updater.objectives import OBJECTIVES
+from updater.learning.objectives import OBJECTIVES
 
 TINY = Config(
     seeds=(0, 1),

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from daemon.stream import Reader, Topic, ensure_topics
+from moorline.stream import Reader, Topic, ensure_topics
 from tests.chaos.load import People
 from tests.chaos.oracle import Verdict, judge
 from tests.chaos.schedule import Fault, schedule, updater_lives

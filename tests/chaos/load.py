@@ -22,8 +22,8 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 from openai import AsyncOpenAI, OpenAIError
 
-from daemon.settings import StreamSettings
-from daemon.stream import Topic, topic_name
+from moorline.settings import StreamSettings
+from moorline.stream import Topic, topic_name
 from tests.chaos.world import ALIAS
 
 ASKING = 3

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daemon.artifacts import ArtifactStore
-from daemon.events import Feedback, Reason, Release
-from daemon.settings import Settings, StreamSettings
-from daemon.stream import Gap, Reader, Record, ReleaseFollower, Topic
+from moorline.events import Feedback, Reason, Release
+from moorline.settings import Settings, StreamSettings
+from moorline.store import ArtifactStore
+from moorline.stream import Gap, Reader, Record, ReleaseFollower, Topic
 from tests.chaos.world import damaged
 from updater.ledger import Ledger, LedgerReader
 

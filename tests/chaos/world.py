@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from daemon.artifacts import ArtifactStore
 from daemon.broker import EmbeddedBroker, free_port
-from daemon.events import Release
-from daemon.failpoints import FAILPOINTS_VARIABLE
-from daemon.settings import Settings, StreamSettings, load_settings
+from moorline.events import Release
+from moorline.failpoints import FAILPOINTS_VARIABLE
+from moorline.settings import Settings, StreamSettings, load_settings
+from moorline.store import ArtifactStore
 from tests.kafka_fixtures import ApacheKafka, find_broker_program
 from tests.proxy import Proxy
 from tests.serving.server_process import ServerProcess

@@ -21,10 +21,9 @@ import jsonschema
 import pytest
 
 from daemon import cli
-from daemon.artifacts import ArtifactStore
 from daemon.cli import common, status_page
 from daemon.cli.common import RunFile, running_tree
-from daemon.events import (
+from moorline.events import (
     Check,
     Decision,
     Divergence,
@@ -35,7 +34,8 @@ from daemon.events import (
     Verdict,
     json_schemas,
 )
-from daemon.http import StatusServer
+from moorline.http import StatusServer
+from moorline.store import ArtifactStore
 
 VERBS = (
     "up",

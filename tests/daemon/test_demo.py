@@ -23,7 +23,7 @@ from daemon.demo.people import (
 from daemon.demo.report import Evaluation, write_report
 from daemon.demo.run import main
 from daemon.demo.settings import DEMO_SETTINGS, up_arguments
-from daemon.settings import load_settings
+from moorline.settings import load_settings
 
 QUESTION = Question("volcanoes", "What are volcanoes?")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from daemon import metrics
+from moorline import metrics
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/prometheus"

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.events import Feedback, Interaction, LogprobConvention, PolicySpan, SamplingSettings
-from daemon.settings import Settings, load_settings
-from daemon.stream import Record, Topic
+from moorline.events import Feedback, Interaction, LogprobConvention, PolicySpan, SamplingSettings
+from moorline.settings import Settings, load_settings
+from moorline.stream import Record, Topic
 from tests.chaos import oracle
 from tests.chaos.oracle import Decision, Outcome, Script, decisions, outcome, run_reference
 from tests.chaos.schedule import KINDS, schedule, updater_lives
 from tests.chaos.world import UPDATER_SETTINGS
-from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
+from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
+from updater.learning.policy import Policy
 from updater.ledger import Ledger
-from updater.policy import Policy
 
 EVERYTHING = frozenset(need for kind in KINDS for need in kind.needs)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from daemon.artifacts import ArtifactStore, StoreUnavailable
 from daemon.cli.app import app
-from tests.daemon.test_artifacts import ALIAS, kill_at, release
+from moorline.store import ArtifactStore, StoreUnavailable
+from tests.moorline.store.test_artifacts import ALIAS, kill_at, release
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from daemon.events import Reason
-from daemon.stream import Topic
-from tests.updater.policy_fixtures import recorded, some_sequences
+from moorline.events import Reason
+from moorline.stream import Topic
+from tests.updater.learning.fixtures import recorded, some_sequences
 from tests.updater.test_loop import Updater
 
 TINY, HUGE = 5e-324, 1.7e308

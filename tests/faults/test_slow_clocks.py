@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.events import Fate
-from daemon.stream import Topic
-from tests.updater.ledger_fixtures import HORIZON, HOUR, NOW, Log, interaction, rating
+from moorline.events import Fate
+from moorline.stream import Topic
+from tests.updater.ledger.fixtures import HORIZON, HOUR, NOW, Log, interaction, rating
 from updater.ledger import Ledger
 
 WITHIN, BEYOND = 6 * HOUR, HORIZON + 6 * HOUR

@@ -149,10 +149,10 @@ def test_a_full_disk_under_the_store_costs_one_update_and_nothing_is_lost(
 
 
 SPOOL_FULL = """
-from daemon import metrics
-from daemon.settings import StreamSettings
-from daemon.stream import Topic
-from daemon.stream.publisher import Publisher
+from moorline import metrics
+from moorline.settings import StreamSettings
+from moorline.stream import Topic
+from moorline.stream.publisher import Publisher
 
 settings = StreamSettings(bootstrap="127.0.0.1:1", queue_max_events=20)
 publisher = Publisher(settings, Path(sys.argv[1]))

@@ -19,10 +19,10 @@ import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from daemon import metrics
-from daemon.events import Fate, Reason
-from daemon.settings import StreamSettings
-from daemon.stream import (
+from moorline import metrics
+from moorline.events import Fate, Reason
+from moorline.settings import StreamSettings
+from moorline.stream import (
     DeadLetters,
     GapCause,
     Reader,
@@ -32,10 +32,10 @@ from daemon.stream import (
     ensure_topics,
     topic_name,
 )
-from daemon.stream.dead_letters import KEPT_BYTES
-from daemon.stream.scan import Scanner
+from moorline.stream.dead_letters import KEPT_BYTES
+from moorline.stream.scan import Scanner
 from tests.kafka_fixtures import wait_until
-from tests.updater.ledger_fixtures import VOCABULARY, interaction, rating
+from tests.updater.ledger.fixtures import VOCABULARY, interaction, rating
 from updater.audit import audit_stream
 from updater.ingest import Ingest
 from updater.ledger import Ledger
@@ -300,7 +300,7 @@ def test_a_topic_made_again_is_not_read_until_the_operator_says_so(
 WRITER = """
 import sys
 from pathlib import Path
-from tests.updater.ledger_fixtures import Log, interaction
+from tests.updater.ledger.fixtures import Log, interaction
 from updater.ledger import Ledger
 
 ledger, log = Ledger(Path(sys.argv[1])), Log()

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from daemon.artifacts import ArtifactStore
-from daemon.stream.spool import Spool
-from tests.daemon.test_artifacts import ALIAS, release
-from tests.updater.ledger_fixtures import Log, interaction, rating
+from moorline.store import ArtifactStore
+from moorline.stream.spool import Spool
+from tests.moorline.store.test_artifacts import ALIAS, release
+from tests.updater.ledger.fixtures import Log, interaction, rating
 from updater.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_bytes_are_on_the_disk_before_a_row_names_them_and_the_row_before_the_ma
 PUT = """
 import sys
 from pathlib import Path
-from daemon.artifacts import ArtifactStore, StoreUnavailable
+from moorline.store import ArtifactStore, StoreUnavailable
 
 store = ArtifactStore(Path(sys.argv[1]))
 for _ in range(3):
@@ -178,8 +178,8 @@ def test_a_disk_that_syncs_nothing_makes_no_artifact(tmp_path: Path) -> None:
 RECORD = """
 import sys
 from pathlib import Path
-from daemon.artifacts import ArtifactStore, StoreError
-from daemon.events import Release
+from moorline.store import ArtifactStore, StoreError
+from moorline.events import Release
 
 store = ArtifactStore(Path(sys.argv[1]))
 release = Release.model_validate_json(sys.argv[3])
@@ -295,7 +295,7 @@ import json, sys
 from pathlib import Path
 import torch
 from tests.updater.test_loop import Updater
-from daemon import metrics
+from moorline import metrics
 
 torch.set_num_threads(1)
 updater = Updater(Path(sys.argv[2]), Path(sys.argv[1]))
@@ -341,9 +341,9 @@ def test_an_update_whose_bytes_cannot_be_synced_waits_and_is_made_again(
 SPOOL = """
 import json, sys, time
 from pathlib import Path
-from daemon.settings import StreamSettings
-from daemon.stream import Topic
-from daemon.stream.publisher import Publisher
+from moorline.settings import StreamSettings
+from moorline.stream import Topic
+from moorline.stream.publisher import Publisher
 
 settings = StreamSettings(bootstrap="127.0.0.1:1", spool_max_bytes=int(sys.argv[2]))
 publisher = Publisher(settings, Path(sys.argv[1]))

@@ -17,10 +17,10 @@ import httpx
 import pytest
 
 from daemon.broker import EmbeddedBroker
-from daemon.events import Release
-from daemon.settings import StreamSettings
-from daemon.stream import Topic, ensure_topics, topic_name
-from daemon.stream.scan import Scanner
+from moorline.events import Release
+from moorline.settings import StreamSettings
+from moorline.stream import Topic, ensure_topics, topic_name
+from moorline.stream.scan import Scanner
 from tests.faults.updater_process import (
     BATCH,
     Conversations,
@@ -154,7 +154,7 @@ SUPERVISOR = """
 import json, sys
 from dataclasses import replace
 from pathlib import Path
-from daemon.settings import load_settings
+from moorline.settings import load_settings
 from daemon.supervise import RestartPolicy, Supervisor
 from daemon.tree import alone
 

@@ -18,15 +18,15 @@ import torch
 from kafka import KafkaProducer
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from daemon.artifacts import ArtifactStore
-from daemon.events import Feedback
-from daemon.failpoints import FAILPOINTS_VARIABLE
-from daemon.settings import StreamSettings
-from daemon.stream import Topic, topic_name
-from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
+from moorline.events import Feedback
+from moorline.failpoints import FAILPOINTS_VARIABLE
+from moorline.settings import StreamSettings
+from moorline.store import ArtifactStore
+from moorline.stream import Topic, topic_name
+from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
 from updater import __main__ as updater_main
+from updater.learning.policy import Policy
 from updater.ledger import Ledger
-from updater.policy import Policy
 
 BATCH = 4
 SETTINGS = {

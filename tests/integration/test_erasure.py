@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from daemon.events import Fate, Reason
-from daemon.settings import StreamSettings
-from daemon.stream import DeadLetters, Publisher, Reader, Topic, ensure_topics
+from moorline.events import Fate, Reason
+from moorline.settings import StreamSettings
+from moorline.stream import DeadLetters, Publisher, Reader, Topic, ensure_topics
 from tests.kafka_fixtures import wait_until
-from tests.updater.ledger_fixtures import VOCABULARY, correction, interaction, rating
-from tests.updater.test_books import moorline
+from tests.updater.ledger.fixtures import VOCABULARY, correction, interaction, rating
+from tests.updater.ledger.test_books import moorline
 from updater.ingest import Ingest
 from updater.ledger import Ledger
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from daemon.events import Fate, Reason
-from daemon.settings import StreamSettings
-from daemon.stream import DeadLetters, Publisher, Reader, Topic, ensure_topics
+from moorline.events import Fate, Reason
+from moorline.settings import StreamSettings
+from moorline.stream import DeadLetters, Publisher, Reader, Topic, ensure_topics
 from tests.kafka_fixtures import wait_until
-from tests.updater.ledger_fixtures import VOCABULARY, interaction, rating
+from tests.updater.ledger.fixtures import VOCABULARY, interaction, rating
 from updater.ingest import Ingest
 from updater.ledger import Ledger
 

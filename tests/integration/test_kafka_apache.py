@@ -26,9 +26,9 @@ from kafka.admin import (
 from kafka.errors import KafkaError
 from pydantic import SecretStr
 
-from daemon.events import Reason, Release
-from daemon.settings import StreamSettings
-from daemon.stream import (
+from moorline.events import Reason, Release
+from moorline.settings import StreamSettings
+from moorline.stream import (
     DeadLetters,
     Gap,
     GapCause,
@@ -44,7 +44,7 @@ from daemon.stream import (
     publish_release,
     topic_name,
 )
-from daemon.stream.topics import describe
+from moorline.stream.topics import describe
 from tests.integration.test_kafka_reader import (
     check_ages,
     check_configs,

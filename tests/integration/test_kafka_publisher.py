@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from daemon import metrics
 from daemon.broker import EmbeddedBroker, free_port
-from daemon.settings import StreamSettings
-from daemon.stream import Publisher, Reader, Record, SpoolInUse, Topic
+from moorline import metrics
+from moorline.settings import StreamSettings
+from moorline.stream import Publisher, Reader, Record, SpoolInUse, Topic
 from tests.kafka_fixtures import wait_until
 
 pytest_plugins = ("tests.kafka_fixtures",)
@@ -153,8 +153,8 @@ def test_kill_nine_loses_no_event_that_was_said_to_be_safe(
     script = textwrap.dedent(
         f"""
         import pathlib, time
-        from daemon.settings import StreamSettings
-        from daemon.stream import Publisher, Topic
+        from moorline.settings import StreamSettings
+        from moorline.stream import Publisher, Topic
         settings = StreamSettings(bootstrap="127.0.0.1:{port}", topic_prefix="{topic_prefix}",
                                   connect_timeout_seconds=1)
         publisher = Publisher(settings, pathlib.Path({str(tmp_path / "spool")!r}))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
-from daemon import metrics
 from daemon.broker import EmbeddedBroker
-from daemon.events import Reason, Release, ReleaseKind
-from daemon.settings import StreamSettings
-from daemon.stream import (
+from moorline import metrics
+from moorline.events import Reason, Release, ReleaseKind
+from moorline.settings import StreamSettings
+from moorline.stream import (
     DeadLetters,
     Gap,
     GapCause,
@@ -29,7 +29,7 @@ from daemon.stream import (
     publish_release,
     topic_name,
 )
-from daemon.stream.topics import describe_configs
+from moorline.stream.topics import describe_configs
 from tests.kafka_fixtures import wait_until
 
 pytest_plugins = ("tests.kafka_fixtures",)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from daemon import metrics
 from daemon.broker import free_port
-from daemon.settings import StreamSettings
-from daemon.stream import Publisher, ReleaseFollower, Topic
-from daemon.stream.client import _WatchedClient
+from moorline import metrics
+from moorline.settings import StreamSettings
+from moorline.stream import Publisher, ReleaseFollower, Topic
+from moorline.stream.client import _WatchedClient
 from tests.integration.test_kafka_publisher import (
     assert_exactly,
     numbers_by_partition,

@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 
-from daemon.events import Fate, Reason
-from daemon.settings import StreamSettings
-from daemon.stream import DeadLetters, Record, Topic, dlq_name, ensure_topics, topic_name
-from daemon.stream.redrive import (
+from moorline.events import Fate, Reason
+from moorline.settings import StreamSettings
+from moorline.stream import DeadLetters, Record, Topic, dlq_name, ensure_topics, topic_name
+from moorline.stream.redrive import (
     FROM_HEADER,
     REDRIVES_HEADER,
     Refusal,
     Wanted,
     redriving,
 )
-from daemon.stream.scan import Scanner
+from moorline.stream.scan import Scanner
 from tests.integration.test_ingest_stream import read
-from tests.updater.ledger_fixtures import interaction, rating
-from tests.updater.test_books import moorline
+from tests.updater.ledger.fixtures import interaction, rating
+from tests.updater.ledger.test_books import moorline
 from updater.ledger.books import Books
 
 pytest_plugins = ("tests.kafka_fixtures",)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from daemon.events import Interaction, LogprobConvention
+from moorline.events import Interaction, LogprobConvention
 from tests.conftest import Served
 from tests.serving.make_release import completion_logits, reference_model
 from tests.serving.server_process import wait_for

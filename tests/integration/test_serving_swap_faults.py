@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from daemon.durable import TEMPORARY_PREFIX
+from moorline.durable import TEMPORARY_PREFIX
 from tests.serving.policies import MESSAGES, Lineage
 from tests.serving.server_process import ServerProcess, wait_for
 

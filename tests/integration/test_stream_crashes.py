@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from kafka import KafkaProducer
 
-from daemon import failpoints
 from daemon.broker import free_port
-from daemon.events import Fate, Feedback, Release
-from daemon.settings import StreamSettings
-from daemon.stream import (
+from moorline import failpoints
+from moorline.events import Fate, Feedback, Release
+from moorline.settings import StreamSettings
+from moorline.stream import (
     DeadLetters,
     Publisher,
     Reader,
@@ -30,9 +30,9 @@ from daemon.stream import (
     publish_release,
     topic_name,
 )
-from daemon.stream.scan import Scanner
+from moorline.stream.scan import Scanner
 from tests.kafka_fixtures import wait_until
-from tests.updater.ledger_fixtures import VOCABULARY, rating, release
+from tests.updater.ledger.fixtures import VOCABULARY, rating, release
 from updater.ingest import Ingest
 from updater.ledger import Ledger
 

@@ -24,7 +24,7 @@ import openai
 import pytest
 from kafka import KafkaProducer
 
-from daemon.artifacts import ArtifactStore
+from moorline.store import ArtifactStore
 from tests.serving.make_release import raw_logprobs, reference_model
 from tests.serving.server_process import wait_for
 

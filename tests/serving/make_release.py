@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from daemon.artifacts import ArtifactStore
-from daemon.base_model import model_digest
-from daemon.events import Check, Decision, Release, ReleaseKind, Verdict
+from moorline.base_model import model_digest
+from moorline.events import Check, Decision, Release, ReleaseKind, Verdict
+from moorline.store import ArtifactStore
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TokenPair = tuple[list[int], list[int]]

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import torch
 
-from daemon.events import Interaction, Release
+from moorline.events import Interaction, Release
 from tests.serving.make_release import (
     make_release,
     parity_json,

@@ -15,11 +15,11 @@ from typing import Any
 import httpx
 import openai
 
-from daemon.artifacts import ArtifactStore
-from daemon.events import Feedback, Interaction
-from daemon.failpoints import FAILPOINTS_VARIABLE
-from daemon.settings import StreamSettings
-from daemon.stream import Reader, Topic
+from moorline.events import Feedback, Interaction
+from moorline.failpoints import FAILPOINTS_VARIABLE
+from moorline.settings import StreamSettings
+from moorline.store import ArtifactStore
+from moorline.stream import Reader, Topic
 
 START_SECONDS = 600.0
 ALIAS = "assistant"

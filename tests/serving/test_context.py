@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from daemon.pseudonyms import Pseudonyms
+from moorline.pseudonyms import Pseudonyms
 from serving.context import (
     Admission,
     RequestContext,

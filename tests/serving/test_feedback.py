@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from daemon.events import Feedback
+from moorline.events import Feedback
 from serving.feedback import feedback_router, parse_feedback
 
 MAX_BYTES = 1000

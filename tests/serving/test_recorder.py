@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from vllm.logprobs import Logprob
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from daemon.events import Interaction, LogprobConvention
+from moorline.events import Interaction, LogprobConvention
 from serving import context as request_context
 from serving.recorder import Recorder, sampling_settings
-from serving.worker import PROCESSED_ROW
+from serving.vllm.worker import PROCESSED_ROW
 
 REPLY_ID = "chatcmpl-1"
 Delta = tuple[int, list[int], str | None]

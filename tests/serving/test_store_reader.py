@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import metrics
+from moorline import metrics
 from serving import store_reader
 from serving.store_reader import StoreReader
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.events import (
+from moorline.events import (
     Fate,
     Interaction,
     LogprobConvention,
@@ -20,10 +20,10 @@ from daemon.events import (
     Reason,
     SamplingSettings,
 )
-from daemon.settings import SIGNALS
-from daemon.stream import Gap, GapCause, Record, StreamUnavailable, Topic
+from moorline.settings import SIGNALS
+from moorline.stream import Gap, GapCause, Record, StreamUnavailable, Topic
 from tests.updater import ledger_fixtures
-from tests.updater.ledger_fixtures import (
+from tests.updater.ledger.fixtures import (
     HORIZON,
     NOW,
     VOCABULARY,

@@ -13,23 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from daemon.artifacts import ArtifactMissing, ArtifactStore
-from daemon.base_model import model_digest
-from daemon.events import Fate, Feedback, FeedbackKind, Reason, Release, SamplingSettings
-from daemon.settings import Settings, load_settings
-from daemon.stream import Gap, Record, StreamUnavailable, Topic
-from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
-from updater.behaviour import Archive
-from updater.gate import Gate, load_canaries
-from updater.hints import ChatTokens
+from moorline.base_model import model_digest
+from moorline.events import Fate, Feedback, FeedbackKind, Reason, Release, SamplingSettings
+from moorline.settings import Settings, load_settings
+from moorline.store import ArtifactMissing, ArtifactStore
+from moorline.stream import Gap, Record, StreamUnavailable, Topic
+from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
 from updater.ingest import Ingest
+from updater.learning.behaviour import Archive
+from updater.learning.chat_template import ChatTokens
+from updater.learning.policy import Policy, ReleaseUnfit
+from updater.learning.staleness import Look
+from updater.learning.trainer import Proposal, Trainer
 from updater.ledger import Ledger, LedgerUnavailable
 from updater.loop import Loop
-from updater.phase import Phase, Progress
-from updater.policy import Policy, ReleaseUnfit
-from updater.staleness import Look
-from updater.trainer import Proposal, Trainer
-from updater.trust_region import TrustRegion
+from updater.progress import Phase, Progress
+from updater.safety import Gate, load_canaries
+from updater.safety.trust_region import TrustRegion
 from updater.values import Batch
 
 

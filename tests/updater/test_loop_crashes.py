@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from daemon import failpoints
-from daemon.artifacts import ArtifactStore
-from daemon.events import Erasure, Feedback, Release
-from daemon.stream import Topic
-from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
+from moorline import failpoints
+from moorline.events import Erasure, Feedback, Release
+from moorline.store import ArtifactStore
+from moorline.stream import Topic
+from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
 from tests.updater.test_loop import Tape, Updater
 from updater.ledger import Ledger
 

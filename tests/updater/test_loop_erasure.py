@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.artifacts import ArtifactMissing
-from daemon.events import Erasure, Fate, ReleaseKind
-from daemon.stream import Topic
-from tests.updater.policy_fixtures import ALIAS
+from moorline.events import Erasure, Fate, ReleaseKind
+from moorline.store import ArtifactMissing
+from moorline.stream import Topic
+from tests.updater.learning.fixtures import ALIAS
 from tests.updater.test_loop import Tape, Updater
-from updater.policy import AdapterState
+from updater.learning.policy import AdapterState
 
 
 def erase(updater: Updater, interaction_id: str, *, replay: bool = True) -> Erasure:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from daemon import metrics
-from daemon.events import Fate, Feedback, FeedbackKind, Reason
-from daemon.stream import Topic
-from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
+from moorline import metrics
+from moorline.events import Fate, Feedback, FeedbackKind, Reason
+from moorline.stream import Topic
+from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
 from tests.updater.test_loop import Tape, Updater
-from updater.phase import Phase
-from updater.policy import Policy
+from updater.learning.policy import Policy
+from updater.progress import Phase
 
 NOT_FINITE = (math.nan, math.inf)
 

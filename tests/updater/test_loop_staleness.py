@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.artifacts import ArtifactMissing, ArtifactStore
-from daemon.events import Fate, Feedback, Reason, SamplingSettings
-from daemon.stream import Topic
-from tests.updater.policy_fixtures import ALIAS, recorded, some_sequences
+from moorline.events import Fate, Feedback, Reason, SamplingSettings
+from moorline.store import ArtifactMissing, ArtifactStore
+from moorline.stream import Topic
+from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
 from tests.updater.test_loop import Tape, Updater
 from updater.retention import tidy
 

@@ -12,19 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon import metrics
-from daemon.artifacts import ArtifactMissing
-from daemon.events import Fate, Reason
-from daemon.settings import Settings, load_settings
-from daemon.stream import Topic
-from tests.updater.ledger_fixtures import FAST_DISK, NOW, Log, interaction, rating, release
-from tests.updater.policy_fixtures import some_sequences
+from moorline import metrics
+from moorline.events import Fate, Reason
+from moorline.settings import Settings, load_settings
+from moorline.store import ArtifactMissing
+from moorline.stream import Topic
+from tests.updater.learning.fixtures import some_sequences
+from tests.updater.ledger.fixtures import FAST_DISK, NOW, Log, interaction, rating, release
 from tests.updater.test_loop import Updater
+from updater.learning.staleness import Look
+from updater.learning.trainer import Proposal, Trainer
 from updater.ledger import Ledger
 from updater.quarantine import Quarantine
-from updater.staleness import Look
-from updater.trainer import Proposal, Trainer
-from updater.trust_region import TrustRegion
+from updater.safety.trust_region import TrustRegion
 from updater.values import Batch, Example
 
 SUSPECT_AFTER = 3

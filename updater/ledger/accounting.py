@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from daemon.events import Fate, Reason
+from moorline.events import Fate, Reason
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from daemon import metrics
+from moorline import metrics
 from updater.ledger.claims import Claims
 from updater.ledger.database import Database
 from updater.ledger.schema import Attempt

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from daemon.events import Feedback, Interaction
+from moorline.events import Feedback, Interaction
 from updater.ledger.database import LedgerError
 from updater.ledger.keys import DAMAGED, KeyDestroyed, KeyRing
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from daemon.events import Erasure, Fate, Release
-from daemon.stream import GapCause, Topic
+from moorline.events import Erasure, Fate, Release
+from moorline.stream import GapCause, Topic
 from updater.ledger.database import Database, LedgerError
 from updater.ledger.erasure import Forgotten, clean_ancestor, concerned, taught_versions
 from updater.ledger.stories import Stories

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from daemon.events import Reason
+from moorline.events import Reason
 from updater.ledger.database import LedgerError
 from updater.ledger.examples import Claim
 from updater.values import Example

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
-from daemon.durable import make_directory
-from daemon.failpoints import failpoint
+from moorline.durable import make_directory
+from moorline.failpoints import failpoint
 from updater.ledger.schema import SCHEMA_NUMBER, TABLES
 
 CACHE_KIB = 64 * 1024

@@ -14,8 +14,8 @@ import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from daemon.events import Erasure, Fate, Release, user_digest
-from updater.baselines import Baselines
+from moorline.events import Erasure, Fate, Release, user_digest
+from updater.learning.baselines import Baselines
 from updater.ledger.bodies import Bodies, BodyErased
 from updater.ledger.database import read_meta, set_meta
 from updater.ledger.fates import Fates

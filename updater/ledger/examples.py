@@ -7,8 +7,8 @@ import sqlite3
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from daemon.events import Interaction
-from updater.credit import outranked
+from moorline.events import Interaction
+from updater.learning.advantages import outranked
 from updater.ledger.bodies import Bodies
 from updater.values import Example, TokenSequence, as_sequence
 

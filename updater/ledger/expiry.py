@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
-from daemon.events import Fate, Reason
+from moorline.events import Fate, Reason
 from updater.ledger.fates import Fates
 from updater.ledger.schema import FeedbackState, InteractionState
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 
-from daemon.events import Fate, Reason
-from daemon.metrics import EVENTS
+from moorline.events import Fate, Reason
+from moorline.metrics import EVENTS
 
 
 class Fates:

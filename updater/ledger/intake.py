@@ -6,8 +6,8 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from daemon.events import Erasure, Fate, Reason
-from daemon.stream import Gap, GapCause, Record
+from moorline.events import Erasure, Fate, Reason
+from moorline.stream import Gap, GapCause, Record
 from updater.ledger.erasure import Eraser
 from updater.ledger.joins import Joins
 from updater.ledger.rules import Arrival, Parsed

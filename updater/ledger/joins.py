@@ -6,7 +6,7 @@ import sqlite3
 from dataclasses import fields
 from typing import Literal
 
-from daemon.events import Erasure, Fate, Feedback, Interaction, Reason, user_digest
+from moorline.events import Erasure, Fate, Feedback, Interaction, Reason, user_digest
 from updater.ledger.bodies import Bodies
 from updater.ledger.fates import Fates
 from updater.ledger.keys import KeyRing

@@ -21,7 +21,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from daemon.failpoints import failpoint
+from moorline.failpoints import failpoint
 from updater.ledger.database import LedgerError, translated_errors
 
 _KEY_BITS = 256

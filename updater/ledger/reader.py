@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from daemon.events import Release
-from daemon.stream import Topic
-from updater.baselines import Baselines
+from moorline.events import Release
+from moorline.stream import Topic
+from updater.learning.baselines import Baselines
 from updater.ledger.accounting import Accounting, audit, read_accounting
 from updater.ledger.database import Database
 from updater.ledger.erasure import Forgotten

@@ -25,8 +25,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from daemon.events import Erasure, Fate, Feedback, Interaction, Reason
-from daemon.stream import Record
+from moorline.events import Erasure, Fate, Feedback, Interaction, Reason
+from moorline.stream import Record
 from updater.ledger.schema import FeedbackState, InteractionState
 
 

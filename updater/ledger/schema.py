@@ -117,7 +117,7 @@ END;
 CREATE TABLE subjects (
     id INTEGER PRIMARY KEY,
     tenant TEXT NOT NULL,
-    user TEXT NOT NULL,                      -- daemon.events.user_digest; '': nobody known
+    user TEXT NOT NULL,                      -- moorline.events.user_digest; '': nobody known
     key INTEGER,                             -- of their replies' bodies; NULL: each has its own
     UNIQUE (tenant, user)
 ) STRICT;
@@ -292,7 +292,7 @@ CREATE INDEX taught_by_version ON taught (version);
 -- What was asked, and what it came to. Kept, as the record that it was done.
 CREATE TABLE erasures (
     id TEXT PRIMARY KEY,
-    request TEXT NOT NULL,                   -- daemon.events.Erasure: no names, only digests
+    request TEXT NOT NULL,                   -- moorline.events.Erasure: no names, only digests
     applied_at REAL NOT NULL,
     interactions INTEGER NOT NULL,
     feedback INTEGER NOT NULL,

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from daemon.events import Fate, Reason, Release, ReleaseKind, user_digest
-from updater.baselines import Baselines
+from moorline.events import Fate, Reason, Release, ReleaseKind, user_digest
+from updater.learning.baselines import Baselines
 from updater.ledger.attempts import conclude
 from updater.ledger.database import LedgerError, set_meta
 from updater.ledger.examples import Claim

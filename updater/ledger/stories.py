@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from daemon.events import Decision, Divergence, Fate, Reason, Verdict
-from daemon.stream import Topic
+from moorline.events import Decision, Divergence, Fate, Reason, Verdict
+from moorline.stream import Topic
 from updater.ledger.database import LedgerError
 from updater.ledger.reader import LedgerReader
 

@@ -6,7 +6,7 @@ import math
 import sqlite3
 from collections.abc import Iterable
 
-from daemon.events import Erasure, Feedback, Interaction, user_digest
+from moorline.events import Erasure, Feedback, Interaction, user_digest
 
 
 def scopes_of(event: Interaction | Feedback) -> list[str]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Collection
 
-from daemon.events import Fate, Reason, Release
-from daemon.stream import Topic
+from moorline.events import Fate, Reason, Release
+from moorline.stream import Topic
 from updater.ledger.database import LedgerError, set_meta
 from updater.ledger.fates import Fates
 from updater.ledger.schema import FeedbackState, InteractionState

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from daemon.events import Erasure, Reason, Release
-from daemon.stream import Gap
-from updater.baselines import Baselines
+from moorline.events import Erasure, Reason, Release
+from moorline.stream import Gap
+from updater.learning.baselines import Baselines
 from updater.ledger.attempts import Attempts
 from updater.ledger.bodies import Bodies, BodyErased
 from updater.ledger.claims import Claims

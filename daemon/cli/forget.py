@@ -1,0 +1,228 @@
+"""`moorline forget`: erases a person, whether an updater is running or not.
+
+The request goes onto the stream first, where every updater that reads it from its start will meet
+it, however often a ledger is lost. Then the ledger carries it out: that of the running updater,
+which reads it there, or the one here, at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ValidationError
+
+from daemon.cli.common import (
+    CommandError,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    StateDirOption,
+    endpoints,
+    err,
+    print_json,
+    say,
+    settings_from,
+)
+from moorline.events import Erasure, policy_name, user_digest
+from moorline.pseudonyms import Pseudonyms
+from moorline.settings import Settings
+
+if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
+    from updater.ledger import Forgotten
+
+_ASK_SECONDS = 0.5
+
+
+def forget(
+    user: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--user",
+            metavar="NAME",
+            help="As clients send it (`user`, or a `rater`); repeat for one with several names.",
+        ),
+    ] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Everybody of a tenant; with --user, them only there.")
+    ] = None,
+    interaction: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="One reply (chatcmpl-...), and what was said of it."),
+    ] = None,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay",
+            help="Also withdraw the releases that learned from them: go back to the last that did "
+            "not, and learn again from the others.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would come to; erase nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="For a running updater to carry it out.")
+    ] = 120.0,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    state_dir: StateDirOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Erase a person: nobody can read what they wrote, and nothing more is learned from it.
+
+    What was not decided yet ends as `erased`, and so does whatever of them still arrives that is
+    older than this moment. The keys of their stored bodies are destroyed, which no backup of the
+    ledger survives. Releases that have learned from them are listed; --replay takes them back.
+    There is no undo.
+
+    [bold]Examples[/]
+
+      moorline forget --user ana --dry-run
+      moorline forget --user ana --user ana@example.org --yes --replay
+      moorline forget --tenant acme
+      moorline forget --interaction chatcmpl-8f3a
+    """
+    settings = settings_from(config, assignments, state_dir=state_dir)
+    erasure = _erasure(settings, user or (), tenant, interaction, replay=replay)
+    before = _preview(settings, erasure)
+    if not as_json:
+        _say_what(settings, before, will=True, replay=replay)
+    if dry_run:
+        if as_json:
+            print_json({"erasure_id": None, "result": asdict(before) if before else None})
+        return
+    if not yes:
+        if as_json or not err.is_terminal:
+            raise CommandError("nothing was erased: there is nobody to ask, so say --yes")
+        typer.confirm("There is no undo. Erase?", abort=True)
+    told = _publish(settings, erasure)
+    done = _carry_out(settings, erasure, told=told, wait_seconds=wait)
+    if as_json:
+        print_json({"erasure_id": erasure.erasure_id, "result": asdict(done) if done else None})
+    elif done is None:
+        say(f"Accepted as {erasure.erasure_id}; the updater carries it out where its ledger is.")
+    else:
+        _say_what(settings, done, will=False, replay=replay)
+        say(f"Erased ({erasure.erasure_id}).")
+
+
+def _erasure(
+    settings: Settings,
+    users: Sequence[str],
+    tenant: str | None,
+    interaction: str | None,
+    *,
+    replay: bool,
+) -> Erasure:
+    names = list(users)
+    if users and settings.pseudonym_key_path.exists():  # what the server made of the same names
+        pseudonyms = Pseudonyms.from_file(settings.pseudonym_key_path)
+        names += [pseudonyms.of(name) for name in users]
+    try:
+        return Erasure(
+            interaction_id=interaction,
+            tenant=tenant,
+            users=tuple(dict.fromkeys(map(user_digest, names))),
+            replay=replay,
+        )
+    except ValidationError:
+        raise typer.BadParameter(
+            "say who: --user, --tenant, both (a user of that tenant), or --interaction alone"
+        ) from None
+
+
+def _preview(settings: Settings, erasure: Erasure) -> Forgotten | None:
+    """What it would come to; None: the ledger is not here."""
+    from updater.ledger import LedgerError
+    from updater.ledger.books import Books
+
+    if not settings.ledger_path.exists():
+        return None
+    try:
+        with closing(Books(settings.ledger_path)) as books:
+            return books.would_forget(erasure)
+    except LedgerError as error:
+        raise CommandError(str(error)) from None
+
+
+def _publish(settings: Settings, erasure: Erasure) -> bool:
+    """Onto the stream; whether there is one."""
+    from moorline.stream import StreamUnavailable, publish_erasure
+
+    bootstrap = endpoints(settings).bootstrap
+    if bootstrap is None:
+        return False
+    try:
+        publish_erasure(settings.stream.model_copy(update={"bootstrap": bootstrap}), erasure)
+    except StreamUnavailable as error:
+        raise CommandError(f"nothing was erased: {error}") from None
+    return True
+
+
+def _carry_out(
+    settings: Settings, erasure: Erasure, *, told: bool, wait_seconds: float
+) -> Forgotten | None:
+    """By this process, unless an updater runs: then it does. None: the ledger is elsewhere."""
+    from updater.ledger import Ledger, LedgerError, LedgerLocked
+
+    if not settings.ledger_path.exists():
+        if not told:
+            raise CommandError(
+                f"there is neither a ledger at {settings.ledger_path} nor a broker to tell: give "
+                "--state-dir, or set stream.bootstrap"
+            )
+        return None
+    try:
+        try:
+            with Ledger(settings.ledger_path) as ledger:
+                return ledger.forget(erasure)
+        except LedgerLocked:
+            if not told:
+                raise
+            return _wait(settings, erasure, wait_seconds)
+    except LedgerError as error:
+        raise CommandError(str(error)) from None
+
+
+def _wait(settings: Settings, erasure: Erasure, seconds: float) -> Forgotten:
+    from updater.ledger import Ledger
+
+    deadline = time.monotonic() + seconds
+    with Ledger.open_readonly(settings.ledger_path) as ledger:
+        while (found := ledger.erasure(erasure.erasure_id)) is None:
+            if time.monotonic() >= deadline:
+                raise CommandError(
+                    f"the request is on the stream as {erasure.erasure_id}, but the updater has "
+                    f"not carried it out after {seconds:.0f} s (it finishes an update first): "
+                    "`moorline status` shows what it is doing"
+                )
+            time.sleep(_ASK_SECONDS)
+    return found
+
+
+def _say_what(settings: Settings, found: Forgotten | None, *, will: bool, replay: bool) -> None:
+    if found is None:
+        say(f"No ledger at {settings.ledger_path}: what is stored of them is not known here.")
+        return
+    verb = "To be erased" if will else "Erased"
+    say(f"{verb}: {found.interactions} replies, {found.feedback} ratings and corrections.")
+    if not found.releases:
+        say("No release that is not withdrawn has learned from them.")
+        return
+    names = ", ".join(policy_name(settings.alias, version) for version in found.releases)
+    say(f"Have learned from them: {names}.")
+    clean = policy_name(settings.alias, found.clean_ancestor)
+    clean += " (the base model)" if found.clean_ancestor == 0 else ""
+    if found.replay:
+        does = "would go" if will else "goes"
+        say(f"The updater {does} back to {clean} and learns again from what the others said.")
+    elif replay:
+        say(f"The live policy, {clean}, has nothing of them: there is nothing to replay.")
+    else:
+        say(f"The last release without them is {clean}; --replay goes back to it.")

@@ -1,0 +1,41 @@
+"""What replaces a user's name in every recorded interaction."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+from moorline.durable import make_directory, sync_directory, temporary_beside
+
+
+class Pseudonyms:
+    """Turns a user's name into a stable pseudonym that nobody can compute without the key."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    @classmethod
+    def from_file(cls, path: Path) -> Pseudonyms:
+        """Read the key, or make it (mode 0600) at the first start."""
+        if not path.exists():
+            make_directory(path.parent)
+            fresh = temporary_beside(path)
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secrets.token_bytes(32))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(fresh, path)  # unlike rename, this loses against a server that was first
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
+            sync_directory(path.parent)
+        return cls(path.read_bytes())
+
+    def of(self, user: str) -> str:
+        """32 hexadecimal digits."""
+        return hashlib.blake2b(user.encode(), key=self._key, digest_size=16).hexdigest()

@@ -1,0 +1,37 @@
+"""The Kafka stream; the only package that imports kafka.
+
+The server's way out is ``Publisher`` (it never blocks), the updater's way in is ``Reader``, and
+what cannot be read goes to ``DeadLetters``. Releases go out by ``publish_release`` and are followed
+by ``ReleaseFollower``; erasures go out by ``publish_erasure`` and come in with the ``Reader``.
+"""
+
+from moorline.stream.client import StreamRefused, StreamUnavailable
+from moorline.stream.compacted import publish_erasure
+from moorline.stream.dead_letters import DeadLetters
+from moorline.stream.publisher import Publisher, PublisherStats
+from moorline.stream.reader import Reader
+from moorline.stream.records import Gap, GapCause, Position, Record
+from moorline.stream.releases import ReleaseFollower, publish_release
+from moorline.stream.spool import SpoolInUse
+from moorline.stream.topics import Topic, dlq_name, ensure_topics, topic_name
+
+__all__ = [
+    "DeadLetters",
+    "Gap",
+    "GapCause",
+    "Position",
+    "Publisher",
+    "PublisherStats",
+    "Reader",
+    "Record",
+    "ReleaseFollower",
+    "SpoolInUse",
+    "StreamRefused",
+    "StreamUnavailable",
+    "Topic",
+    "dlq_name",
+    "ensure_topics",
+    "publish_erasure",
+    "publish_release",
+    "topic_name",
+]

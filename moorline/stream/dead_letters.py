@@ -1,0 +1,162 @@
+"""Where records go that cannot be read: the original bytes, with where they came from and why."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from kafka import KafkaProducer
+from kafka import errors as kafka_errors
+
+from moorline.events import Reason
+from moorline.failpoints import failpoint
+from moorline.settings import StreamSettings
+from moorline.stream.client import (
+    Connection,
+    StreamRefused,
+    close_producer,
+    connect,
+    explained,
+)
+from moorline.stream.records import Record
+from moorline.stream.topics import (
+    DEAD_LETTER_MAX_BYTES,
+    Headers,
+    dlq_name,
+    ensure_topics,
+    software_version,
+    topic_name,
+)
+
+logger = logging.getLogger("moorline.stream")
+
+KEPT_BYTES = 500_000
+"""Of an original that the dead-letter topic refuses for its size."""
+_ACKNOWLEDGE_SECONDS = 10.0
+
+
+class DeadLetters:
+    """Writes to ``<topic>.dlq`` and waits until it is acknowledged.
+
+    Only then may the reader's offset move on: nothing is skipped in silence. A time-out is not a
+    proof of loss, so a letter may be there twice.
+    """
+
+    def __init__(self, settings: StreamSettings) -> None:
+        self._settings = settings
+        self._connection: Connection[KafkaProducer] | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Connect, and make the topics if they are missing. ``send`` does it too.
+
+        Raises:
+            StreamUnavailable: no broker answered.
+            StreamRefused: a login or permission is wrong.
+        """
+        with self._lock:
+            self._connected()
+
+    def send(self, record: Record, reason: Reason, stage: str) -> None:
+        """Put ``record`` on its topic's dead-letter topic.
+
+        Args:
+            stage: the module that gave up on it, as ``ingest``.
+
+        Raises:
+            StreamUnavailable: it was not acknowledged; do not move on, try again.
+            StreamRefused: a login or permission is wrong; likewise.
+        """
+        headers = record.headers + origin_headers(self._settings, record, reason, stage)
+        with self._lock:
+            try:
+                self._send(record, record.value, headers)
+            except _TooLargeError:
+                size = len(record.value or b"")
+                kept = (*headers, ("moorline_truncated_from_bytes", str(size).encode()))
+                try:
+                    self._send(record, (record.value or b"")[:KEPT_BYTES], kept)
+                except _TooLargeError as error:
+                    raise StreamRefused(
+                        f"topic {dlq_name(self._settings, record.topic)} takes no event of "
+                        f"{KEPT_BYTES} bytes: run `kafka-configs.sh --alter --entity-type topics "
+                        f"--entity-name {dlq_name(self._settings, record.topic)} --add-config "
+                        f"max.message.bytes={DEAD_LETTER_MAX_BYTES}`"
+                    ) from error
+        logger.warning(
+            "record dead-lettered",
+            extra={
+                "topic": record.topic.value,
+                "partition": record.partition,
+                "offset": record.offset,
+                "reason": reason.value,
+                "stage": stage,
+            },
+        )
+
+    def close(self) -> None:
+        """Disconnect. Idempotent."""
+        with self._lock:
+            self._disconnect()
+
+    def _send(self, record: Record, value: bytes | None, headers: Headers) -> None:
+        """Raises: _TooLargeError, StreamUnavailable."""
+        connection = self._connected()
+        failpoint("dead_letters.before_send")
+        try:
+            with explained(self._settings, connection):
+                try:
+                    connection.client.send(
+                        dlq_name(self._settings, record.topic),
+                        # Kafka takes no record that has neither.
+                        value=value if value is not None or record.key is not None else b"",
+                        key=record.key,
+                        headers=list(headers),
+                    ).get(timeout=_ACKNOWLEDGE_SECONDS)
+                except (
+                    kafka_errors.MessageSizeTooLargeError,
+                    kafka_errors.RecordListTooLargeError,
+                ) as error:
+                    raise _TooLargeError from error
+        except BaseException:
+            # A producer that was refused once stays broken, also when the cause is gone.
+            self._disconnect()
+            raise
+        failpoint("dead_letters.after_acknowledgement")
+
+    def _connected(self) -> Connection[KafkaProducer]:
+        if self._connection is None:
+            ensure_topics(self._settings)
+            self._connection = connect(
+                KafkaProducer,
+                self._settings,
+                "dead-letters",
+                acks="all",
+                max_block_ms=int(self._settings.connect_timeout_seconds * 1000),
+                max_request_size=DEAD_LETTER_MAX_BYTES,
+                allow_auto_create_topics=False,
+            )
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            close_producer(connection.client)
+
+
+class _TooLargeError(Exception):
+    """The dead-letter topic does not take a record of this size."""
+
+
+def origin_headers(settings: StreamSettings, record: Record, reason: Reason, stage: str) -> Headers:
+    """Where a dead letter came from, and why it is one; `redrive` reads them."""
+    return (
+        ("moorline_origin_topic", topic_name(settings, record.topic).encode()),
+        ("moorline_origin_topic_id", record.topic_id.encode()),
+        ("moorline_origin_partition", str(record.partition).encode()),
+        ("moorline_origin_offset", str(record.offset).encode()),
+        ("moorline_origin_timestamp_ms", str(record.timestamp_ms).encode()),
+        ("moorline_reason", reason.value.encode()),
+        ("moorline_stage", stage.encode()),
+        ("moorline_version", software_version().encode()),
+    )

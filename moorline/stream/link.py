@@ -1,0 +1,165 @@
+"""The publisher's producer: made and examined on threads of their own, for connecting blocks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kafka import KafkaProducer
+
+from moorline.settings import StreamSettings
+from moorline.stream.client import (
+    Connection,
+    StreamUnavailable,
+    admin_session,
+    close_producer,
+    connect,
+    explain,
+)
+from moorline.stream.topics import Topic, describe, ensure_topics
+
+logger = logging.getLogger("moorline.stream")
+
+PROBE_SECONDS = 5.0
+"""So long without an acknowledgement, and the topics are looked at: a broker that lost its data
+answers, but would never take these events."""
+REBUILD_SECONDS = 15.0
+"""A broker that answers and still acknowledges nothing for so long gets a new client."""
+RETRY_SECONDS = (0.5, 5.0)
+"""First and longest wait between attempts to connect."""
+HEADERS_ROOM_BYTES = 8_192
+
+
+@dataclass
+class Link:
+    """Owns the producer. ``mind`` is called often, by one thread, and never blocks."""
+
+    settings: StreamSettings
+    wake: threading.Event
+    last_error: str = ""
+    _connection: Connection[KafkaProducer] | None = None
+    _work: threading.Thread | None = None
+    _retry_at: float = 0.0
+    _retry_seconds: float = RETRY_SECONDS[0]
+    _probed_at: float = 0.0
+    _answers_since: float | None = None
+    """When the broker began to answer, while our events still wait."""
+    _broken: BaseException | None = None
+    _closed: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def connected(self) -> bool:
+        connection = self._connection
+        return connection is not None and connection.alive
+
+    @property
+    def producer(self) -> KafkaProducer | None:
+        connection = self._connection
+        return connection.client if connection is not None else None
+
+    def mind(self, silence_seconds: float) -> BaseException | None:
+        """Connect or examine when it is time. An exception says that the client is broken."""
+        broken, self._broken = self._broken, None
+        if broken is not None:
+            return broken
+        if self._work is not None and self._work.is_alive():
+            return None
+        now = time.monotonic()
+        if silence_seconds <= PROBE_SECONDS:
+            self._answers_since = None
+            if self.last_error and self.connected:
+                self._answers_again()
+        if self._connection is None and now >= self._retry_at:
+            self._start(self._connect)
+        elif silence_seconds > PROBE_SECONDS and now - self._probed_at > PROBE_SECONDS:
+            self._probed_at = now
+            self._start(self._probe)
+        return None
+
+    def fail(self, error: BaseException) -> None:
+        """Forget this producer; a new one is made after a pause."""
+        self._say(explain(self.settings, error))
+        connection, self._connection = self._connection, None
+        self._later()
+        if connection is not None:
+            close_producer(connection.client)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            close_producer(connection.client)
+
+    def _start(self, work: Callable[[], None]) -> None:
+        self._work = threading.Thread(target=work, name="moorline-publisher-link", daemon=True)
+        self._work.start()
+
+    def _connect(self) -> None:
+        try:
+            ensure_topics(self.settings)
+            connection = connect(
+                KafkaProducer,
+                self.settings,
+                "publisher",
+                acks="all",
+                linger_ms=20,
+                batch_size=256 * 1024,
+                max_request_size=self.settings.max_event_bytes + HEADERS_ROOM_BYTES,
+                max_block_ms=1000,  # only for metadata, and `ensure_topics` saw the topics
+                # While it waits for the broker it keeps its sequence numbers: no duplicates.
+                delivery_timeout_ms=7 * 86_400_000,
+                allow_auto_create_topics=False,
+            )
+        except StreamUnavailable as error:
+            self._say(error)
+            self._later()
+            return
+        with self._lock:
+            if not self._closed:
+                self._connection = connection
+        if self._closed:
+            close_producer(connection.client)
+            return
+        self._answers_again()
+        self._retry_seconds = RETRY_SECONDS[0]
+        self.wake.set()
+
+    def _probe(self) -> None:
+        """Is the broker away, or is it this client that is of no use?"""
+        try:
+            with admin_session(self.settings) as admin:
+                states = describe(admin, self.settings, tuple(Topic))
+        except StreamUnavailable as error:
+            self._answers_since = None
+            self._say(error)
+            return
+        now = time.monotonic()
+        self._answers_since = self._answers_since or now
+        if len(states) < len(Topic):
+            # Made again only by `_connect`, when this client is closed: it would deliver what the
+            # next one delivers too.
+            self._broken = StreamUnavailable("topics are gone from the broker: making them again")
+        elif now - self._answers_since > REBUILD_SECONDS:
+            self._broken = StreamUnavailable("the broker answers, but acknowledges no event")
+        if self._broken is not None:
+            self.wake.set()
+
+    def _answers_again(self) -> None:
+        if self.last_error:
+            logger.info("kafka is back", extra={"bootstrap": self.settings.bootstrap})
+        self.last_error = ""
+
+    def _later(self) -> None:
+        self._retry_at = time.monotonic() + self._retry_seconds
+        self._retry_seconds = min(2 * self._retry_seconds, RETRY_SECONDS[1])
+
+    def _say(self, error: StreamUnavailable) -> None:
+        """Log a cause once, not at every attempt."""
+        if str(error) != self.last_error:
+            self.last_error = str(error)
+            logger.error("events wait: %s", error)

@@ -1,0 +1,209 @@
+"""The two ways to change the policy of a running engine.
+
+*Adapter flip*: the new LoRA adapter is loaded beside the old one, scored, and one assignment gives
+it to new requests; running replies finish on theirs. *Weight reload*: generation is held still for
+a moment, base + adapter are loaded in place, and running replies go on with the new weights (their
+tokens are attributed by spans).
+
+The order differs in where parity is measured. An adapter is scored before any user gets it. Weights
+can only be scored by an engine that runs, so a reload is scored right after it resumes; a release
+that fails was served for as long as that takes (a fraction of a second) before it is taken back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllm.lora.request import LoRARequest
+
+from moorline.failpoints import failpoint
+from serving.context import Admission
+from serving.parity import ParityError
+from serving.vllm.models import LivePolicy, Policy, PolicyModels
+
+logger = logging.getLogger("moorline.serving.swap")
+
+NAMED_TO_SUBMITTED_SECONDS = 0.05
+"""Between the door and the engine a request is rendered; those that were named get through."""
+
+Check = Callable[[LoRARequest | None], Awaitable[None]]
+"""Scores what the engine serves; raises ParityError."""
+
+
+class EnginePoisoned(RuntimeError):
+    """A load broke off half-way: the weights are no policy at all, the process must restart."""
+
+
+class PolicyUnusable(RuntimeError):
+    """The engine refused these files before anything changed."""
+
+
+class Mechanism(Protocol):
+    """One way to swap."""
+
+    mode: str
+
+    @property
+    def live_adapter(self) -> LoRARequest | None:
+        """What a request must carry to be answered by the live policy."""
+        ...
+
+    async def swap(self, target: Policy, check: Check) -> float:
+        """Make ``target`` live. Returns the pause of running replies, seconds.
+
+        Raises:
+            ParityError, PolicyUnusable: the policy before is live (again).
+            EnginePoisoned: nothing may be served any more.
+        """
+        ...
+
+
+class AdapterFlip:
+    """LoRA adapters side by side, each under a name, an integer id and a path of its own."""
+
+    mode = "adapter"
+
+    def __init__(self, engine: Any, models: PolicyModels, live: LivePolicy, max_loras: int) -> None:
+        self._engine = engine
+        self._models = models
+        self._live = live
+        self._max_loras = max_loras
+        self._next_id = 1
+        self._loaded: dict[int, str] = {}
+        """Integer id -> name of every adapter in the engine."""
+        self._users: Counter[int] = Counter()
+        self._serving_id: int | None = None
+        self._removals: set[asyncio.Task[None]] = set()
+
+    @property
+    def live_adapter(self) -> LoRARequest | None:
+        return self._models.lora_requests.get(self._live.alias)
+
+    def on_use(self, adapter_id: int, change: int) -> None:
+        """A request started (+1) or ended (-1) on this adapter."""
+        self._users[adapter_id] += change
+        if self._users[adapter_id] <= 0 and adapter_id != self._serving_id:
+            self._remove_soon(adapter_id)
+
+    async def swap(self, target: Policy, check: Check) -> float:
+        if target.directory is None:
+            await check(None)
+            self._flip(target, None)
+            return 0.0
+        while len(self._loaded) >= self._max_loras:
+            await asyncio.sleep(0.1)  # a slot is free as soon as the oldest replies have ended
+        request = LoRARequest(
+            f"{self._live.alias}@v{target.version:06d}", self._next_id, str(target.directory)
+        )
+        self._next_id += 1
+        try:
+            await self._engine.add_lora(request)
+        except Exception as error:
+            raise PolicyUnusable(f"vLLM refused the adapter ({type(error).__name__})") from error
+        self._loaded[request.lora_int_id] = request.lora_name
+        failpoint("swap.adapter_loaded")
+        try:
+            await check(request)
+        except ParityError:
+            self._remove_soon(request.lora_int_id)
+            raise
+        self._flip(target, request)
+        return 0.0
+
+    def _flip(self, target: Policy, request: LoRARequest | None) -> None:
+        before, self._serving_id = self._serving_id, request.lora_int_id if request else None
+        self._live.policy = target
+        self._models.serve_adapter(request)
+        if before is not None and self._users[before] <= 0:
+            self._remove_soon(before)
+
+    def _remove_soon(self, adapter_id: int) -> None:
+        if adapter_id in self._loaded:
+            task = asyncio.get_running_loop().create_task(self._remove(adapter_id))
+            self._removals.add(task)
+            task.add_done_callback(self._removals.discard)
+
+    async def _remove(self, adapter_id: int) -> None:
+        await asyncio.sleep(NAMED_TO_SUBMITTED_SECONDS)  # requests that were given it before
+        if self._users[adapter_id] > 0 or adapter_id == self._serving_id:
+            return  # the last of those will come back here
+        name = self._loaded.pop(adapter_id, None)
+        if name is not None:
+            self._users.pop(adapter_id, None)
+            await self._engine.remove_lora(adapter_id)
+            logger.info("adapter_removed", extra={"policy": name})
+
+
+class WeightReload:
+    """Base + adapter into the engine's own weights, while it holds still."""
+
+    mode = "reload"
+
+    def __init__(
+        self,
+        engine: Any,
+        live: LivePolicy,
+        base_dir: Path,
+        admission: Admission,
+        timeout_seconds: float,
+    ) -> None:
+        self._engine = engine
+        self._live = live
+        self._base_dir = base_dir
+        self._admission = admission
+        self._timeout_seconds = timeout_seconds
+
+    @property
+    def live_adapter(self) -> None:
+        return None
+
+    async def swap(self, target: Policy, check: Check) -> float:
+        before = self._live.policy
+        pause_seconds = await self._load(target)
+        try:
+            await check(None)
+        except ParityError:
+            logger.error("swap_taken_back", extra={"version": target.version})
+            try:
+                await self._load(before)
+            except PolicyUnusable as error:
+                raise EnginePoisoned("the policy before cannot be loaded again") from error
+            raise
+        return pause_seconds
+
+    async def _load(self, target: Policy) -> float:
+        adapter_dir = None if target.directory is None else str(target.directory)
+        try:
+            await self._call("moorline_prepare", str(self._base_dir), adapter_dir)
+        except Exception as error:
+            raise PolicyUnusable(f"the adapter cannot be merged: {error}") from error
+        self._admission.close()
+        try:
+            await asyncio.sleep(NAMED_TO_SUBMITTED_SECONDS)
+            return await self._load_paused(target)
+        except Exception as error:  # the engine is paused, or its weights are half of each
+            raise EnginePoisoned(f"a weight reload broke off: {error}") from error
+        finally:
+            self._admission.open()
+
+    async def _load_paused(self, target: Policy) -> float:
+        start = time.monotonic()
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        failpoint("swap.paused")
+        await self._call("moorline_load_prepared")
+        failpoint("swap.reloaded")
+        self._live.policy = target
+        await self._engine.update_weight_version(self._live.name)
+        await self._engine.resume_generation()
+        return time.monotonic() - start
+
+    async def _call(self, method: str, *arguments: Any) -> None:
+        await asyncio.wait_for(
+            self._engine.collective_rpc(method, args=arguments), self._timeout_seconds
+        )

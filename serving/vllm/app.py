@@ -1,0 +1,114 @@
+"""vLLM's app with our parts in their places. What each part does is in its own module."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from vllm.entrypoints.launchers.api_server import app_state
+from vllm.entrypoints.launchers.app import build_app
+
+from moorline.pseudonyms import Pseudonyms
+from moorline.settings import Settings
+from moorline.store import ArtifactStore
+from serving.context import Admission, RequestMiddleware
+from serving.feedback import feedback_router
+from serving.outbox import Outbox
+from serving.recorder import Recorder
+from serving.route_allowlist import Door
+from serving.status import Readiness, status_router
+from serving.strategies import AdapterFlip, Mechanism, WeightReload
+from serving.swap import SwapController
+from serving.vllm.models import LivePolicy, PolicyModels
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A server, assembled."""
+
+    app: FastAPI
+    live: LivePolicy
+    recorder: Recorder
+    swaps: SwapController
+    admission: Admission
+    readiness: Readiness
+
+
+async def assemble(
+    settings: Settings,
+    engine: Any,
+    args: Any,
+    *,
+    mode: str,
+    model_dir: Path,
+    base_model_digest: str,
+    outbox: Outbox,
+) -> Parts:
+    """Build the app around a started engine; nothing listens yet."""
+    live, admission, readiness = LivePolicy(settings.alias), Admission(), Readiness()
+    tasks = await engine.get_supported_tasks()
+    app = build_app(args, tasks, engine.model_config)
+    pseudonyms = Pseudonyms.from_file(settings.pseudonym_key_path)
+    app.user_middleware.append(  # last: innermost, behind authentication
+        Middleware(
+            RequestMiddleware,
+            admission=admission,
+            pseudonyms=pseudonyms,
+            record_user=settings.serving.record_user_field,
+        )
+    )
+    app.user_middleware.insert(0, Middleware(Door))
+    app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
+    recorder = Recorder(engine, settings.alias, outbox.interaction, lambda: live.version)
+    recorder.install()
+    models = await _init_state(engine, app, args, tasks, live)
+    mechanism: Mechanism
+    if mode == "adapter":
+        mechanism = AdapterFlip(engine, models, live, settings.serving.max_loras)
+        recorder.on_adapter = mechanism.on_use
+    else:
+        timeout = settings.serving.swap_timeout_seconds
+        mechanism = WeightReload(engine, live, model_dir, admission, timeout)
+    await engine.update_weight_version(live.name)
+    swaps = SwapController(
+        alias=settings.alias,
+        store=ArtifactStore(settings.store_dir),
+        live=live,
+        mechanism=mechanism,
+        generate=recorder.plain_generate,
+        base_model_digest=base_model_digest,
+        parity_tolerance_nats=settings.serving.parity_tolerance_nats,
+    )
+    app.include_router(feedback_router(outbox.feedback, settings.serving.feedback_max_bytes))
+    app.include_router(
+        status_router(
+            alias=settings.alias,
+            live=live,
+            swaps=swaps,
+            mode=mode,
+            admission=admission,
+            readiness=readiness,
+            publisher_stats=outbox.stats,
+        )
+    )
+    return Parts(app, live, recorder, swaps, admission, readiness)
+
+
+async def _init_state(
+    engine: Any, app: FastAPI, args: Any, tasks: Any, live: LivePolicy
+) -> PolicyModels:
+    """vLLM's own state, with our model names in the one place where they are made."""
+    original = app_state.OpenAIServingModels
+    app_state.OpenAIServingModels = functools.partial(PolicyModels, live)
+    try:
+        await app_state.init_app_state(engine, app.state, args, tasks)
+    finally:
+        app_state.OpenAIServingModels = original
+    models = app.state.openai_serving_models
+    if not isinstance(models, PolicyModels):
+        raise TypeError("vLLM no longer makes its model names in init_app_state")
+    return models

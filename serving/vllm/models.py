@@ -1,0 +1,92 @@
+"""Which policy is live, and how vLLM's handlers name it.
+
+vLLM asks its ``OpenAIServingModels`` twice: is this model name served, and what goes into the
+reply's `model` field. This subclass answers both from the live policy, in either swap mode:
+clients ask for the alias (or the live policy's full name) and read ``assistant@v000042``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
+from vllm.lora.request import LoRARequest
+
+from moorline.events import Release, policy_name
+from serving.context import current_request
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One version that can be served."""
+
+    version: int
+    release: Release | None = None
+    """None: the base model, version 0."""
+    directory: Path | None = None
+    """The verified artifact; None for the base model."""
+
+
+class LivePolicy:
+    """The one mutable fact of this process: which policy new requests get."""
+
+    def __init__(self, alias: str) -> None:
+        self.alias = alias
+        self.policy = Policy(0)
+
+    @property
+    def version(self) -> int:
+        return self.policy.version
+
+    @property
+    def name(self) -> str:
+        return policy_name(self.alias, self.version)
+
+
+def version_of(name: str) -> int | None:
+    """``assistant@v000042`` -> 42; None for a name that is not a policy's."""
+    _, separator, digits = name.rpartition("@v")
+    return int(digits) if separator and digits.isdecimal() else None
+
+
+class PolicyModels(OpenAIServingModels):  # type: ignore[misc]  # vLLM is not typed for us
+    """vLLM's model names, answered by the live policy."""
+
+    def __init__(self, live: LivePolicy, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._live = live
+
+    def is_base_model(self, model_name: str) -> bool:
+        return model_name in (self._live.alias, self._live.name)
+
+    def model_name(self, lora_request: LoRARequest | None = None) -> str:
+        """The name for the reply; noted in the request's context for the version header."""
+        name = self._live.name if lora_request is None else str(lora_request.lora_name)
+        context = current_request()
+        if context is not None:
+            context.policy_version = version_of(name)
+        return name
+
+    def serve_adapter(self, request: LoRARequest | None) -> None:
+        """Give new requests this adapter (None: the base model). One assignment: the flip.
+
+        A request without a model name must get it too, hence the keys None and "".
+        """
+        names = (self._live.alias, request.lora_name, None, "") if request is not None else ()
+        self.lora_requests = dict.fromkeys(names, request)
+
+    async def show_available_models(self) -> ModelList:
+        """The alias and, below it, the policy that answers for it."""
+        length = self.model_config.max_model_len
+        alias, name = self._live.alias, self._live.name
+        return ModelList(
+            data=[
+                ModelCard(
+                    id=alias, root=name, max_model_len=length, permission=[ModelPermission()]
+                ),
+                ModelCard(id=name, root=name, parent=alias, permission=[ModelPermission()]),
+            ]
+        )

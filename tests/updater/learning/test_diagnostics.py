@@ -1,0 +1,69 @@
+"""Alarms: when they ring, and that they can be seen."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from moorline.metrics import UPDATE_ALARM, UPDATE_DIAGNOSTIC
+from updater.learning.diagnostics import ALARMS, ringing, show
+
+GOOD = {"mean_ratio": 1.0, "ess_share": 1.0, "k1_nats": 0.0, "chi2": 0.0, "mismatch_nats": 0.04}
+
+
+def shown(metric: object, name: str) -> float:
+    return metric.labels(name=name)._value.get()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_a_fresh_batch_rings_nothing() -> None:
+    assert set(ringing(GOOD)) == {alarm.name for alarm in ALARMS}
+    assert not any(ringing(GOOD).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mean_ratio", 0.49),
+        ("mean_ratio", 2.01),
+        ("ess_share", 0.29),
+        ("k1_nats", 0.11),
+        ("k1_nats", -0.11),
+        ("chi2", 1.1),
+        ("mismatch_nats", 0.11),
+        ("mismatch_nats", math.nan),
+    ],
+)
+def test_each_alarm_rings_outside_its_levels_and_says_so(
+    name: str, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured = {**GOOD, name: value}
+    assert [alarm for alarm, rings in ringing(measured).items() if rings] == [name]
+    with caplog.at_level(logging.WARNING, logger="moorline.diagnostics"):
+        show(measured)
+    (record,) = caplog.records
+    assert record.__dict__["diagnostic"] == name
+    assert shown(UPDATE_ALARM, name) == 1.0
+    show(GOOD)
+    assert shown(UPDATE_ALARM, name) == 0.0
+
+
+def test_what_was_not_measured_this_time_is_not_shown_from_last_time() -> None:
+    show(GOOD)
+    show({name: value for name, value in GOOD.items() if name != "mismatch_nats"})
+    names = {labels["name"] for _, labels, *_ in UPDATE_DIAGNOSTIC.collect()[0].samples}
+    assert "ess_share" in names
+    assert "mismatch_nats" not in names
+
+
+def test_the_documented_levels_are_those_that_ring() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\S*) ?\| (\S*) ?\| (.+) \|$", text, re.MULTILINE)
+    documented = {
+        name: (float(low or -math.inf), float(high or math.inf), meaning)
+        for name, low, high, meaning in rows
+    }
+    assert documented == {one.name: (one.low, one.high, one.meaning) for one in ALARMS}

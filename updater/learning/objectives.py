@@ -1,0 +1,474 @@
+"""What a token of experience teaches: every objective behind one signature and one registry.
+
+Notation (../docs/concepts.md):
+
+    q   probability of the sampled token under the behaviour policy mu; recorded, never recomputed
+    p   under the policy pi that is being trained
+    r   = p / q, the importance ratio
+    A   advantage
+    sg  stop-gradient
+
+    output = OBJECTIVES["dppo_kl"](log_p, log_q, advantage, mask, divergence_limit=0.05)
+    token_mean(output.loss, mask).backward()
+
+Tensors are ``[..., batch, time]``, padded; ``mask`` marks the completion tokens that count. Leading
+dimensions are independent batches. Whatever stands on padding is ignored, NaN included.
+
+At r = 1 every objective's gradient is that of ``-A log p``. They differ in what they do when the
+policy has moved away from the one that wrote the reply:
+
+* ``dppo_kl``, ``dppo_tv``: drop a token once the *distribution* moved by more than delta at it
+  and would be pushed further (arXiv 2602.04879). A rare token may move by a large ratio, a
+  confident one may not.
+* ``drpo``: pull it back smoothly instead (arXiv 2606.09821).
+* ``m2po``: drop the fewest tokens that bring the second moment of log r down (arXiv 2510.01161).
+* ``ppo_clip``, ``gspo``, ``cispo``, ``icepop``, ``pg_is``, ``pg``: rivals, which look at the ratio
+  or at nothing.
+
+The multiplier r is never dropped (except by ``pg``, to show why): for A < 0 and small q it is what
+tapers the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from updater.learning import divergence
+
+RARE_PROBABILITY = 0.1
+"""Diagnostics are split at this q: rare tokens must be found, the others must not break."""
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """An objective's answer for each token."""
+
+    loss: Tensor
+    """[..., batch, time]; 0 on padding. Its *gradient* is the objective; not all are comparable
+    in value, because a surrogate such as -sg(r) A log p has no meaning as a number."""
+    kept: Tensor
+    """[..., batch, time] bool: tokens that may move the policy (not padding, not masked out)."""
+    log_p: Tensor
+    log_q: Tensor
+    advantage: Tensor
+    mask: Tensor
+
+    @cached_property
+    def stats(self) -> dict[str, float]:
+        """``measure`` of this batch."""
+        return measure(self.log_p, self.log_q, self.advantage, self.mask, self.kept)
+
+
+TokenLoss = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A named loss with its limits. Calling it with an unknown limit raises TypeError."""
+
+    name: str
+    token_loss: TokenLoss
+    limits: Mapping[str, float]
+    """Every limit that it knows, with the default of its source."""
+    source: str
+    measures: Literal["kl", "tv"] | None = None
+    """The divergence of mu and pi at a token that its mask looks at, if any: KL(mu || pi) or total
+    variation. Binary unless a better measurement is given."""
+
+    def __call__(
+        self,
+        log_p: Tensor,  # [..., batch, time], requires grad
+        log_q: Tensor,  # [..., batch, time]
+        advantage: Tensor,  # [..., batch, time] or [..., batch, 1]
+        mask: Tensor,  # [..., batch, time] bool
+        *,
+        moved: Tensor | None = None,  # [..., batch, time], of the kind that it ``measures``
+        **limits: float,
+    ) -> ObjectiveOutput:
+        if moved is not None and self.measures is None:
+            raise TypeError(f"objective {self.name} measures no divergence")
+        unknown = sorted(limits.keys() - self.limits.keys())
+        if unknown:
+            allowed = ", ".join(self.limits) or "none"
+            raise TypeError(f"objective {self.name} has no limit {unknown[0]!r}; it has: {allowed}")
+        # Padding becomes r = 1, A = 0: harmless in every formula, in sums and in gradients.
+        zero = log_p.new_zeros(())
+        log_p = torch.where(mask, log_p, zero)
+        log_q = torch.where(mask, log_q, zero).detach()
+        advantage = torch.where(mask, advantage, zero).detach()
+        options: dict[str, Any] = {**self.limits, **limits}
+        if self.measures is not None:
+            options["moved"] = moved
+        loss, kept = self.token_loss(log_p, log_q, advantage, mask, **options)
+        loss = torch.where(mask, loss, zero)
+        return ObjectiveOutput(loss, kept & mask, log_p.detach(), log_q, advantage, mask)
+
+
+def token_mean(
+    loss: Tensor,  # [..., batch, time]
+    mask: Tensor,  # [..., batch, time] bool
+    total_tokens: float | Tensor | None = None,
+) -> Tensor:  # [...]
+    """The one reduction: the sum over counted tokens divided by their number.
+
+    Give ``total_tokens`` (of the whole batch) when ``loss`` is one micro-batch of several, so that
+    accumulated gradients equal those of one large batch.
+    """
+    if total_tokens is None:
+        total_tokens = mask.sum(dim=(-2, -1)).clamp_min(1)
+    return (loss * mask).sum(dim=(-2, -1)) / total_tokens
+
+
+# --- the objectives: (log_p, log_q, advantage, mask, limits) -> loss and kept ---
+
+
+def _moving_away(log_r: Tensor, advantage: Tensor) -> Tensor:
+    """Tokens that the advantage would push further from the behaviour policy."""
+    return ((advantage > 0) & (log_r > 0)) | ((advantage < 0) & (log_r < 0))
+
+
+def _weighted(log_p: Tensor, weight: Tensor, advantage: Tensor) -> Tensor:
+    """-A * sg(weight) * log p."""
+    return -advantage * weight.detach() * log_p
+
+
+def _dppo_kl(
+    log_p: Tensor,
+    log_q: Tensor,
+    advantage: Tensor,
+    mask: Tensor,  # noqa: ARG001
+    *,
+    divergence_limit: float,
+    ratio_cap: float,
+    moved: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-A sg(min(r, C)) M log p; M = 0 where KL(mu || pi) > delta and p is moving away."""
+    log_r = divergence.log_ratio(log_q, log_p.detach())
+    if moved is None:
+        moved = divergence.binary_kl(log_q, log_p.detach())
+    kept = ~((moved > divergence_limit) & _moving_away(log_r, advantage))
+    return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * kept, advantage), kept
+
+
+def _dppo_tv(
+    log_p: Tensor,
+    log_q: Tensor,
+    advantage: Tensor,
+    mask: Tensor,  # noqa: ARG001
+    *,
+    divergence_limit: float,
+    ratio_cap: float,
+    moved: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same with M = 0 where A > 0 and p - q > delta, or A <= 0 and p - q < -delta.
+
+    A given total variation takes the place of abs(p - q).
+    """
+    log_r = divergence.log_ratio(log_q, log_p.detach())
+    rise = log_p.detach().exp() - log_q.exp()
+    if moved is not None:
+        rise = moved.copysign(rise)
+    out = torch.where(advantage > 0, rise > divergence_limit, rise < -divergence_limit)
+    return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * ~out, advantage), ~out
+
+
+def _drpo(
+    log_p: Tensor,
+    log_q: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    divergence_limit: float,
+) -> tuple[Tensor, Tensor]:
+    """-A r + |A| q (r - 1)^2 / (2 delta), r differentiable.
+
+    The gradient in log p is -A r (1 - sign(A) (p - q) / delta): none at |p - q| = delta, backwards
+    beyond it.
+    """
+    r = divergence.log_ratio(log_q, log_p).exp()
+    pull = advantage.abs() * log_q.exp() * (r - 1.0).square() / (2.0 * divergence_limit)
+    return -advantage * r + pull, mask
+
+
+def _m2po(
+    log_p: Tensor,
+    log_q: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    second_moment_limit: float,
+) -> tuple[Tensor, Tensor]:
+    """-A r; harmful tokens are dropped, largest (log r)^2 first, until its mean is in the limit.
+
+    Harmful: moving away from the behaviour policy. The mean is over the harmful tokens that stay
+    (the paper's Algorithm 1; its released code clips there instead, never tighter than 0.7..1.5).
+    """
+    log_r = divergence.log_ratio(log_q, log_p)
+    harmful = _moving_away(log_r.detach(), advantage) & mask
+    squares = log_r.detach().square().masked_fill(~harmful, 0.0).flatten(-2)
+    ascending, order = squares.sort(dim=-1, stable=True)
+    # Tokens that are not harmful are zeros at the front: they take no share in the mean.
+    zeros = (~harmful).flatten(-2).sum(dim=-1, keepdim=True)
+    position = torch.arange(1, squares.shape[-1] + 1, device=squares.device)
+    mean = ascending.cumsum(dim=-1) / (position - zeros).clamp_min(1)
+    # The running mean of an ascending list rises, so what is inside the limit is a prefix.
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, mean <= second_moment_limit)
+    kept = kept.view(mask.shape)
+    return torch.where(kept, -advantage * log_r.exp(), log_p.new_zeros(())), kept
+
+
+def _ppo_clip(
+    log_p: Tensor,
+    log_q: Tensor,
+    advantage: Tensor,
+    mask: Tensor,  # noqa: ARG001
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """-min(r A, clip(r, 1 - low, 1 + high) A)."""
+    r = divergence.log_ratio(log_q, log_p).exp()
+    return _clipped_surrogate(r, advantage, clip_low, clip_high)
+
+
+def _gspo(
+    log_p: Tensor,
+    log_q: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate of s_t = sg(s) p / sg(p), with the sequence's s = exp(mean log r).
+
+    The paper's token form (section 4.3): where all tokens share one advantage, as ours do, its
+    gradient is the sequence form's, and it stays right where they do not.
+    """
+    length = mask.sum(dim=-1, keepdim=True).clamp_min(1)
+    log_s = divergence.log_ratio(log_q, log_p.detach()).sum(dim=-1, keepdim=True) / length
+    s = (log_s + log_p - log_p.detach()).exp()
+    return _clipped_surrogate(s, advantage, clip_low, clip_high)
+
+
+def _clipped_surrogate(
+    r: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    loss = -torch.minimum(r * advantage, r.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage)
+    out = ((advantage > 0) & (r > 1.0 + clip_high)) | ((advantage < 0) & (r < 1.0 - clip_low))
+    return loss, ~out
+
+
+def _cispo(
+    log_p: Tensor,
+    log_q: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """-A sg(clip(r, 1 - low, 1 + high)) log p: no token is dropped, its weight is bounded."""
+    r = divergence.log_ratio(log_q, log_p.detach()).exp()
+    return _weighted(log_p, r.clamp(1.0 - clip_low, 1.0 + clip_high), advantage), mask
+
+
+def _icepop(
+    log_p: Tensor,
+    log_q: Tensor,
+    advantage: Tensor,
+    mask: Tensor,  # noqa: ARG001
+    *,
+    ratio_min: float,
+    ratio_max: float,
+) -> tuple[Tensor, Tensor]:
+    """-A sg(r) 1[min <= r <= max] log p: dropped on either side, whatever the advantage."""
+    r = divergence.log_ratio(log_q, log_p.detach()).exp()
+    kept = (r >= ratio_min) & (r <= ratio_max)
+    return _weighted(log_p, r * kept, advantage), kept
+
+
+def _pg_is(
+    log_p: Tensor,
+    log_q: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    ratio_cap: float,
+) -> tuple[Tensor, Tensor]:
+    """-A sg(min(r, C)) log p: capped importance weights, nothing else."""
+    r = divergence.log_ratio(log_q, log_p.detach()).exp()
+    return _weighted(log_p, r.clamp_max(ratio_cap), advantage), mask
+
+
+def _pg(log_p: Tensor, log_q: Tensor, advantage: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """-A log p: as if the data were fresh."""
+    return _weighted(log_p, torch.ones_like(log_q), advantage), mask
+
+
+def _registry(*objectives: Objective) -> Mapping[str, Objective]:
+    return MappingProxyType({objective.name: objective for objective in objectives})
+
+
+OBJECTIVES: Mapping[str, Objective] = _registry(
+    Objective(
+        "dppo_kl", _dppo_kl, {"divergence_limit": 0.05, "ratio_cap": 20.0}, "arXiv 2602.04879", "kl"
+    ),
+    Objective(
+        "dppo_tv", _dppo_tv, {"divergence_limit": 0.15, "ratio_cap": 20.0}, "arXiv 2602.04879", "tv"
+    ),
+    # The paper's 12.5 never binds, since |p - q| <= 1.
+    Objective("drpo", _drpo, {"divergence_limit": 0.5}, "arXiv 2606.09821"),
+    Objective("m2po", _m2po, {"second_moment_limit": 0.04}, "arXiv 2510.01161"),
+    Objective(
+        "ppo_clip", _ppo_clip, {"clip_low": 0.2, "clip_high": 0.28}, "arXiv 1707.06347, 2503.14476"
+    ),
+    Objective("gspo", _gspo, {"clip_low": 3e-4, "clip_high": 4e-4}, "arXiv 2507.18071"),
+    Objective("cispo", _cispo, {"clip_low": 1.0, "clip_high": 0.28}, "arXiv 2506.13585"),
+    Objective("icepop", _icepop, {"ratio_min": 0.5, "ratio_max": 5.0}, "arXiv 2510.18855"),
+    Objective("pg_is", _pg_is, {"ratio_cap": 20.0}, "arXiv 1802.01561"),
+    Objective("pg", _pg, {}, "Williams 1992"),
+)
+
+
+# --- regularisers: per-token losses, to be added before ``token_mean`` ---
+
+
+def log_ratio_penalty(
+    log_p: Tensor,  # [..., batch, time]
+    log_q: Tensor,  # [..., batch, time]
+    mask: Tensor,  # [..., batch, time] bool
+    weight: float = 1e-3,
+) -> Tensor:  # [..., batch, time]
+    """tau * (log r)^2: a spring toward the behaviour policy, felt on masked tokens as well."""
+    log_r = divergence.log_ratio(log_q.detach(), log_p)
+    return torch.where(mask, weight * log_r.square(), log_p.new_zeros(()))
+
+
+def kl_penalty(
+    log_p: Tensor,  # [..., batch, time, vocabulary]
+    log_reference: Tensor,  # [..., batch, time, vocabulary]
+    mask: Tensor,  # [..., batch, time] bool
+    weight: float,
+) -> Tensor:  # [..., batch, time]
+    """beta * KL(pi || reference), full vocabulary; reference: the live policy or the anchor."""
+    kl = divergence.exact_kl(log_p, log_reference.detach())
+    return torch.where(mask, weight * kl, kl.new_zeros(()))
+
+
+def sampled_kl_penalty(
+    log_p: Tensor,  # [..., batch, time]
+    log_q: Tensor,  # [..., batch, time]
+    log_reference: Tensor,  # [..., batch, time]
+    mask: Tensor,  # [..., batch, time] bool
+    weight: float,
+    ratio_cap: float = 20.0,
+) -> Tensor:  # [..., batch, time]
+    """beta * sg(min(r, C) * log(p / reference)) * log p.
+
+    Its gradient is that of beta * KL(pi || reference), estimated from the behaviour's tokens: for
+    when the vocabulary is too large to hold two distributions. More variance than ``kl_penalty``.
+    """
+    r = divergence.log_ratio(log_q, log_p).exp().clamp_max(ratio_cap)
+    gap = divergence.log_ratio(log_reference, log_p)
+    return torch.where(mask, weight * (r * gap).detach() * log_p, log_p.new_zeros(()))
+
+
+# --- what is refused, and what is measured ---
+
+
+class Unusable(StrEnum):
+    """Why a batch may not reach a gradient."""
+
+    SHAPES_DIFFER = "shapes_differ"
+    """Tensors disagree about batch or time."""
+    NO_TOKENS = "no_tokens"
+    """The mask selects nothing."""
+    NOT_FINITE = "not_finite"
+    """A logprob or an advantage is NaN or infinite."""
+    POSITIVE_LOGPROB = "positive_logprob"
+    """A logprob is above 0 by more than rounding."""
+    NO_SIGNAL = "no_signal"
+    """Every advantage is 0: an update would only be noise."""
+
+
+POSITIVE_LOGPROB_TOLERANCE_NATS = 1e-4
+
+
+def why_unusable(log_p: Tensor, log_q: Tensor, advantage: Tensor, mask: Tensor) -> Unusable | None:
+    """The first reason to refuse this batch; None when it is good. Same shapes as an objective."""
+    if not log_p.shape == log_q.shape == mask.shape or (
+        advantage.shape[:-1] != mask.shape[:-1] or advantage.shape[-1] not in (1, mask.shape[-1])
+    ):
+        return Unusable.SHAPES_DIFFER
+    if not bool(mask.any()):
+        return Unusable.NO_TOKENS
+    counted = advantage.expand_as(mask)[mask]
+    if not all(bool(t.isfinite().all()) for t in (log_p[mask], log_q[mask], counted)):
+        return Unusable.NOT_FINITE
+    if any(bool((t[mask] > POSITIVE_LOGPROB_TOLERANCE_NATS).any()) for t in (log_p, log_q)):
+        return Unusable.POSITIVE_LOGPROB
+    if not bool(counted.any()):
+        return Unusable.NO_SIGNAL
+    return None
+
+
+@torch.no_grad()
+def measure_batches(
+    log_p: Tensor,  # [..., batch, time]
+    log_q: Tensor,  # [..., batch, time]
+    advantage: Tensor,  # [..., batch, time] or [..., batch, 1]
+    mask: Tensor,  # [..., batch, time] bool
+    kept: Tensor,  # [..., batch, time] bool
+) -> dict[str, Tensor]:  # each [...]
+    """Each batch's distance from the policies that wrote it; nats where the name says so.
+
+    ``masked_share_*``: share of the tokens of that kind that the objective dropped, 0 where there
+    are none of that kind.
+    """
+    q, p = (torch.where(mask, t, t.new_zeros(())).double() for t in (log_q, log_p))
+    ratio = divergence.log_ratio(q, p).exp()
+    rare, advantage = q.exp() < RARE_PROBABILITY, advantage.expand_as(mask)
+
+    def mean(values: Tensor, of: Tensor) -> Tensor:
+        counted = torch.where(of, values, values.new_zeros(()))
+        return counted.sum(dim=(-2, -1)) / of.sum(dim=(-2, -1)).clamp_min(1)
+
+    def dropped(of: Tensor) -> Tensor:
+        return mean((~kept).double(), of & mask)
+
+    return {
+        "k1_nats": mean(divergence.k1(q, p), mask),
+        "k3_nats": mean(divergence.k3(q, p), mask),
+        "binary_kl_nats": mean(divergence.binary_kl(q, p), mask),
+        "chi2": mean(divergence.sampled_chi2(q, p), mask),
+        "tv": mean(divergence.sampled_tv(q, p), mask),
+        "ess_share": divergence.ess_share(q.flatten(-2), p.flatten(-2), mask.flatten(-2)),
+        "mean_ratio": mean(ratio, mask),
+        "max_ratio": (ratio * mask).amax(dim=(-2, -1)),
+        "masked_share": dropped(mask),
+        "masked_share_rare": dropped(rare),
+        "masked_share_common": dropped(~rare),
+        "masked_share_positive": dropped(advantage > 0),
+        "masked_share_negative": dropped(advantage < 0),
+    }
+
+
+def measure(
+    log_p: Tensor,  # [batch, time]
+    log_q: Tensor,  # [batch, time]
+    advantage: Tensor,  # [batch, time] or [batch, 1]
+    mask: Tensor,  # [batch, time] bool
+    kept: Tensor,  # [batch, time] bool
+) -> dict[str, float]:
+    """``measure_batches`` of one batch, as numbers."""
+    batches = measure_batches(log_p, log_q, advantage, mask, kept)
+    return {name: float(value) for name, value in batches.items()}

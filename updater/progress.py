@@ -1,0 +1,84 @@
+"""What the updater is doing, and when it last got anywhere.
+
+Status pages answer on threads of their own, so that a long training step does not look dead; a step
+that hangs must not look alive for that. So the loop's thread says how it gets on, and ``/healthz``
+tells it from standing still.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+from moorline import metrics
+
+
+class Phase(StrEnum):
+    """One word for what the loop is doing; shown by ``moorline status``."""
+
+    STARTING = "starting"
+    WAITING = "waiting"
+    """For enough feedback."""
+    TRAINING = "training"
+    MEASURING = "measuring"
+    GATING = "gating"
+    PINNED = "pinned"
+    """An operator has pinned a version: events are taken in, nothing is trained."""
+    PIN_UNREADABLE = "pin_unreadable"
+    """There is a pin that nobody can read: as if pinned, until an operator writes it again."""
+    STREAM_UNAVAILABLE = "stream_unavailable"
+    DISK_UNAVAILABLE = "disk_unavailable"
+    """The disk of the ledger or of the store is full or broken; nothing is lost, learning waits."""
+
+
+UNAVAILABLE = (Phase.STREAM_UNAVAILABLE, Phase.DISK_UNAVAILABLE, Phase.PIN_UNREADABLE)
+"""Not ready: something outside must come back first."""
+
+
+class Progress:
+    """Written by the loop's thread, read by any."""
+
+    def __init__(
+        self, stall_seconds: float = math.inf, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """``alive`` is called at every sign of life, e.g. to feed a watchdog."""
+        self._stall_seconds = stall_seconds
+        self._alive = alive
+        self._at = time.monotonic()
+        self._phase = Phase.STARTING
+        metrics.PROGRESS_AGE_SECONDS.set_function(lambda: self.age_seconds)
+        self.enter(Phase.STARTING)
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    def enter(self, phase: Phase) -> None:
+        """Go on to another thing, or to the next round of the same."""
+        self._phase = phase
+        for one in Phase:
+            metrics.UPDATER_PHASE.labels(phase=one).set(one is phase)
+        self.note()
+
+    def note(self, *_: Any) -> None:
+        """Something was done: a forward pass, a step of the intake. Fits as a module's hook."""
+        self._at = time.monotonic()
+        self._alive()
+
+    @property
+    def age_seconds(self) -> float:
+        """Since the last sign of life."""
+        return time.monotonic() - self._at
+
+    def why_stalled(self) -> str | None:
+        """None while it gets on."""
+        age = self.age_seconds
+        if age <= self._stall_seconds:
+            return None
+        return (
+            f"{self._phase} without progress for {age:.0f} s "
+            f"(updater.stall_seconds = {self._stall_seconds:g})"
+        )

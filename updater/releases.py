@@ -1,0 +1,94 @@
+"""The manifests of releases to come: what they are, and everything that justifies them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from moorline.events import ArtifactFile, Release, ReleaseKind, Verdict
+from moorline.settings import Settings
+from moorline.store import ArtifactCorrupt, ArtifactMissing, ArtifactStore
+from updater.ledger import Ledger, examples_digest
+from updater.values import Batch, Candidate
+
+
+class Manifests:
+    """Writes what follows from the ledger as it stands."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        store: ArtifactStore,
+        base_model_digest: str,
+        software: dict[str, str],
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._store = store
+        self._base_model_digest = base_model_digest
+        self._software = software
+
+    def accepted(
+        self, batch: Batch, candidate: Candidate, files: tuple[ArtifactFile, ...], verdict: Verdict
+    ) -> Release:
+        """A candidate that the gate has passed."""
+        return self._release(
+            parent=candidate.parent,
+            kind=ReleaseKind.ADAPTER,
+            artifact_digest=candidate.artifact_digest,
+            files=files,
+            examples=len(batch.examples),
+            examples_digest=examples_digest(batch.example_ids),
+            step_scale=candidate.step_scale,
+            divergences=candidate.divergences,
+            verdict=verdict,
+            diagnostics=dict(candidate.diagnostics),
+            not_run_again=dict(batch.not_run_again),
+        )
+
+    def restored(self, ancestor: int) -> Release:
+        """The bytes of ``ancestor`` again, with the verdict that it had on them.
+
+        Where they are no longer kept, or damaged, those of the newest before it that are sound; the
+        base model needs none. Its divergence from the live policy is not measured: as with a
+        rollback, that it may be far is what is wanted.
+        """
+        while ancestor:
+            old = self._ledger.release(ancestor)
+            if old is None or old.kind is ReleaseKind.BASE or old.artifact_digest is None:
+                break
+            try:
+                self._store.open(old.artifact_digest, old.files)
+            except (ArtifactMissing, ArtifactCorrupt):
+                ancestor = old.parent or 0
+                continue
+            return self._release(
+                parent=ancestor,
+                restores=ancestor,
+                kind=ReleaseKind.ADAPTER,
+                artifact_digest=old.artifact_digest,
+                files=old.files,
+                divergences=tuple(d for d in old.divergences if d.reference == "anchor"),
+                verdict=old.verdict,
+            )
+        return self._release(
+            parent=ancestor,
+            restores=ancestor,
+            kind=ReleaseKind.BASE,
+            artifact_digest=None,
+            files=(),
+        )
+
+    def _release(self, **what: Any) -> Release:
+        return Release(
+            alias=self._settings.alias,
+            version=self._ledger.next_version(),
+            base_model_digest=self._base_model_digest,
+            created_at=time.time(),
+            offsets=self._ledger.release_offsets(),
+            lease_epoch=self._ledger.epoch,
+            settings_digest=self._settings.digest(),
+            software=self._software,
+            **what,
+        )

@@ -1,0 +1,86 @@
+"""Canaries: fixed prompts with replies, and fixed text. Feedback can never write to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from updater.values import TokenSequence
+
+_OWN_SET = "probes.jsonl"
+
+
+class CanaryError(ValueError):
+    """A canary file cannot be used; the message names the line and what it must hold."""
+
+
+@dataclass(frozen=True)
+class CanarySet:
+    """Canaries as token ids, in the order of the file."""
+
+    chats: tuple[TokenSequence, ...]
+    """A prompt under the model's chat template, and the reply."""
+    texts: tuple[TokenSequence, ...]
+    """Plain text: the first token is the prompt, the rest is predicted."""
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """Chats, then texts."""
+        return [*self.chats, *self.texts]
+
+
+def load_canaries(path: Path | None, model_dir: Path) -> CanarySet:
+    """Read canaries (``None``: the set that comes with Moorline) for one model's tokenizer.
+
+    Raises:
+        CanaryError: a line is not usable, or there are no chats or no texts.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    source = path if path is not None else files("updater.safety").joinpath(_OWN_SET)
+    try:
+        content = source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CanaryError(f"cannot read canaries ({error}): set gate.canaries") from None
+    chats: list[TokenSequence] = []
+    texts: list[TokenSequence] = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        row = _row(line, number)
+        if "text" in row:
+            tokens = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+            texts.append(TokenSequence(tuple(tokens[:1]), tuple(tokens[1:])))
+        else:
+            chats.append(_chat(tokenizer, row["prompt"], row["reply"]))
+    if not chats or not texts:
+        raise CanaryError("canaries need at least one prompt with its reply and one text")
+    return CanarySet(tuple(chats), tuple(texts))
+
+
+def _row(line: str, number: int) -> Mapping[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if isinstance(row, dict):
+        wanted = ("text",) if "text" in row else ("prompt", "reply")
+        if all(isinstance(row.get(name), str) and len(row[name]) > 1 for name in wanted):
+            return row
+    raise CanaryError(
+        f'canary line {number}: expected {{"prompt": "...", "reply": "..."}} or {{"text": "..."}}'
+    )
+
+
+def _chat(tokenizer: Any, prompt: str, reply: str) -> TokenSequence:
+    opening = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    before = tokenizer(opening, add_special_tokens=False)["input_ids"]
+    after = tokenizer(reply, add_special_tokens=False)["input_ids"]
+    return TokenSequence(tuple(before), (*after, tokenizer.eos_token_id))

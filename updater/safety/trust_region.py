@@ -1,0 +1,191 @@
+"""The bound on a release: how far the policy itself moved, and the largest step that is inside.
+
+Objectives bound tokens of the batch; this bounds the policy. On held-out recent traffic and on the
+canaries, with full-vocabulary distributions, in nats per token (RL's Razor, arXiv 2509.04259:
+forward KL from the start predicts forgetting):
+
+    KL(live || candidate)   <= live_kl_nats      one release must not jump
+    KL(anchor || candidate) <= anchor_kl_nats    many small steps must not add up unseen
+
+A proposal outside is shrunk along the line from live to proposed until it is inside both, or
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from moorline.events import Divergence
+from moorline.settings import BoundSettings
+from updater.learning.divergence import exact_kl
+from updater.learning.policy import AdapterState, Policy, interpolate
+from updater.values import TokenSequence
+
+_AIM = 0.97  # of the limit, when the size of a step is guessed: measuring noise must not decide
+
+
+@dataclass(frozen=True)
+class BoundedStep:
+    """The part of a proposal that may become a candidate."""
+
+    scale: float
+    adapter: AdapterState
+    divergences: tuple[Divergence, ...]
+    canary_logprobs: list[Tensor]
+    """Under the candidate, one [completion tokens, V] per canary."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """No step of useful size is inside the bound."""
+
+    divergences: tuple[Divergence, ...]
+    """Of the whole proposal."""
+
+
+class TrustRegion:
+    """Measures proposals against the live policy and the anchor."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        canaries: Sequence[TokenSequence],
+        bound: BoundSettings,
+        micro_batch_tokens: int,
+    ) -> None:
+        self._policy = policy
+        self._bound = bound
+        self._micro_batch_tokens = micro_batch_tokens
+        self.canaries = list(canaries)
+        self.anchor_canary_logprobs = self.logprobs(None, self.canaries)
+        self._live: tuple[AdapterState, list[Tensor]] | None = None
+
+    def logprobs(
+        self, adapter: AdapterState | None, sequences: Sequence[TokenSequence]
+    ) -> list[Tensor]:
+        """Full-vocabulary log-probabilities under an adapter (None: the anchor)."""
+        with self._policy.using(adapter):
+            return self._policy.full_logprobs(sequences, self._micro_batch_tokens)
+
+    def live_canary_logprobs(self, live: AdapterState) -> list[Tensor]:
+        """The live policy's answers to the canaries; computed once for each live policy."""
+        if self._live is None or self._live[0] is not live:
+            self._live = (live, self.logprobs(live, self.canaries))
+        return self._live[1]
+
+    def largest_step(
+        self, live: AdapterState, proposed: AdapterState, traffic: Sequence[TokenSequence]
+    ) -> BoundedStep | Refused:
+        """Search for the largest scale in [min_step_scale, 1] that is inside every limit.
+
+        Args:
+            traffic: recent replies that the batch at hand does not contain.
+        """
+        references = [
+            _Reference("live", "canaries", self.live_canary_logprobs(live)),
+            _Reference("anchor", "canaries", self.anchor_canary_logprobs),
+        ]
+        if traffic:
+            references += [
+                _Reference("live", "traffic", self.logprobs(live, traffic)),
+                _Reference("anchor", "traffic", self.logprobs(None, traffic)),
+            ]
+        tried: dict[float, BoundedStep] = {}
+
+        def measure(scale: float) -> float:
+            adapter = interpolate(live, proposed, scale)
+            on_canaries = self.logprobs(adapter, self.canaries)
+            on_traffic = self.logprobs(adapter, traffic) if traffic else []
+            measured = tuple(
+                reference.divergence(
+                    on_canaries if reference.tokens_from == "canaries" else on_traffic
+                )
+                for reference in references
+            )
+            tried[scale] = BoundedStep(scale, adapter, measured, on_canaries)
+            return max(one.mean_kl_nats / self._limit(one) for one in measured)
+
+        scale = largest_inside(measure, self._bound.search_steps, self._bound.min_step_scale)
+        return Refused(tried[1.0].divergences) if scale is None else tried[scale]
+
+    def anchor_budget_left_nats(self, divergences: Sequence[Divergence]) -> float:
+        """What the lineage may still move away from the anchor, nats per token."""
+        spent = max(one.mean_kl_nats for one in divergences if one.reference == "anchor")
+        return self._bound.anchor_kl_nats - spent
+
+    def _limit(self, divergence: Divergence) -> float:
+        if divergence.reference == "live":
+            return self._bound.live_kl_nats
+        return self._bound.anchor_kl_nats
+
+
+@dataclass(frozen=True)
+class _Reference:
+    reference: Literal["live", "anchor"]
+    tokens_from: Literal["traffic", "canaries"]
+    logprobs: list[Tensor]
+
+    def divergence(self, candidate: Sequence[Tensor]) -> Divergence:
+        return measure_divergence(self.logprobs, candidate, self.reference, self.tokens_from)
+
+
+def measure_divergence(
+    reference_logprobs: Sequence[Tensor],  # one [completion tokens, V] per sequence
+    candidate_logprobs: Sequence[Tensor],  # likewise
+    reference: Literal["live", "anchor"],
+    tokens_from: Literal["traffic", "canaries"],
+) -> Divergence:
+    """KL(reference || candidate): mean over all tokens, and the largest mean of one sequence."""
+    per_sequence = [
+        exact_kl(log_q, log_p)
+        for log_q, log_p in zip(reference_logprobs, candidate_logprobs, strict=True)
+    ]
+    tokens = sum(kl.numel() for kl in per_sequence)
+    return Divergence(
+        reference=reference,
+        tokens_from=tokens_from,
+        mean_kl_nats=sum(float(kl.sum()) for kl in per_sequence) / max(1, tokens),
+        max_prompt_kl_nats=max((float(kl.mean()) for kl in per_sequence), default=0.0),
+        tokens=tokens,
+    )
+
+
+def moved_from_live_nats(divergences: Sequence[Divergence]) -> float:
+    """KL(live || candidate) of a release, nats per token: the larger one; 0 before the first."""
+    return max((one.mean_kl_nats for one in divergences if one.reference == "live"), default=0.0)
+
+
+def largest_inside(measure: Callable[[float], float], steps: int, min_scale: float) -> float | None:
+    """The largest scale found whose ``measure`` (share of the limit used) is at most 1.
+
+    Tries the whole step first. Then, because a divergence grows about with the square of a small
+    step, guesses from the last measurement and falls back to bisection where the guess leaves the
+    bracket. ``None`` when nothing of at least ``min_scale`` was inside within ``steps`` tries after
+    the first, or when a measurement is NaN (never taken for being inside).
+    """
+    used = measure(1.0)
+    if used <= 1.0:
+        return 1.0
+    inside, outside = 0.0, 1.0
+    scale = 1.0
+    for _ in range(steps):
+        guess = scale * (_AIM / used) ** 0.5 if used > 0.0 else 1.0
+        if not inside < guess < outside:
+            guess = (inside + outside) / 2
+        scale = guess
+        if scale < min_scale:
+            scale = min_scale
+            if outside <= min_scale:
+                break
+        used = measure(scale)
+        if used <= 1.0:
+            inside = scale
+            if used >= _AIM - 0.07:
+                break
+        else:
+            outside = scale
+    return inside if inside >= min_scale else None
