@@ -198,7 +198,7 @@ def cost(
     state, seconds = policy.state(), {}
     for estimator in ("binary", "topk", "exact"):
         settings = SETTINGS.model_copy(
-            update={"divergence_estimator": estimator, "too_far_nats": 1e9}
+            update={"divergence_estimator": estimator, "max_off_policy_kl_nats": 1e9}
         )
         policy.load_state(state)
         trainer = Trainer(policy, settings, archive)

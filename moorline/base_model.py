@@ -8,7 +8,7 @@ from pathlib import Path
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-class UnsafeModel(ValueError):
+class ModelInvalid(ValueError):
     """A model directory is missing, incomplete, or holds pickled weights only."""
 
 
@@ -16,16 +16,16 @@ def check_model_dir(model_dir: Path | None) -> Path:
     """Return ``model_dir`` if it can be loaded without running code from it.
 
     Raises:
-        UnsafeModel: with what is wrong and what to do.
+        ModelInvalid: with what is wrong and what to do.
     """
     if model_dir is None:
-        raise UnsafeModel("no model is configured: set MOORLINE_MODEL__PATH to a model directory")
+        raise ModelInvalid("no model is configured: set MOORLINE_MODEL__PATH to a model directory")
     if not (model_dir / "config.json").is_file():
-        raise UnsafeModel(f"{model_dir} is not a model directory: it has no config.json")
+        raise ModelInvalid(f"{model_dir} is not a model directory: it has no config.json")
     if not any(model_dir.glob("*.safetensors")):
         pickled = any(any(model_dir.glob(pattern)) for pattern in _PICKLED)
         what = "only pickled weights, which can run code when loaded" if pickled else "no weights"
-        raise UnsafeModel(f"{model_dir} holds {what}: convert the model to *.safetensors")
+        raise ModelInvalid(f"{model_dir} holds {what}: convert the model to *.safetensors")
     return model_dir
 
 

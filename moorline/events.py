@@ -13,9 +13,18 @@ import uuid
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+"""1.1 renamed fields and reasons; a 1.0 event is read under the old names (``RENAMED_REASONS``)."""
 GREEDY_BELOW = 1e-5
 """Temperature; vLLM's own limit: a lower one takes the argmax."""
 
@@ -86,11 +95,11 @@ class Reason(StrEnum):
     """The reply was cut by the client or by a fault; what a rating means is unknown."""
     UNKNOWN_SIGNAL = "unknown_signal"
     """A signal that ``learning.signals`` gives no reward."""
-    OUTRANKED_SIGNAL = "outranked_signal"
+    OVERRIDDEN_SIGNAL = "overridden_signal"
     """Somebody rated the same reply explicitly; what a signal only hints at does not count."""
     PROMPTS_DIFFER = "prompts_differ"
     """The two replies of a preference answer different prompts."""
-    TOO_FAR = "too_far"
+    OFF_POLICY = "off_policy"
     """The policy has moved too far from the one that wrote it: no useful weight is left."""
     UNKNOWN_POLICY = "unknown_policy"
     """The alias or the policy version is not one of ours."""
@@ -101,22 +110,33 @@ class Reason(StrEnum):
     DIVERGENCE_BOUND = "divergence_bound"
     GATE_BLOCKED = "gate_blocked"
     NON_FINITE_UPDATE = "non_finite_update"
-    RELEASE_WITHDRAWN = "release_withdrawn"
-    """It was in a release that was withdrawn for an erasure, and is no longer kept to learn from
+    RELEASE_REVOKED = "release_revoked"
+    """It was in a release that was revoked for an erasure, and is no longer kept to learn from
     again."""
     UPDATE_FAILED = "update_failed"
     """An update with it raised an error, though the policy could be computed: a bug, or bad data
     that no check knows. The log and the rejection say where."""
-    UPDATE_KILLED = "update_killed"
+    UPDATE_CRASHED = "update_crashed"
     """The updater's process died of it again and again, also alone, while others survived: no
     memory for it, a crash in native code, or a step without end. Nobody's later word on the reply
     is learned from."""
 
 
+RENAMED_REASONS = {
+    "too_far": Reason.OFF_POLICY,
+    "outranked_signal": Reason.OVERRIDDEN_SIGNAL,
+    "release_withdrawn": Reason.RELEASE_REVOKED,
+    "update_killed": Reason.UPDATE_CRASHED,
+}
+"""The reasons of schema 1.0 that have another name since."""
+
+
 class Event(BaseModel):
     """What all events share."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", ser_json_inf_nan="strings", populate_by_name=True
+    )
 
     schema_version: str = Field(default=SCHEMA_VERSION, pattern=r"^\d+\.\d+$")
 
@@ -310,8 +330,10 @@ class Erasure(Event):
         max_length=16,
         description="sha256 of each name that the person has as `user` or as `rater`",
     )
-    replay: bool = Field(
-        default=False, description="Also go back to the last release without them, and learn anew"
+    revoke: bool = Field(
+        default=False,
+        validation_alias=AliasChoices("revoke", "replay"),  # schema 1.0
+        description="Also revoke the releases that learned from them, and learn the rest anew",
     )
     erased_at: FiniteFloat = Field(
         default_factory=time.time, ge=0, description="Unix seconds; what comes later is not erased"
@@ -363,15 +385,22 @@ class ArtifactFile(BaseModel):
 
 
 class Divergence(BaseModel):
-    """How far a candidate is from one reference policy, measured over the full vocabulary."""
+    """How far a candidate is from the live policy or the anchor, over the full vocabulary."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
 
-    reference: Literal["live", "anchor"]
-    tokens_from: Literal["traffic", "canaries"]
-    mean_kl_nats: float = Field(description="Mean over tokens of KL(reference || candidate)")
+    measured_from: Literal["live", "anchor"] = Field(
+        validation_alias=AliasChoices("measured_from", "reference")
+    )
+    tokens_from: Literal["traffic", "probes"]
+    mean_kl_nats: float = Field(description="Mean over tokens of KL(measured_from || candidate)")
     max_prompt_kl_nats: float = Field(description="Largest per-sequence mean")
     tokens: int
+
+    @field_validator("tokens_from", mode="before")
+    @classmethod
+    def _schema_1_0_said_canaries(cls, value: object) -> object:
+        return "probes" if value == "canaries" else value
 
 
 class Check(BaseModel):
@@ -411,10 +440,11 @@ class Release(Event):
     version: int = Field(ge=0)
     parent: int | None
     kind: ReleaseKind
-    restores: int | None = Field(
+    revokes_after: int | None = Field(
         default=None,
+        validation_alias=AliasChoices("revokes_after", "restores"),  # schema 1.0
         description="These are the bytes of that earlier version: the releases between, which had "
-        "learned from somebody who was erased, are withdrawn",
+        "learned from somebody who was erased, are revoked",
     )
     artifact_digest: str | None = Field(description="None only for the base model")
     files: tuple[ArtifactFile, ...]
@@ -429,8 +459,9 @@ class Release(Event):
     divergences: tuple[Divergence, ...] = ()
     verdict: Verdict | None = None
     diagnostics: dict[str, float] = Field(default_factory=dict)
-    not_run_again: dict[int, str] = Field(
+    behaviour_policies_unavailable: dict[int, str] = Field(
         default_factory=dict,
+        validation_alias=AliasChoices("behaviour_policies_unavailable", "not_run_again"),
         description="Behaviour policies of its replies, by version, whose adapter was gone or "
         "damaged: what it learned from them rests on the recorded logprobs alone",
     )

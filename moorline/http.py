@@ -32,7 +32,7 @@ class PortUnavailable(RuntimeError):
     """The address cannot be listened on; the line says which and what to do."""
 
 
-class Unreachable(RuntimeError):
+class ServerUnavailable(RuntimeError):
     """Nothing useful answers at an address; the line says where and why.
 
     Attributes:
@@ -188,7 +188,7 @@ def request_json(
     """The JSON that an HTTP server of ours answers with.
 
     Raises:
-        Unreachable: no answer in time, an error status, or no JSON.
+        ServerUnavailable: no answer in time, an error status, or no JSON.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
@@ -198,15 +198,17 @@ def request_json(
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         why = "no answer in time" if isinstance(error, httpx.TimeoutException) else str(error)
         why = re.sub(r"^\[Errno -?\d+\] ", "", why)
-        raise Unreachable(f"nothing answers at {url} ({why}): is it running there?", why) from None
+        raise ServerUnavailable(
+            f"nothing answers at {url} ({why}): is it running there?", why
+        ) from None
     if reply.status_code == 401:
-        raise Unreachable(f"{url} wants an API key: set MOORLINE_SERVING__API_KEY")
+        raise ServerUnavailable(f"{url} wants an API key: set MOORLINE_SERVING__API_KEY")
     try:
         answer = reply.json()
     except ValueError:
         answer = None
     if reply.status_code >= 400 or answer is None:
-        raise Unreachable(f"{url} answered {reply.status_code}{_reason(answer)}")
+        raise ServerUnavailable(f"{url} answered {reply.status_code}{_reason(answer)}")
     return answer
 
 

@@ -162,8 +162,8 @@ UPDATES = _counter(
     "process has died with",
     ["outcome"],
 )
-UPDATE_DEATHS = _gauge(
-    "moorline_update_deaths",
+UPDATE_CRASHES = _gauge(
+    "moorline_update_crashes",
     "How often in a row the updater died in an update with one reply that waits, the most; 0: none",
 )
 UPDATE_SECONDS = _histogram(
@@ -173,9 +173,9 @@ UPDATE_SECONDS = _histogram(
 )
 KL_NATS = _gauge(
     "moorline_kl_nats",
-    "Last candidate: mean full-vocabulary KL(reference || candidate), nats per token; "
-    "reference: live or anchor; tokens_from: traffic or canaries",
-    ["reference", "tokens_from"],
+    "Last candidate: mean full-vocabulary KL(measured_from || candidate), nats per token; "
+    "measured_from: live or anchor; tokens_from: traffic or probes",
+    ["measured_from", "tokens_from"],
 )
 ANCHOR_BUDGET_LEFT_NATS = _gauge(
     "moorline_anchor_budget_left_nats",
@@ -197,7 +197,7 @@ UPDATE_DIAGNOSTIC = _gauge(
     "Last update, before the bound; name: ess_share, mean_ratio, max_ratio, k1_nats, k3_nats, "
     "chi2, tv, masked_share (_rare, _common, _positive, _negative), entropy_nats, gradient_norm, "
     "step_norm_share, pace, mismatch_nats, staleness_versions_mean, staleness_seconds_mean, "
-    "behaviour_exact_share, set_aside_too_far, corrections, preferences, credit_..., ...",
+    "behaviour_exact_share, set_aside_off_policy, corrections, preferences, credit_..., ...",
     ["name"],
 )
 UPDATE_ALARM = _gauge(

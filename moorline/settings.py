@@ -82,7 +82,7 @@ class ServingSettings(_Section):
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
     drain_seconds: float = Field(default=30.0, ge=1)
     """At a stop, running replies get this long to end."""
-    store_patience_seconds: float = Field(default=30.0, gt=0)
+    store_wait_seconds: float = Field(default=30.0, gt=0)
     """A start waits this long for a release store that does not answer; then it serves the base
     model until the store does."""
     parity_tolerance_nats: float = Field(default=0.1, gt=0)
@@ -148,7 +148,7 @@ class LearningSettings(_Section):
     keep_decided_seconds: float | None = Field(default=None, gt=0)
     """How long the ledger keeps the (encrypted) text of replies that are decided, and of what was
     learned from with them; None: for the horizon. Less keeps less of people; then ratings that come
-    later are `late`, and `moorline forget --replay` can learn from less again."""
+    later are `late`, and `moorline forget --revoke` can learn from less again."""
     signals: Rewards = SIGNALS
     """Implicit signals by name and what each is worth as a rating, -1 to 1. The table replaces the
     default one; a signal that is not in it is counted and not learned from."""
@@ -164,10 +164,10 @@ class LearningSettings(_Section):
     mismatch_limit_nats: float = Field(default=0.2, gt=0)
     """A reply is set aside when its behaviour policy, run again, disagrees with the recorded
     logprobs by more than this on average (bfloat16 serving: about 0.04)."""
-    too_far_nats: float = Field(default=0.5, gt=0)
+    max_off_policy_kl_nats: float = Field(default=0.5, gt=0)
     """A rating is set aside when the live policy is further than this from the one that wrote the
     reply: mean binary KL per token. Age alone never decides."""
-    pace_by_ess: bool = True
+    scale_lr_by_ess: bool = True
     """Multiply the learning rate of a stale batch by its effective-sample-size share."""
     distillation_weight: float = Field(default=1.0, ge=0)
     """Of log p(token | told the correction) - log p(token) in the advantage of a corrected reply's
@@ -218,7 +218,7 @@ class BoundSettings(_Section):
 class GateSettings(_Section):
     """What a candidate must show before it is released. Fails closed."""
 
-    canaries: Path | None = None
+    probes: Path | None = None
     """JSON lines: {"prompt": ..., "reply": ...} (chat) or {"text": ...} (held-out text for
     perplexity); None: the set that comes with Moorline."""
     live_kl_mean_nats: float = Field(default=0.05, gt=0)
@@ -240,10 +240,10 @@ class UpdaterSettings(_Section):
     stall_seconds: float = Field(default=600.0, gt=0)
     """An updater that gets nowhere for so long (no forward pass, no step of the intake) is stalled:
     /healthz says so, and it is started again. More than a micro-batch and a gate's hashing take."""
-    suspect_after_deaths: int = Field(default=3, ge=1)
+    suspect_after_crashes: int = Field(default=3, ge=1)
     """An update that the process has died in so often in a row (out of memory, a crash in native
     code, a hang) is made from half its replies, then from half of those, down to one. A reply that
-    kills it so often alone, while another survives, is rejected (`update_killed`)."""
+    kills it so often alone, while another survives, is rejected (`update_crashed`)."""
     niceness: int = Field(default=5, ge=0, le=19)
     """CPU priority below the server's, so that replies go first where both share a machine."""
 

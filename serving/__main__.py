@@ -6,10 +6,10 @@ import asyncio
 import logging
 import sys
 
-from moorline.base_model import UnsafeModel
+from moorline.base_model import ModelInvalid
 from moorline.logs import setup_logging
 from moorline.settings import SettingsError, load_settings
-from serving.lifetime import NoTemporaryFolder
+from serving.lifetime import TemporaryFolderUnavailable
 from serving.server import ServerError, prepare_environment
 
 logger = logging.getLogger("moorline.serving")
@@ -32,7 +32,7 @@ def main() -> int:
         from serving.server import serve
 
         asyncio.run(serve(settings))
-    except (SettingsError, ServerError, UnsafeModel, NoTemporaryFolder) as error:
+    except (SettingsError, ServerError, ModelInvalid, TemporaryFolderUnavailable) as error:
         print(f"moorline serve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before anything was started

@@ -30,7 +30,7 @@ rm -rf -- "$1"
 """
 
 
-class NoTemporaryFolder(RuntimeError):
+class TemporaryFolderUnavailable(RuntimeError):
     """One line with the remedy."""
 
 
@@ -39,7 +39,7 @@ def nothing_outlives_this_process() -> Iterator[None]:
     """For as long as children are started. Only in the main thread: they live as long as it does.
 
     Raises:
-        NoTemporaryFolder: there is no place for temporary files.
+        TemporaryFolderUnavailable: there is no place for temporary files.
     """
     # Children run their parent's main module first, unless it is called `__main__` (a package's).
     sys.modules["__main__"].__spec__ = sys.modules[__name__].__spec__
@@ -56,10 +56,12 @@ def _temporary_folder() -> Iterator[None]:
         cache_dir()  # notes in the environment where it is, so that what was compiled stays
         folder = tempfile.mkdtemp(prefix="moorline-")
     except OSError as error:
-        raise NoTemporaryFolder(f"no place for temporary files ({error}): set TMPDIR") from None
+        raise TemporaryFolderUnavailable(
+            f"no place for temporary files ({error}): set TMPDIR"
+        ) from None
     if len(os.fsencode(folder)) > LONGEST_FOLDER_BYTES:
         os.rmdir(folder)
-        raise NoTemporaryFolder(f"a socket in {folder} has too long a path: set TMPDIR")
+        raise TemporaryFolderUnavailable(f"a socket in {folder} has too long a path: set TMPDIR")
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     sweeper = subprocess.Popen(
         ["/bin/sh", "-c", _SWEEP, "moorline-sweep", folder],

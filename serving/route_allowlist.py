@@ -16,7 +16,7 @@ OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics", "/ping", "
 """For probes and monitoring; nothing here shows or takes anybody's words."""
 
 
-class Door:
+class RouteAllowlist:
     """ASGI: 404 for every path that is not on the list."""
 
     def __init__(self, app: ASGIApp) -> None:

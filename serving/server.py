@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from moorline.base_model import check_model_dir, model_digest
 from moorline.http import base_url, port_problem
 from moorline.settings import Settings
-from moorline.stream import Publisher, SpoolInUse
+from moorline.stream import Publisher, SpoolLocked
 from serving.lifetime import nothing_outlives_this_process
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ async def serve(settings: Settings) -> None:
     """Run the server until SIGTERM or SIGINT.
 
     Raises:
-        ServerError, UnsafeModel, NoTemporaryFolder: it could not start, or the engine broke.
+        ServerError, ModelInvalid, TemporaryFolderUnavailable: it could not start, or the engine
+            broke.
     """
     model_dir = check_model_dir(settings.model.path).resolve()
     if runs_on_cpu():
@@ -181,7 +182,7 @@ async def serve(settings: Settings) -> None:
     publisher = Publisher(settings.stream, settings.spool_dir)
     try:
         publisher.start()
-    except (SpoolInUse, OSError) as error:
+    except (SpoolLocked, OSError) as error:
         bound.close()
         raise ServerError(f"the spool cannot be used: {error}") from None
     arguments = vllm_arguments(settings, model_dir, port, mode)
@@ -233,7 +234,7 @@ async def _serve_engine(
     publisher: Publisher,
 ) -> None:
     from serving.announcements import announcements
-    from serving.outbox import Outbox
+    from serving.event_publisher import EventPublisher
     from serving.vllm.app import assemble
 
     await engine.collective_rpc("moorline_install")
@@ -244,14 +245,14 @@ async def _serve_engine(
         mode=mode,
         model_dir=model_dir,
         base_model_digest=await asyncio.to_thread(model_digest, model_dir),
-        outbox=Outbox(publisher),
+        outbox=EventPublisher(publisher),
     )
     await warm_up(parts.recorder.plain_generate)
     following = asyncio.create_task(parts.swaps.follow())
     while not parts.swaps.looked:
         if following.done():
             raise _engine_broke(following.exception())
-        if parts.swaps.reader.waiting_seconds() > settings.serving.store_patience_seconds:
+        if parts.swaps.reader.waiting_seconds() > settings.serving.store_wait_seconds:
             logger.error("serving_without_the_store", extra={"policy": parts.live.name})
             break
         await asyncio.sleep(0.02)

@@ -36,11 +36,11 @@ Check = Callable[[LoRARequest | None], Awaitable[None]]
 """Scores what the engine serves; raises ParityError."""
 
 
-class EnginePoisoned(RuntimeError):
+class EngineInvalid(RuntimeError):
     """A load broke off half-way: the weights are no policy at all, the process must restart."""
 
 
-class PolicyUnusable(RuntimeError):
+class PolicyInvalid(RuntimeError):
     """The engine refused these files before anything changed."""
 
 
@@ -58,8 +58,8 @@ class Mechanism(Protocol):
         """Make ``target`` live. Returns the pause of running replies, seconds.
 
         Raises:
-            ParityError, PolicyUnusable: the policy before is live (again).
-            EnginePoisoned: nothing may be served any more.
+            ParityError, PolicyInvalid: the policy before is live (again).
+            EngineInvalid: nothing may be served any more.
         """
         ...
 
@@ -105,7 +105,7 @@ class AdapterFlip:
         try:
             await self._engine.add_lora(request)
         except Exception as error:
-            raise PolicyUnusable(f"vLLM refused the adapter ({type(error).__name__})") from error
+            raise PolicyInvalid(f"vLLM refused the adapter ({type(error).__name__})") from error
         self._loaded[request.lora_int_id] = request.lora_name
         failpoint("swap.adapter_loaded")
         try:
@@ -172,8 +172,8 @@ class WeightReload:
             logger.error("swap_taken_back", extra={"version": target.version})
             try:
                 await self._load(before)
-            except PolicyUnusable as error:
-                raise EnginePoisoned("the policy before cannot be loaded again") from error
+            except PolicyInvalid as error:
+                raise EngineInvalid("the policy before cannot be loaded again") from error
             raise
         return pause_seconds
 
@@ -182,13 +182,13 @@ class WeightReload:
         try:
             await self._call("moorline_prepare", str(self._base_dir), adapter_dir)
         except Exception as error:
-            raise PolicyUnusable(f"the adapter cannot be merged: {error}") from error
+            raise PolicyInvalid(f"the adapter cannot be merged: {error}") from error
         self._admission.close()
         try:
             await asyncio.sleep(NAMED_TO_SUBMITTED_SECONDS)
             return await self._load_paused(target)
         except Exception as error:  # the engine is paused, or its weights are half of each
-            raise EnginePoisoned(f"a weight reload broke off: {error}") from error
+            raise EngineInvalid(f"a weight reload broke off: {error}") from error
         finally:
             self._admission.open()
 

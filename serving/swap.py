@@ -3,7 +3,7 @@
 The artifact store is the truth: a pin if an operator set one, else the newest release that was not
 refused. Kafka's releases topic only wakes this loop early, so swapping needs neither Kafka nor the
 updater. A release that is corrupt, unusable or fails parity is refused until this process restarts,
-and the next older one is tried, but none that was withdrawn for an erasure. A store that does not
+and the next older one is tried, but none that was revoked for an erasure. A store that does not
 answer is waited for; what is live stays.
 """
 
@@ -23,10 +23,10 @@ from moorline import metrics
 from moorline.events import Release, ReleaseKind
 from moorline.failpoints import failpoint
 from moorline.logs import describe
-from moorline.store import ArtifactStore, Pin, PinUnreadable, StoreError, Withdrawals
+from moorline.store import ArtifactStore, Pin, PinInvalid, RevokedReleases, StoreError
 from serving.parity import Generate, Logprobs, ParityBatch, ParityError, compare, score
 from serving.store_reader import StoreReader
-from serving.strategies import EnginePoisoned, Mechanism, PolicyUnusable
+from serving.strategies import EngineInvalid, Mechanism, PolicyInvalid
 from serving.vllm.models import LivePolicy, Policy
 
 logger = logging.getLogger("moorline.serving.swap")
@@ -81,7 +81,7 @@ class SwapController:
     ) -> None:
         self._alias = alias
         self._store = store
-        self._withdrawals = Withdrawals(store)
+        self._revoked = RevokedReleases(store)
         self._live = live
         self._mechanism = mechanism
         self._generate = generate
@@ -107,17 +107,17 @@ class SwapController:
         """Swap whenever the store says so, until cancelled.
 
         Raises:
-            EnginePoisoned: the process must restart.
+            EngineInvalid: the process must restart.
         """
         while True:
             self._wake.clear()
             try:
                 await self.settle()
                 self._trouble = ""
-            except EnginePoisoned:
+            except EngineInvalid:
                 raise
-            except PinUnreadable as error:  # an operator wanted something: nothing changes
-                self._say("pin_unreadable", error)
+            except PinInvalid as error:  # an operator wanted something: nothing changes
+                self._say("pin_invalid", error)
             except Exception as error:  # a store that cannot be listed, for instance: serve on
                 self._say("swap_loop_failed", error)
             self.looked = True
@@ -130,9 +130,9 @@ class SwapController:
         """Bring the wanted policy live: the first of the candidates that can be served.
 
         Raises:
-            PinUnreadable: nobody knows which one is wanted.
+            PinInvalid: nobody knows which one is wanted.
             OSError: the store cannot be read.
-            EnginePoisoned: the process must restart.
+            EngineInvalid: the process must restart.
         """
         pin, versions = await self.reader.read(self._look)
         self.pinned_version = None if pin is None else pin.version
@@ -146,8 +146,8 @@ class SwapController:
 
     def _look(self) -> tuple[Pin | None, list[int]]:
         versions = self._store.versions(self._alias)
-        withdrawn = self._withdrawals.among(self._alias, versions)
-        kept = [version for version in versions if version not in withdrawn]
+        revoked = self._revoked.among(self._alias, versions)
+        kept = [version for version in versions if version not in revoked]
         return self._store.pinned(self._alias), kept
 
     def _wanted(self, pin: Pin | None, versions: list[int]) -> Iterator[int]:
@@ -179,7 +179,7 @@ class SwapController:
             record["outcome"] = SwapOutcome.SWAPPED
         except StoreError as error:
             record |= {"outcome": SwapOutcome.CORRUPT, "detail": str(error)}
-        except PolicyUnusable as error:
+        except PolicyInvalid as error:
             record |= {"outcome": SwapOutcome.REFUSED, "detail": str(error)}
         except ParityError as error:
             record |= {"outcome": SwapOutcome.PARITY_FAILED, "detail": str(error)}
@@ -195,7 +195,7 @@ class SwapController:
             return Policy(0)
         release = self._store.release(self._alias, version)
         if release.base_model_digest != self._base_model_digest:
-            raise PolicyUnusable(
+            raise PolicyInvalid(
                 f"{release.name} was trained on another base model "
                 f"({release.base_model_digest[:12]}, served: {self._base_model_digest[:12]})"
             )
@@ -248,7 +248,7 @@ class SwapController:
                 release: Release = self._store.release(self._alias, version)
                 if release.parent == 0:
                     return self._open(version)
-            except (StoreError, PolicyUnusable):
+            except (StoreError, PolicyInvalid):
                 continue
         return None
 

@@ -6,17 +6,17 @@ import os
 import signal
 import sys
 
-from moorline.base_model import UnsafeModel
+from moorline.base_model import ModelInvalid
 from moorline.http import PortUnavailable
 from moorline.logs import setup_logging
 from moorline.settings import SettingsError, load_settings
 from moorline.store import StoreError
-from moorline.stream import StreamRefused
-from updater.learning.policy import ReleaseUnfit
-from updater.learning.trainer import UnknownObjective
+from moorline.stream import StreamInvalid
+from updater.learning.policy import ReleaseInvalid
+from updater.learning.trainer import ObjectiveInvalid
 from updater.ledger import LedgerError
 from updater.process import Updater
-from updater.safety import CanaryError
+from updater.safety import ProbesInvalid
 
 
 def main() -> int:
@@ -32,13 +32,13 @@ def main() -> int:
     except (
         SettingsError,
         StoreError,
-        UnsafeModel,
+        ModelInvalid,
         PortUnavailable,
-        StreamRefused,
-        CanaryError,
+        StreamInvalid,
+        ProbesInvalid,
         LedgerError,
-        UnknownObjective,
-        ReleaseUnfit,
+        ObjectiveInvalid,
+        ReleaseInvalid,
     ) as error:
         print(f"moorline update: {error}", file=sys.stderr)
         return 1

@@ -11,13 +11,13 @@ from moorline.settings import Settings
 from moorline.store import ArtifactStore
 from updater.ingest import DeadLetterSink, Ingest, Source
 from updater.learning.behaviour import Archive
-from updater.learning.chat_template import ChatTokens
+from updater.learning.chat_template import ChatTemplate
 from updater.learning.policy import Policy
 from updater.learning.trainer import Trainer
 from updater.ledger import Ledger
 from updater.loop import Loop
 from updater.progress import Progress
-from updater.safety import Gate, load_canaries
+from updater.safety import Gate, load_probes
 from updater.safety.trust_region import TrustRegion
 
 
@@ -39,19 +39,19 @@ def assemble(
         progress: told how the loop gets on; None: nobody asks.
 
     Raises:
-        UnsafeModel, CanaryError, UnknownObjective: with one line that says what to do.
+        ModelInvalid, ProbesInvalid, ObjectiveInvalid: with one line that says what to do.
     """
     learning = settings.learning
     model_dir = check_model_dir(settings.model.path)
     policy = Policy(
         model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=learning.seed
     )
-    canaries = load_canaries(settings.gate.canaries, model_dir)
+    probes = load_probes(settings.gate.probes, model_dir)
     trainer = Trainer(
-        policy, learning, Archive(policy, store, ledger.release), ChatTokens(model_dir)
+        policy, learning, Archive(policy, store, ledger.release), ChatTemplate(model_dir)
     )
     trust_region = TrustRegion(
-        policy, canaries.sequences, settings.bound, learning.micro_batch_tokens
+        policy, probes.sequences, settings.bound, learning.micro_batch_tokens
     )
     loop = Loop(
         settings,
@@ -71,7 +71,7 @@ def assemble(
         policy=policy,
         trainer=trainer,
         trust_region=trust_region,
-        gate=Gate(policy, canaries, trust_region, store, settings.gate),
+        gate=Gate(policy, probes, trust_region, store, settings.gate),
         publish=publish,
         base_model_digest=model_digest(model_dir),
         software=_software(),

@@ -15,7 +15,7 @@ from moorline.stream import StreamUnavailable, Topic, topic_name
 from moorline.stream.client import admin_session
 from moorline.stream.scan import RangeGone, Scanner
 from moorline.stream.topics import JOINED, TopicState, describe
-from updater.ledger.books import Books, Consumed
+from updater.ledger.inspection import Consumed, LedgerInspector
 
 _EXAMPLES = 5
 _ATTEMPTS = 5
@@ -99,7 +99,7 @@ class StreamAudit:
 
 def audit_stream(
     settings: StreamSettings,
-    books: Books,
+    inspector: LedgerInspector,
     progress: Callable[[int, int], None] | None = None,
 ) -> StreamAudit:
     """Read again everything that the ledger has consumed and the broker still has.
@@ -114,7 +114,7 @@ def audit_stream(
     """
     with admin_session(settings) as admin:
         states = describe(admin, settings, JOINED)
-    present, notes = _present(books.consumed(), states)
+    present, notes = _present(inspector.consumed(), states)
     partitions = []
     with Scanner(settings, "audit") as scanner:
         starts = {
@@ -129,7 +129,7 @@ def audit_stream(
                 if progress is not None:
                     progress(base + so_far, total)
 
-            partitions.append(_audit_partition(settings, scanner, books, one, told))
+            partitions.append(_audit_partition(settings, scanner, inspector, one, told))
             done += max(0, one.next_offset - starts[one.position])
     return StreamAudit(partitions, notes + _unreadable(partitions))
 
@@ -165,7 +165,7 @@ def _unreadable(partitions: Iterable[PartitionAudit]) -> list[str]:
 def _audit_partition(
     settings: StreamSettings,
     scanner: Scanner,
-    books: Books,
+    inspector: LedgerInspector,
     one: Consumed,
     progress: Callable[[int], None],
 ) -> PartitionAudit:
@@ -174,7 +174,7 @@ def _audit_partition(
         start = scanner.beginning(name, one.partition)
         found = PartitionAudit(one.topic, one.partition, start, one.next_offset)
         try:
-            _compare(found, _records(scanner, name, found, progress), books, one.position)
+            _compare(found, _records(scanner, name, found, progress), inspector, one.position)
             break
         except RangeGone:
             if scanner.beginning(name, one.partition) <= start:
@@ -185,10 +185,10 @@ def _audit_partition(
             "can be read: audit with --offline"
         )
     found.unread = max(0, scanner.end(name, one.partition) - max(start, one.next_offset))
-    found.before = books.count_events(one.position, start)
-    gaps = books.missed(one.topic, one.partition)
+    found.before = inspector.count_events(one.position, start)
+    gaps = inspector.missed(one.topic, one.partition)
     found.missed = sum(max(0, resumed - expected) for expected, resumed in gaps)
-    first = books.first_offset(one.position)
+    first = inspector.first_offset(one.position)
     # What was never expected (retention had passed before the first read) is no gap.
     expected_from = min([first, *(gap[0] for gap in gaps)]) if first is not None else start
     before_start = max(0, min(start, one.next_offset) - expected_from)
@@ -208,9 +208,11 @@ def _records(
         yield from (raw.offset for raw in batch)
 
 
-def _compare(found: PartitionAudit, records: Iterator[int], books: Books, position: int) -> None:
+def _compare(
+    found: PartitionAudit, records: Iterator[int], inspector: LedgerInspector, position: int
+) -> None:
     """Merge two ascending lists of offsets; what is in one only is a difference."""
-    events = books.event_offsets(position, found.start, found.stop)
+    events = inspector.event_offsets(position, found.start, found.stop)
     nothing_left = found.stop
     record, event = next(records, nothing_left), next(events, nothing_left)
     seen = 0

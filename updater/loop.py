@@ -16,15 +16,15 @@ from moorline import metrics
 from moorline.events import ArtifactFile, Decision, Divergence, Reason, Release, Verdict
 from moorline.failpoints import failpoint
 from moorline.settings import Settings
-from moorline.store import ArtifactStore, PinUnreadable, StoreUnavailable
+from moorline.store import ArtifactStore, PinInvalid, StoreUnavailable
 from moorline.stream import StreamUnavailable
 from updater.ingest import Ingest
 from updater.learning.advantages import assign_credit
 from updater.learning.baselines import Baselines
-from updater.learning.behaviour import not_run_again
+from updater.learning.behaviour import behaviour_policies_unavailable
 from updater.learning.diagnostics import show, show_divergences
 from updater.learning.policy import OPTIMIZER_STATE, Policy, check_fits
-from updater.learning.staleness import Look
+from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import (
     NonFiniteUpdate,
     NothingToLearn,
@@ -37,7 +37,7 @@ from updater.parity import PARITY_FILE, parity_bytes
 from updater.progress import Phase, Progress
 from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
 from updater.releases import Manifests
-from updater.retention import tidy
+from updater.retention import collect_garbage
 from updater.safety import Gate
 from updater.safety.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
 from updater.values import Batch, Candidate, Example, uncredited
@@ -91,7 +91,7 @@ class Loop:
 
         Raises:
             StoreError: the live release's bytes are missing or changed.
-            ReleaseUnfit: it is of another base model or adapter rank.
+            ReleaseInvalid: it is of another base model or adapter rank.
         """
         version = self._ledger.live_version()
         release = self._ledger.release(version) if version else None
@@ -120,12 +120,12 @@ class Loop:
             metrics.DISK_REFUSALS.labels(where=where).inc()
             self._trainer.restore()
             self._wait(Phase.DISK_UNAVAILABLE, before, f"{where} unavailable, will retry", error)
-        except PinUnreadable as error:
-            self._wait(Phase.PIN_UNREADABLE, before, "pin unreadable, nothing is trained", error)
+        except PinInvalid as error:
+            self._wait(Phase.PIN_INVALID, before, "pin unreadable, nothing is trained", error)
 
     def _cycle(self, before: Phase) -> None:
         reading = self._take_in(before)
-        self._withdraw()
+        self._revoke()
         self._announce()
         pinned = self._store.pinned(self._settings.alias) is not None
         if pinned or not self._enough():
@@ -138,7 +138,9 @@ class Loop:
         metrics.UPDATES.labels(outcome=outcome).inc()
         metrics.UPDATE_SECONDS.observe(time.monotonic() - start)
         self._announce()
-        tidy(self._store, self._ledger, self._settings.alias, self._settings.learning.keep_releases)
+        collect_garbage(
+            self._store, self._ledger, self._settings.alias, self._settings.learning.keep_releases
+        )
 
     # --- the verbs --------------------------------------------------------------------------
 
@@ -164,18 +166,20 @@ class Loop:
         metrics.READY_EXAMPLES.set(self._ledger.count_ready())
         return reading
 
-    def _withdraw(self) -> None:
+    def _revoke(self) -> None:
         """An erasure may want it: back to the last policy that has nothing of its subject."""
-        ancestor = self._ledger.replay_wanted()
+        ancestor = self._ledger.revocation_wanted()
         if ancestor is None:
             return
-        release = self._manifests.restored(ancestor)
-        self._ledger.commit_restoration(release)
-        failpoint("loop.after_restoration")
-        logger.warning("releases withdrawn", extra={"back_to": release.restores})
+        release = self._manifests.revoking(ancestor)
+        self._ledger.commit_revocation(release)
+        failpoint("loop.after_revocation")
+        logger.warning("releases revoked", extra={"back_to": release.revokes_after})
         self.resume()
         self._announce()
-        tidy(self._store, self._ledger, self._settings.alias, self._settings.learning.keep_releases)
+        collect_garbage(
+            self._store, self._ledger, self._settings.alias, self._settings.learning.keep_releases
+        )
 
     def _enough(self) -> bool:
         """A full batch, a smaller one that has waited long enough, or one that the process died of;
@@ -195,7 +199,7 @@ class Loop:
         suspects = self._quarantine.suspects()
         if suspects and not self._quarantine.teaches(suspects):
             cause = self._quarantine.verdict(suspects)
-            return self._reject_for(Reason.UPDATE_KILLED, suspects, cause) if cause else "trial"
+            return self._reject_for(Reason.UPDATE_CRASHED, suspects, cause) if cause else "trial"
         examples = suspects or self._ledger.ready_examples(self._settings.learning.batch_examples)
         with self._quarantine.watch(examples):
             return self._update(examples)
@@ -245,10 +249,10 @@ class Loop:
         self._trainer.accept(step.adapter, proposal.optimizer)
         return "released"
 
-    def _credited(self, examples: Sequence[Example]) -> tuple[Batch, Baselines, Look]:
+    def _credited(self, examples: Sequence[Example]) -> tuple[Batch, Baselines, StalenessReport]:
         """Rated replies near enough to learn from, with credit."""
         live_version = self._ledger.live_version()
-        seen = self._trainer.look(examples, live_version)
+        seen = self._trainer.measure_staleness(examples, live_version)
         credited, baselines, stats = assign_credit(
             [example for example in examples if example.example_id not in seen.set_aside],
             self._ledger.baselines(),
@@ -261,7 +265,7 @@ class Loop:
             live_version,
             seen.set_aside,
             stats.as_dict(),
-            not_run_again(seen.behaviours),
+            behaviour_policies_unavailable(seen.behaviours),
         )
         return batch, baselines, seen
 
@@ -299,9 +303,9 @@ class Loop:
             **self._policy.adapter_files(step.adapter),
             OPTIMIZER_STATE: optimizer_bytes(proposal.optimizer),
             PARITY_FILE: parity_bytes(
-                self._trust_region.canaries,
-                step.canary_logprobs,
-                self._trust_region.live_canary_logprobs(self._trainer.live_adapter),
+                self._trust_region.probes,
+                step.probe_logprobs,
+                self._trust_region.live_probe_logprobs(self._trainer.live_adapter),
             ),
         }
         self._candidate_bytes = sum(map(len, contents.values()))
@@ -364,7 +368,7 @@ class Loop:
         """What a batch depended on besides its examples: with it, its end can be made again."""
         return {
             "offsets": self._ledger.release_offsets(),
-            "not_run_again": dict(batch.not_run_again),
+            "behaviour_policies_unavailable": dict(batch.behaviour_policies_unavailable),
         }
 
     def _announce(self) -> None:

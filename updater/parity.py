@@ -1,4 +1,4 @@
-"""What a server must compute after a swap: the release's own logprobs on the canaries."""
+"""What a server must compute after a swap: the release's own logprobs on the probes."""
 
 from __future__ import annotations
 

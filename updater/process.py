@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from moorline.http import StatusServer
 from moorline.settings import Settings
-from moorline.store import ArtifactStore, PinUnreadable
+from moorline.store import ArtifactStore, PinInvalid
 from moorline.stream import (
     DeadLetters,
     Reader,
@@ -44,8 +44,8 @@ class Updater:
         """Load the model, take the ledger, stand where it stands.
 
         Raises:
-            UnsafeModel, LedgerError, StoreError, CanaryError, PortUnavailable, UnknownObjective,
-                ReleaseUnfit: with one line that says what to do.
+            ModelInvalid, LedgerError, StoreError, ProbesInvalid, PortUnavailable, ObjectiveInvalid,
+                ReleaseInvalid: with one line that says what to do.
         """
         self._settings = settings
         self._stopping = False
@@ -67,7 +67,7 @@ class Updater:
             settings.ledger_path,
             horizon_seconds=learning.horizon_seconds,
             keep_decided_seconds=learning.keep_decided_seconds or math.inf,
-            suspect_after_deaths=settings.updater.suspect_after_deaths,
+            suspect_after_crashes=settings.updater.suspect_after_crashes,
         )
         self._store = ArtifactStore(settings.store_dir)
         disable_progress_bar()  # a log is no terminal
@@ -109,7 +109,7 @@ class Updater:
         self._notifier.ping()
         if self._stopping:  # being killed because the grace is over is no fault of the batch
             with contextlib.suppress(LedgerError):
-                self._ledger.attempts.end()
+                self._ledger.crashes.end()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # A plain flag: an Event's lock may be held by the very thread that this interrupts.
@@ -175,7 +175,7 @@ class Updater:
             }
             for divergence in release.divergences:
                 if divergence.tokens_from == "traffic":
-                    shown[f"kl_{divergence.reference}_nats"] = divergence.mean_kl_nats
+                    shown[f"kl_{divergence.measured_from}_nats"] = divergence.mean_kl_nats
             if release.divergences:  # else it is the base model again
                 shown["anchor_budget_left_nats"] = self._trust_region.anchor_budget_left_nats(
                     release.divergences
@@ -185,7 +185,7 @@ class Updater:
     def _pinned_version(self) -> int | None:
         try:
             pin = self._store.pinned(self._settings.alias)
-        except PinUnreadable:  # the phase says so
+        except PinInvalid:  # the phase says so
             return None
         return pin.version if pin is not None else None
 

@@ -27,14 +27,14 @@ class Phase(StrEnum):
     GATING = "gating"
     PINNED = "pinned"
     """An operator has pinned a version: events are taken in, nothing is trained."""
-    PIN_UNREADABLE = "pin_unreadable"
+    PIN_INVALID = "pin_invalid"
     """There is a pin that nobody can read: as if pinned, until an operator writes it again."""
     STREAM_UNAVAILABLE = "stream_unavailable"
     DISK_UNAVAILABLE = "disk_unavailable"
     """The disk of the ledger or of the store is full or broken; nothing is lost, learning waits."""
 
 
-UNAVAILABLE = (Phase.STREAM_UNAVAILABLE, Phase.DISK_UNAVAILABLE, Phase.PIN_UNREADABLE)
+UNAVAILABLE = (Phase.STREAM_UNAVAILABLE, Phase.DISK_UNAVAILABLE, Phase.PIN_INVALID)
 """Not ready: something outside must come back first."""
 
 

@@ -3,7 +3,7 @@
 An example that makes an update raise is found at once, by trying each of the batch alone.
 
 One that kills the process is found over several lives of it: the ledger counts the deaths
-(``updater/ledger/attempts.py``). Below ``updater.suspect_after_deaths`` of them nothing changes:
+(``updater/ledger/attempts.py``). Below ``updater.suspect_after_crashes`` of them nothing changes:
 most processes die of something else. From then on the replies that were in each of these deaths go
 first: half a batch of them, and with each death half of that. What is still a batch
 (``learning.min_batch_examples``) teaches; a smaller group is only tried, and what survives waits
@@ -28,7 +28,7 @@ from moorline.settings import Settings
 from moorline.store import StoreError
 from moorline.stream import StreamUnavailable
 from updater.learning.baselines import Baselines
-from updater.learning.staleness import Look
+from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import NonFiniteUpdate, NothingToLearn, Trainer
 from updater.ledger import Ledger, LedgerError, Suspect
 from updater.safety.trust_region import TrustRegion
@@ -51,15 +51,15 @@ class Quarantine:
         ledger: Ledger,
         trainer: Trainer,
         trust_region: TrustRegion,
-        credit: Callable[[Sequence[Example]], tuple[Batch, Baselines, Look]],
+        credit: Callable[[Sequence[Example]], tuple[Batch, Baselines, StalenessReport]],
     ) -> None:
         """``credit``: what an update does with examples first."""
         self._ledger = ledger
-        self._attempts = ledger.attempts
+        self._attempts = ledger.crashes
         self._trainer = trainer
         self._trust_region = trust_region
         self._credit = credit
-        self._deaths = settings.updater.suspect_after_deaths
+        self._deaths = settings.updater.suspect_after_crashes
         self._batch = settings.learning.batch_examples
         self._said_to_wait = False
         # In more deaths than it takes to know of one that it kills.
@@ -77,7 +77,7 @@ class Quarantine:
             Exception: the machine is at fault, not the batch.
         """
         self._trainer.restore()
-        self._compute_canaries()
+        self._compute_probes()
         found = [one for one in examples if self._raises([one])] or list(examples)
         logger.error(
             "an update raised: the examples at fault are rejected, please report it",
@@ -106,9 +106,9 @@ class Quarantine:
         finally:
             self._trainer.restore()
 
-    def _compute_canaries(self) -> None:
+    def _compute_probes(self) -> None:
         """Raises where the process cannot even compute what it always could."""
-        self._trust_region.logprobs(self._trainer.live_adapter, self._trust_region.canaries)
+        self._trust_region.logprobs(self._trainer.live_adapter, self._trust_region.probes)
 
     # --- examples that kill -----------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Quarantine:
         alone = len(suspects) == 1
         if alone:
             key = suspects[0].interaction.key
-            deaths = self._attempts.deaths_alone(key)
+            deaths = self._attempts.crashes_alone(key)
             if deaths >= self._deaths:
                 logger.error(
                     "the updater dies of one example: it is rejected, please report it; if memory"
@@ -186,8 +186,8 @@ class Quarantine:
             compared = self._ledger.examples_of([] if other is None else [other])
             if not compared:
                 return None
-            self._survive(compared)
-        self._survive(suspects, alone=alone)
+            self._succeeded(compared)
+        self._succeeded(suspects, alone=alone)
         logger.info("survived: they wait for a batch again", extra={"tried": len(suspects)})
         return None
 
@@ -195,11 +195,11 @@ class Quarantine:
         """The key of the reply to compare one with: the likeliest to survive."""
         return self._attempts.least_suspect(but, self._hopeless)
 
-    def _survive(self, examples: Sequence[Example], *, alone: bool = False) -> None:
+    def _succeeded(self, examples: Sequence[Example], *, alone: bool = False) -> None:
         with self.watch(examples, alone=alone):
             if self._raises(examples):
-                self._compute_canaries()  # an error may leave a device that computes no more
-        self._attempts.survive()
+                self._compute_probes()  # an error may leave a device that computes no more
+        self._attempts.succeeded()
 
 
 def cause_of(error: BaseException) -> str:

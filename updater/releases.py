@@ -44,10 +44,10 @@ class Manifests:
             divergences=candidate.divergences,
             verdict=verdict,
             diagnostics=dict(candidate.diagnostics),
-            not_run_again=dict(batch.not_run_again),
+            behaviour_policies_unavailable=dict(batch.behaviour_policies_unavailable),
         )
 
-    def restored(self, ancestor: int) -> Release:
+    def revoking(self, ancestor: int) -> Release:
         """The bytes of ``ancestor`` again, with the verdict that it had on them.
 
         Where they are no longer kept, or damaged, those of the newest before it that are sound; the
@@ -65,16 +65,16 @@ class Manifests:
                 continue
             return self._release(
                 parent=ancestor,
-                restores=ancestor,
+                revokes_after=ancestor,
                 kind=ReleaseKind.ADAPTER,
                 artifact_digest=old.artifact_digest,
                 files=old.files,
-                divergences=tuple(d for d in old.divergences if d.reference == "anchor"),
+                divergences=tuple(d for d in old.divergences if d.measured_from == "anchor"),
                 verdict=old.verdict,
             )
         return self._release(
             parent=ancestor,
-            restores=ancestor,
+            revokes_after=ancestor,
             kind=ReleaseKind.BASE,
             artifact_digest=None,
             files=(),

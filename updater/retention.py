@@ -13,14 +13,16 @@ logger = logging.getLogger("moorline.retention")
 
 def versions_to_keep(ledger: LedgerReader, keep_releases: int) -> set[int]:
     """The newest releases, to roll back to; the live policy; and whoever wrote a reply that may
-    still be trained on. None that was withdrawn for an erasure: it learned from who was erased."""
+    still be trained on. None that was revoked for an erasure: it learned from who was erased."""
     newest = ledger.newest_version()
     last = range(max(1, newest - keep_releases + 1), newest + 1)
     wanted = {*last, ledger.live_version(), *ledger.policy_versions_referenced()}
-    return wanted - ledger.withdrawn_versions()
+    return wanted - ledger.revoked_versions()
 
 
-def tidy(store: ArtifactStore, ledger: LedgerReader, alias: str, keep_releases: int) -> None:
+def collect_garbage(
+    store: ArtifactStore, ledger: LedgerReader, alias: str, keep_releases: int
+) -> None:
     """Remove the bytes that nobody can ask for any more. What goes wrong is tried again later."""
     if ledger.newest_version() == 0:
         return

@@ -72,7 +72,7 @@ class Batch:
     """By id: examples that were handed out with it and teach nothing, and why."""
     credit: Mapping[str, float] = field(default_factory=dict)
     """How the credit came about, by name (``CreditStats``)."""
-    not_run_again: Mapping[int, str] = field(default_factory=dict)
+    behaviour_policies_unavailable: Mapping[int, str] = field(default_factory=dict)
     """By version: behaviour policies of which only the recorded logprobs were there, and why."""
 
     @property

@@ -28,7 +28,7 @@ HEADINGS = {
     "masked_share_negative": "masked A<0",
     "pace": "pace",
     "step_scale": "step kept",
-    "set_aside_too_far": "replies too far",
+    "set_aside_off_policy": "replies too far",
 }
 
 
@@ -170,7 +170,7 @@ Reward is the share of replies to {config.held_out} held-out questions (topics n
 that follow the rule, every {config.evaluate_every} updates; the last evaluation asks
 everything {config.final_rounds} times. AUC is the mean over all evaluations. KL is
 KL(base || policy), exact over the whole vocabulary, a mean over the tokens of unrelated chats;
-perplexity is that of held-out text (both from the gate's canaries).
+perplexity is that of held-out text (both from the gate's probes).
 
 **Noise.** One seed. "±" is one standard error from the number of held-out replies; it does not
 cover how differently the same run might go with other random numbers. Differences under two
@@ -187,11 +187,11 @@ def _product(config: Config) -> str:
     return f"""`{PRODUCT}`, at the largest lag only (it costs twice as much to run), is
 `{settings.objective}` as the updater uses it, all settings at their defaults and only the gate
 off: credit low on stale replies, the step paced by effective sample size, replies further than
-{settings.too_far_nats:g} nats set aside, a pull to the anchor (weight
+{settings.max_off_policy_kl_nats:g} nats set aside, a pull to the anchor (weight
 {settings.anchor_weight:g}), and each step cut until KL(live || candidate) is at most
 {bound.live_kl_nats:g} nats and KL(anchor || candidate) at most {bound.anchor_kl_nats:g}, on the
-newest {config.batch_replies} replies and on the canaries. The KL column is measured on the same
-canaries, so it is bounded by construction for `{PRODUCT}`; reward and perplexity are not."""
+newest {config.batch_replies} replies and on the probes. The KL column is measured on the same
+probes, so it is bounded by construction for `{PRODUCT}`; reward and perplexity are not."""
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:

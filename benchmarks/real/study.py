@@ -22,17 +22,17 @@ from benchmarks.jobs import Tick, progress_bars, work
 from benchmarks.real import rules, train
 from benchmarks.real.summary import cells
 from benchmarks.real.train import Cell, Config, Reply, Trace
-from updater import (
+from updater.learning import (
+    advantages,
     baselines,
-    credit,
     objectives,
-    pacing,
+    off_policy,
     policy,
     sampling,
     staleness,
     trainer,
-    trust_region,
 )
+from updater.safety import trust_region
 
 BASE_PART_BATCHES = 8
 HELD_OUT = "held-out"
@@ -68,8 +68,8 @@ class Store:
             del shaping[name]
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
         for module in (
-            *(train, rules, trainer, baselines, credit, objectives, policy, sampling),
-            *(staleness, pacing, trust_region),
+            *(train, rules, trainer, baselines, advantages, objectives, policy, sampling),
+            *(staleness, off_policy, trust_region),
         ):
             digest.update(Path(str(module.__file__)).read_bytes())
         self._dir = root / digest.hexdigest()[:16]

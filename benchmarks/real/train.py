@@ -47,9 +47,9 @@ from updater.learning.baselines import Baselines
 from updater.learning.divergence import exact_kl
 from updater.learning.policy import Policy
 from updater.learning.sampling import processed_logprobs
-from updater.learning.staleness import Look
+from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import Trainer
-from updater.safety.probes import CanarySet, load_canaries
+from updater.safety.probes import ProbeSet, load_probes
 from updater.safety.trust_region import Refused, TrustRegion, moved_from_live_nats
 from updater.values import Batch, Example, TokenSequence
 
@@ -66,7 +66,7 @@ DIAGNOSTICS = (
     "masked_share_negative",
     "pace",
     "step_scale",
-    "set_aside_too_far",
+    "set_aside_off_policy",
 )
 PRODUCT = "moorline"
 """The method that is the whole update; the others are objectives by name."""
@@ -309,21 +309,21 @@ class Bystanders:
 
     def __init__(self, policy: Policy, model_dir: Path, micro_batch_tokens: int) -> None:
         self._policy = policy
-        self.canaries: CanarySet = load_canaries(None, model_dir)
+        self.probes: ProbeSet = load_probes(None, model_dir)
         self._micro_batch_tokens = micro_batch_tokens
         with policy.using(None):
             self._base = self._logprobs()
 
     def _logprobs(self) -> list[Tensor]:
-        return self._policy.full_logprobs(self.canaries.sequences, self._micro_batch_tokens)
+        return self._policy.full_logprobs(self.probes.sequences, self._micro_batch_tokens)
 
     def measure(self, update: int) -> SideEffect:
         now = self._logprobs()
-        chats = len(self.canaries.chats)
+        chats = len(self.probes.chats)
         moved = [exact_kl(b, n) for b, n in zip(self._base[:chats], now[:chats], strict=True)]
         chosen = [
             part.gather(-1, torch.tensor(text.completion_token_ids)[:, None])
-            for text, part in zip(self.canaries.texts, now[chats:], strict=True)
+            for text, part in zip(self.probes.texts, now[chats:], strict=True)
         ]
         return SideEffect(
             update,
@@ -408,7 +408,7 @@ class ObjectiveAlone:
         batch = Batch(credited, live_version=update)
         if not batch.has_signal:
             return {}
-        proposal = self._trainer.propose(batch, Look(), now=0.0)
+        proposal = self._trainer.propose(batch, StalenessReport(), now=0.0)
         self._trainer.accept(proposal.adapter, proposal.optimizer)
         return {**proposal.diagnostics, "step_scale": 1.0}
 
@@ -426,7 +426,7 @@ class Product:
         self, examples: Sequence[Example], update: int, traffic: Sequence[TokenSequence]
     ) -> dict[str, float]:
         """One update; returns its diagnostics, none if there was nothing to learn."""
-        seen = self._trainer.look(examples, live_version=update)
+        seen = self._trainer.measure_staleness(examples, live_version=update)
         credited, baselines, stats = assign_credit(
             [example for example in examples if example.example_id not in seen.set_aside],
             self._baselines,
@@ -468,8 +468,8 @@ def learn_cell(
     trainer = Trainer(policy, settings)
     learner: ObjectiveAlone | Product
     if cell.method == PRODUCT:
-        canaries = bystanders.canaries.sequences
-        bound = TrustRegion(policy, canaries, BoundSettings(), settings.micro_batch_tokens)
+        probes = bystanders.probes.sequences
+        bound = TrustRegion(policy, probes, BoundSettings(), settings.micro_batch_tokens)
         learner = Product(trainer, bound)
     else:
         learner = ObjectiveAlone(trainer)

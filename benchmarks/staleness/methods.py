@@ -50,13 +50,13 @@ class Recipe:
     """Multiply the baseline by the batch's effective-sample-size share: the staler, the lower."""
     log_ratio_weight: float = 0.0
     """tau of the spring toward the behaviour policy."""
-    pace_by_ess: bool = False
+    scale_lr_by_ess: bool = False
     """Multiply the step by the effective-sample-size share."""
 
 
 PLAIN = Recipe()
-UPDATER = Recipe(baseline_follows_ess=True, pace_by_ess=True)
-"""Moorline's defaults: `updater/learning/advantages.py` and the setting `learning.pace_by_ess`."""
+UPDATER = Recipe(baseline_follows_ess=True, scale_lr_by_ess=True)
+"""Moorline's defaults: `updater/learning/advantages.py`, `learning.scale_lr_by_ess`."""
 SPRUNG = replace(UPDATER, log_ratio_weight=1e-3)
 
 

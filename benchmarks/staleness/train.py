@@ -234,7 +234,7 @@ class _Group:
         # The sum over runs: no parameter is shared, so each run gets its own gradient.
         total = token_mean(loss, mask).sum()
         gradients = torch.autograd.grad(total, list(self.parameters.values()))
-        pace = effective if recipe.pace_by_ess else everything
+        pace = effective if recipe.scale_lr_by_ess else everything
         self.parameters, norm = self._adam.step(
             self.parameters, dict(zip(self.parameters, gradients, strict=True)), pace
         )

@@ -12,11 +12,11 @@ import typer
 
 from daemon.cli import doctor, inspect, ledger, operate, redrive, run
 from daemon.cli.common import CommandError, err
-from moorline.http import PortUnavailable, Unreachable
+from moorline.http import PortUnavailable, ServerUnavailable
 from moorline.settings import SettingsError
 from moorline.store import StoreError
 
-EXPECTED = (CommandError, SettingsError, StoreError, Unreachable, PortUnavailable)
+EXPECTED = (CommandError, SettingsError, StoreError, ServerUnavailable, PortUnavailable)
 
 app = typer.Typer(
     name="moorline",

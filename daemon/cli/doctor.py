@@ -57,7 +57,7 @@ class Finding:
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Look")(doctor)
+    app.command(rich_help_panel="Inspect")(doctor)
 
 
 def doctor(

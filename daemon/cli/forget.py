@@ -54,11 +54,11 @@ def forget(
         str | None,
         typer.Option(metavar="ID", help="One reply (chatcmpl-...), and what was said of it."),
     ] = None,
-    replay: Annotated[
+    revoke: Annotated[
         bool,
         typer.Option(
-            "--replay",
-            help="Also withdraw the releases that learned from them: go back to the last that did "
+            "--revoke",
+            help="Also revoke the releases that learned from them: go back to the last that did "
             "not, and learn again from the others.",
         ),
     ] = False,
@@ -78,21 +78,21 @@ def forget(
 
     What was not decided yet ends as `erased`, and so does whatever of them still arrives that is
     older than this moment. The keys of their stored bodies are destroyed, which no backup of the
-    ledger survives. Releases that have learned from them are listed; --replay takes them back.
+    ledger survives. Releases that have learned from them are listed; --revoke takes them back.
     There is no undo.
 
     [bold]Examples[/]
 
       moorline forget --user ana --dry-run
-      moorline forget --user ana --user ana@example.org --yes --replay
+      moorline forget --user ana --user ana@example.org --yes --revoke
       moorline forget --tenant acme
       moorline forget --interaction chatcmpl-8f3a
     """
     settings = settings_from(config, assignments, state_dir=state_dir)
-    erasure = _erasure(settings, user or (), tenant, interaction, replay=replay)
+    erasure = _erasure(settings, user or (), tenant, interaction, revoke=revoke)
     before = _preview(settings, erasure)
     if not as_json:
-        _say_what(settings, before, will=True, replay=replay)
+        _say_what(settings, before, will=True, revoke=revoke)
     if dry_run:
         if as_json:
             print_json({"erasure_id": None, "result": asdict(before) if before else None})
@@ -108,7 +108,7 @@ def forget(
     elif done is None:
         say(f"Accepted as {erasure.erasure_id}; the updater carries it out where its ledger is.")
     else:
-        _say_what(settings, done, will=False, replay=replay)
+        _say_what(settings, done, will=False, revoke=revoke)
         say(f"Erased ({erasure.erasure_id}).")
 
 
@@ -118,7 +118,7 @@ def _erasure(
     tenant: str | None,
     interaction: str | None,
     *,
-    replay: bool,
+    revoke: bool,
 ) -> Erasure:
     names = list(users)
     if users and settings.pseudonym_key_path.exists():  # what the server made of the same names
@@ -129,7 +129,7 @@ def _erasure(
             interaction_id=interaction,
             tenant=tenant,
             users=tuple(dict.fromkeys(map(user_digest, names))),
-            replay=replay,
+            revoke=revoke,
         )
     except ValidationError:
         raise typer.BadParameter(
@@ -140,13 +140,13 @@ def _erasure(
 def _preview(settings: Settings, erasure: Erasure) -> Forgotten | None:
     """What it would come to; None: the ledger is not here."""
     from updater.ledger import LedgerError
-    from updater.ledger.books import Books
+    from updater.ledger.inspection import LedgerInspector
 
     if not settings.ledger_path.exists():
         return None
     try:
-        with closing(Books(settings.ledger_path)) as books:
-            return books.would_forget(erasure)
+        with closing(LedgerInspector(settings.ledger_path)) as inspector:
+            return inspector.would_forget(erasure)
     except LedgerError as error:
         raise CommandError(str(error)) from None
 
@@ -206,23 +206,23 @@ def _wait(settings: Settings, erasure: Erasure, seconds: float) -> Forgotten:
     return found
 
 
-def _say_what(settings: Settings, found: Forgotten | None, *, will: bool, replay: bool) -> None:
+def _say_what(settings: Settings, found: Forgotten | None, *, will: bool, revoke: bool) -> None:
     if found is None:
         say(f"No ledger at {settings.ledger_path}: what is stored of them is not known here.")
         return
     verb = "To be erased" if will else "Erased"
     say(f"{verb}: {found.interactions} replies, {found.feedback} ratings and corrections.")
     if not found.releases:
-        say("No release that is not withdrawn has learned from them.")
+        say("No release that is not revoked has learned from them.")
         return
     names = ", ".join(policy_name(settings.alias, version) for version in found.releases)
     say(f"Have learned from them: {names}.")
-    clean = policy_name(settings.alias, found.clean_ancestor)
-    clean += " (the base model)" if found.clean_ancestor == 0 else ""
-    if found.replay:
+    clean = policy_name(settings.alias, found.last_clean_version)
+    clean += " (the base model)" if found.last_clean_version == 0 else ""
+    if found.revoke:
         does = "would go" if will else "goes"
         say(f"The updater {does} back to {clean} and learns again from what the others said.")
-    elif replay:
-        say(f"The live policy, {clean}, has nothing of them: there is nothing to replay.")
+    elif revoke:
+        say(f"The live policy, {clean}, has nothing of them: there is nothing to revoke.")
     else:
-        say(f"The last release without them is {clean}; --replay goes back to it.")
+        say(f"The last release without them is {clean}; --revoke goes back to it.")

@@ -29,7 +29,7 @@ from daemon.cli.common import (
     settings_from,
 )
 from moorline.events import json_schemas, policy_name
-from moorline.http import Unreachable, request_json
+from moorline.http import ServerUnavailable, request_json
 from moorline.settings import Settings
 from moorline.settings_sources import leaves
 from moorline.store import ArtifactStore, StoreError
@@ -43,7 +43,7 @@ UpdaterOption = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    panel = "Look"
+    panel = "Inspect"
     app.command(rich_help_panel=panel)(status)
     app.command(rich_help_panel=panel)(releases)
     app.command(rich_help_panel=panel)(config)
@@ -111,7 +111,7 @@ def _look(settings: Settings, server: str | None, updater: str | None) -> dict[s
         problem = ""
         try:
             answer = request_json("GET", url + path, api_key=api_key(settings))
-        except Unreachable as error:
+        except ServerUnavailable as error:
             answer, problem = None, error.why
         seen |= {part: answer, f"{part}_url": url, f"{part}_problem": problem}
     embedded = tree is not None and tree.embedded_broker
@@ -169,7 +169,7 @@ def releases(
     try:
         url = endpoints(settings, server).server + "/v1/moorline/status"
         served = request_json("GET", url, api_key=api_key(settings)).get("policy_version")
-    except Unreachable:
+    except ServerUnavailable:
         pass  # the store is the truth; who serves what is only an extra mark
     pin = store.pinned(settings.alias)
     out.print(

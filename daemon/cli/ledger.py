@@ -31,11 +31,11 @@ from moorline.settings import Settings
 
 if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
     from updater.audit import StreamAudit
-    from updater.ledger.books import Books
+    from updater.ledger.inspection import LedgerInspector
 
 
 def register(app: typer.Typer) -> None:
-    panel = "Look"
+    panel = "Inspect"
     app.command(rich_help_panel=panel)(audit)
     app.command(rich_help_panel=panel)(explain)
     app.command(rich_help_panel=panel)(lineage)
@@ -65,10 +65,10 @@ def audit(
     from daemon.cli import ledger_pages as pages
 
     settings = settings_from(config, assignments, state_dir=state_dir)
-    with _books(settings) as books:
-        stream = None if offline else _stream_audit(settings, books, quiet=as_json)
-        recount = books.audit()
-        accounting = books.accounting()
+    with _inspector(settings) as inspector:
+        stream = None if offline else _stream_audit(settings, inspector, quiet=as_json)
+        recount = inspector.audit()
+        accounting = inspector.accounting()
     differences = [*(stream.differences if stream else ()), *recount]
     if not accounting.balanced:
         differences.append("consumed records and fates differ in number")
@@ -88,7 +88,7 @@ def audit(
         raise typer.Exit(1)
 
 
-def _stream_audit(settings: Settings, books: Books, *, quiet: bool) -> StreamAudit:
+def _stream_audit(settings: Settings, inspector: LedgerInspector, *, quiet: bool) -> StreamAudit:
     from moorline.stream import StreamUnavailable
     from updater.audit import audit_stream
 
@@ -110,7 +110,7 @@ def _stream_audit(settings: Settings, books: Books, *, quiet: bool) -> StreamAud
         task = bar.add_task("", total=None)
         try:
             return audit_stream(
-                where, books, lambda done, total: bar.update(task, completed=done, total=total)
+                where, inspector, lambda done, total: bar.update(task, completed=done, total=total)
             )
         except StreamUnavailable as error:
             raise CommandError(f"{error}; or audit the ledger alone: --offline") from None
@@ -142,11 +142,11 @@ def explain(
     from daemon.cli import ledger_pages as pages
 
     settings = settings_from(config, assignments, state_dir=state_dir)
-    with _books(settings) as books:
-        stories = books.stories(event_id)
-        waiting = books.awaiting(event_id)
-        remembered = [] if stories else books.decided_examples(event_id)
-    if not (stories or waiting or remembered):
+    with _inspector(settings) as inspector:
+        histories = inspector.histories(event_id)
+        waiting = inspector.awaiting(event_id)
+        remembered = [] if histories else inspector.decided_examples(event_id)
+    if not (histories or waiting or remembered):
         raise CommandError(
             f"the ledger knows no event {event_id!r}: it was not read yet (`moorline status` shows "
             "the lag), was never published, or is of another --state-dir"
@@ -154,7 +154,7 @@ def explain(
     if as_json:
         print_json(
             {
-                "stories": [asdict(story) for story in stories],
+                "stories": [asdict(story) for story in histories],
                 "feedback_waiting_for_it": waiting,
                 "examples": [
                     dict(zip(("example_id", "fate", "reason", "decided_by"), one, strict=True))
@@ -163,7 +163,7 @@ def explain(
             }
         )
         return
-    for line in pages.explanation(settings.alias, event_id, stories, waiting, remembered):
+    for line in pages.explanation(settings.alias, event_id, histories, waiting, remembered):
         say(line)
 
 
@@ -191,8 +191,8 @@ def lineage(
     number = _number(version)
     if number == 0:
         raise CommandError("version 0 is the base model: nothing of the stream is in it")
-    with _books(settings) as books:
-        found = books.behind(number)
+    with _inspector(settings) as inspector:
+        found = inspector.behind(number)
     if as_json:
         print_json(pages.lineage_json(found))
     else:
@@ -207,12 +207,12 @@ def _number(version: str) -> int:
 
 
 @contextmanager
-def _books(settings: Settings) -> Iterator[Books]:
+def _inspector(settings: Settings) -> Iterator[LedgerInspector]:
     from updater.ledger import LedgerError
-    from updater.ledger.books import Books
+    from updater.ledger.inspection import LedgerInspector
 
     try:
-        with closing(Books(settings.ledger_path)) as books:
-            yield books
+        with closing(LedgerInspector(settings.ledger_path)) as inspector:
+            yield inspector
     except LedgerError as error:
         raise CommandError(str(error)) from None

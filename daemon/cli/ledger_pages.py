@@ -15,9 +15,9 @@ from daemon.cli.status_page import accounting_table as fates_table
 from daemon.cli.status_page import ago, number
 from moorline.events import Divergence, Fate, Reason, Release, policy_name
 from updater.audit import StreamAudit
-from updater.ledger.books import Lineage
+from updater.ledger.history import EventHistory, Joined, Outcome
+from updater.ledger.inspection import Lineage
 from updater.ledger.schema import FeedbackState
-from updater.ledger.stories import Joined, Outcome, Story
 
 _SHOWN = 10
 _KINDS = {
@@ -33,7 +33,7 @@ _SAID = {
     Fate.LATE: "it came too late: its interaction was forgotten by then",
     Fate.DUPLICATE: "it said nothing new: {reason}",
     Fate.DEAD_LETTERED: "it could not be read ({reason}); its bytes are on the dead-letter topic",
-    Fate.ERASED: "it was withdrawn by its subject",
+    Fate.ERASED: "it was revoked by its subject",
     Fate.NOT_TRAINABLE: "it was read and understood, but teaches nothing: {reason}",
 }
 
@@ -88,12 +88,12 @@ def _partitions_table(stream: StreamAudit) -> Table:
 def explanation(
     alias: str,
     asked: str,
-    stories: Sequence[Story],
+    histories: Sequence[EventHistory],
     waiting: Sequence[str],
     remembered: Sequence[tuple[str, Fate, Reason, int | None]],
 ) -> Iterator[str]:
     """Markup lines: each story, or what is left of a forgotten one."""
-    for index, story in enumerate(stories):
+    for index, story in enumerate(histories):
         if index:
             yield ""
         yield from _story(alias, story)
@@ -108,7 +108,7 @@ def explanation(
         yield f"  example {example_id}: {_words(fate)}{by}{why}"
 
 
-def _story(alias: str, story: Story) -> Iterator[str]:
+def _story(alias: str, story: EventHistory) -> Iterator[str]:
     kind = _KINDS[story.kind]
     yield f"[bold]{_plain(story.name or str(story.place))}[/], {kind}, read from {story.place}"
     for _, line in sorted(_moments(alias, story), key=lambda moment: moment[0]):
@@ -121,7 +121,7 @@ def _story(alias: str, story: Story) -> Iterator[str]:
     yield f"  [bold]Now:[/] {_plain(_now(alias, story))}."
 
 
-def _moments(alias: str, story: Story) -> Iterator[tuple[float, str]]:
+def _moments(alias: str, story: EventHistory) -> Iterator[tuple[float, str]]:
     """(Unix seconds, what happened then)."""
     is_reply = story.kind == "interaction"
     if story.event_time is not None and story.arrived_at is not None:
@@ -151,7 +151,7 @@ def _of(other: Joined) -> str:
     return f"{_words(other.fate)}{why}"
 
 
-def _now(alias: str, story: Story) -> str:
+def _now(alias: str, story: EventHistory) -> str:
     if story.fate is Fate.PENDING:
         rated = any(other.fate is Fate.PENDING for other in story.joined)
         ready = story.state == FeedbackState.READY or (story.kind == "interaction" and rated)
@@ -162,7 +162,7 @@ def _now(alias: str, story: Story) -> str:
     return _SAID[story.fate].format(reason=_words(story.reason), decision=_decision(alias, story))
 
 
-def _decision(alias: str, story: Story) -> str:
+def _decision(alias: str, story: EventHistory) -> str:
     if story.outcome is None:
         return "an unknown decision"
     return story.outcome.name if "@" in story.outcome.name else f"{alias} {story.outcome.name}"
@@ -184,7 +184,7 @@ def _evidence(outcome: Outcome) -> str:
 
 def _divergence_words(divergences: Sequence[Divergence]) -> list[str]:
     return [
-        f"KL from {one.reference} {number(one.mean_kl_nats, 4)} nats/token"
+        f"KL from {one.measured_from} {number(one.mean_kl_nats, 4)} nats/token"
         for one in divergences
         if one.tokens_from == "traffic"
     ]
@@ -229,7 +229,7 @@ def lineage_json(found: Lineage) -> dict[str, Any]:
         ],
         "events": found.events,
         "raters": found.raters,
-        "withdrawn": found.withdrawn,
+        "revoked": found.revoked,
     }
 
 
@@ -240,19 +240,20 @@ def lineage_page(found: Lineage, *, every: bool) -> RenderableType:
     about.add_column(style="dim", min_width=12)
     about.add_column(overflow="fold")
     about.add_row("  released", f"{_when(release.created_at)} ({ago(release.created_at)})")
-    if release.restores is not None:
+    if release.revokes_after is not None:
         about.add_row(
-            "  restores", f"v{release.restores:06d}, which had not learned from the erased"
+            "  has the bytes of",
+            f"v{release.revokes_after:06d}, which had not learned from the erased",
         )
-    if found.withdrawn:
-        about.add_row("  withdrawn", "for an erasure: nothing live descends from it")
+    if found.revoked:
+        about.add_row("  revoked", "for an erasure: nothing live descends from it")
     events = ", ".join(f"{count} of {topic}" for topic, count in found.events.items()) or "none"
     about.add_row("  events", events)
     about.add_row("  raters", str(found.raters))
     about.add_row("  step", f"{release.step_scale:.2f} of the proposed update")
     for line in _divergence_words(release.divergences):
         about.add_row("  divergence", line)
-    for version, why in release.not_run_again.items():
+    for version, why in release.behaviour_policies_unavailable.items():
         about.add_row("  not run again", f"v{version:06d}, {why}: by its recorded logprobs alone")
     parents = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=True)
     parents.add_column("version")
@@ -284,6 +285,6 @@ def lineage_page(found: Lineage, *, every: bool) -> RenderableType:
 
 def _kl(release: Release, reference: str) -> str:
     for one in release.divergences:
-        if one.reference == reference and one.tokens_from == "traffic":
+        if one.measured_from == reference and one.tokens_from == "traffic":
             return number(one.mean_kl_nats, 4)
     return "-"

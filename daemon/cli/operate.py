@@ -21,9 +21,9 @@ from daemon.cli.common import (
     settings_from,
 )
 from moorline.events import Feedback, FeedbackKind, policy_name
-from moorline.http import Unreachable, request_json
+from moorline.http import ServerUnavailable, request_json
 from moorline.settings import Settings
-from moorline.store import ArtifactStore, Withdrawals
+from moorline.store import ArtifactStore, RevokedReleases
 
 _ASK_SECONDS = 0.5
 
@@ -63,9 +63,9 @@ def rollback(
     settings = settings_from(config, assignments, state_dir=state_dir)
     store = ArtifactStore(settings.store_dir)
     version = _version_before(store, settings.alias) if to is None else to
-    if version in Withdrawals(store).among(settings.alias, store.versions(settings.alias)):
+    if version in RevokedReleases(store).among(settings.alias, store.versions(settings.alias)):
         raise CommandError(
-            f"{policy_name(settings.alias, version)} was withdrawn for an erasure: roll back to "
+            f"{policy_name(settings.alias, version)} was revoked for an erasure: roll back to "
             "another version; `moorline releases` lists them"
         )
     store.pin(settings.alias, version, reason)
@@ -95,7 +95,7 @@ def _wait_until_served(settings: Settings, version: int, wait_seconds: float) ->
     while True:
         try:
             status = request_json("GET", url, api_key=api_key(settings))
-        except Unreachable:
+        except ServerUnavailable:
             say(
                 f"No server answers at {url.removesuffix('/v1/moorline/status')}; "
                 "one that starts will serve it."

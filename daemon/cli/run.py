@@ -177,7 +177,7 @@ class _Screen:
             f"\n  OpenAI API   [bold]{planned.server}/v1[/]  model [bold]{settings.alias}[/]"
             f"\n  Feedback     POST {planned.server}/v1/feedback, or `moorline feedback ID`"
             f"\n  Kafka        {planned.bootstrap}{embedded}"
-            f"\n  Look         moorline status --state-dir {settings.state_dir}"
+            f"\n  Inspect      moorline status --state-dir {settings.state_dir}"
             "\n\n  Ctrl-C stops everything.\n",
             soft_wrap=True,
         )

@@ -248,13 +248,13 @@ def releases_table(
 
 
 def _kl(release: Release, reference: str) -> str:
-    """The measured KL on traffic, else on canaries, nats per token."""
+    """The measured KL on traffic, else on probes, nats per token."""
     found = {
         divergence.tokens_from: divergence.mean_kl_nats
         for divergence in release.divergences
-        if divergence.reference == reference
+        if divergence.measured_from == reference
     }
-    return number(found.get("traffic", found.get("canaries")), 4)
+    return number(found.get("traffic", found.get("probes")), 4)
 
 
 def number(value: Any, digits: int) -> str:

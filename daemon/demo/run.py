@@ -29,7 +29,7 @@ from daemon.demo.model import ModelUnavailable, prepare_model
 from daemon.demo.people import held_out_questions, is_good, training_questions
 from daemon.demo.report import Evaluation, write_report
 from daemon.demo.settings import DEMO_SETTINGS, up_arguments
-from moorline.http import Unreachable, request_json
+from moorline.http import ServerUnavailable, request_json
 from moorline.store import ArtifactStore
 
 ALIAS = "assistant"
@@ -92,7 +92,7 @@ class Demo:
             deadline = time.monotonic() + START_SECONDS
             while time.monotonic() < deadline:
                 self._check_alive(tree)
-                with contextlib.suppress(OSError, ValueError, Unreachable, KeyError):
+                with contextlib.suppress(OSError, ValueError, ServerUnavailable, KeyError):
                     run: dict[str, Any] = json.loads((self._state / "run.json").read_text())
                     request_json("GET", f"{run['server']}/readyz")
                     request_json("GET", f"{run['updater']}/readyz")
@@ -180,7 +180,7 @@ class Demo:
             ("server", f"{server}/v1/moorline/status"),
             ("updater", f"{updater}/status"),
         ):
-            with contextlib.suppress(Unreachable):
+            with contextlib.suppress(ServerUnavailable):
                 status[name] = await asyncio.to_thread(request_json, "GET", url)
         self.display.update(self._elapsed(), status, crowd.tally, self.evaluations)
 
@@ -289,9 +289,9 @@ class Demo:
 def _release_row(release: Any, started_unix: float) -> dict[str, Any]:
     def kl(reference: str) -> float:
         measured = {
-            (one.reference, one.tokens_from): one.mean_kl_nats for one in release.divergences
+            (one.measured_from, one.tokens_from): one.mean_kl_nats for one in release.divergences
         }
-        fallback = measured.get((reference, "canaries"), 0.0)
+        fallback = measured.get((reference, "probes"), 0.0)
         return float(measured.get((reference, "traffic"), fallback))
 
     return {

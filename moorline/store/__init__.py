@@ -4,26 +4,26 @@ from moorline.store.artifacts import (
     ArtifactCorrupt,
     ArtifactMissing,
     ArtifactStore,
+    ManifestInvalid,
     Pin,
-    PinUnreadable,
+    PinInvalid,
     ReleaseConflict,
     ReleaseMissing,
-    ReleaseUnreadable,
     StoreError,
     StoreUnavailable,
 )
-from moorline.store.withdrawals import Withdrawals
+from moorline.store.revoked import RevokedReleases
 
 __all__ = [
     "ArtifactCorrupt",
     "ArtifactMissing",
     "ArtifactStore",
     "Pin",
-    "PinUnreadable",
+    "PinInvalid",
     "ReleaseConflict",
     "ReleaseMissing",
-    "ReleaseUnreadable",
+    "ManifestInvalid",
     "StoreError",
     "StoreUnavailable",
-    "Withdrawals",
+    "RevokedReleases",
 ]

@@ -64,7 +64,7 @@ class ReleaseMissing(StoreError):
     """The store has no manifest of this version."""
 
 
-class ReleaseUnreadable(StoreError):
+class ManifestInvalid(StoreError):
     """A manifest is cut, changed, or not approved by a gate."""
 
 
@@ -72,7 +72,7 @@ class ReleaseConflict(StoreError):
     """Another release with this version is already recorded."""
 
 
-class PinUnreadable(StoreError):
+class PinInvalid(StoreError):
     """There is a pin, but it cannot be read: keep what is served, train nothing."""
 
 
@@ -204,7 +204,7 @@ class ArtifactStore:
             self.open(release.artifact_digest or "", release.files)
         path = self._manifest_path(release.alias, release.version)
         if path.exists():
-            with contextlib.suppress(ReleaseUnreadable):  # a broken one may be written anew
+            with contextlib.suppress(ManifestInvalid):  # a broken one may be written anew
                 if self.release(release.alias, release.version) != release:
                     raise ReleaseConflict(
                         f"{release.name} is already recorded with other contents in {path}: "
@@ -221,7 +221,7 @@ class ArtifactStore:
 
         Raises:
             ReleaseMissing: never recorded.
-            ReleaseUnreadable: cut, changed, of another version, or without a passing verdict.
+            ManifestInvalid: cut, changed, of another version, or without a passing verdict.
         """
         path = self._manifest_path(alias, version)
         try:
@@ -232,11 +232,11 @@ class ArtifactStore:
                 "what there is"
             ) from None
         except (OSError, ValidationError) as error:
-            raise ReleaseUnreadable(
+            raise ManifestInvalid(
                 f"manifest {path} cannot be used ({describe(error)}): restore it from a backup"
             ) from None
         if (release.alias, release.version) != (alias, version):
-            raise ReleaseUnreadable(f"manifest {path} is of {release.name}: restore the right one")
+            raise ManifestInvalid(f"manifest {path} is of {release.name}: restore the right one")
         return release
 
     def releases(self, alias: str) -> list[Release]:
@@ -273,7 +273,7 @@ class ArtifactStore:
         """Serve ``version`` (0: the base model) and train nothing, until ``unpin``.
 
         Raises:
-            ReleaseMissing, ReleaseUnreadable, ArtifactMissing, ArtifactCorrupt: this version could
+            ReleaseMissing, ManifestInvalid, ArtifactMissing, ArtifactCorrupt: this version could
                 not be served; the pin is as it was.
             StoreUnavailable: the disk refused; a full one does not, once there was a release.
         """
@@ -307,7 +307,7 @@ class ArtifactStore:
         """The pin, if there is one.
 
         Raises:
-            PinUnreadable: there is one that nobody can read.
+            PinInvalid: there is one that nobody can read.
         """
         path = self._pin_path(alias)
         try:
@@ -315,7 +315,7 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
         except (OSError, ValidationError):
-            raise PinUnreadable(
+            raise PinInvalid(
                 f"{path} cannot be read: `moorline rollback --to N` or `moorline resume` again"
             ) from None
 

@@ -5,14 +5,14 @@ what cannot be read goes to ``DeadLetters``. Releases go out by ``publish_releas
 by ``ReleaseFollower``; erasures go out by ``publish_erasure`` and come in with the ``Reader``.
 """
 
-from moorline.stream.client import StreamRefused, StreamUnavailable
+from moorline.stream.client import StreamInvalid, StreamUnavailable
 from moorline.stream.compacted import publish_erasure
 from moorline.stream.dead_letters import DeadLetters
 from moorline.stream.publisher import Publisher, PublisherStats
 from moorline.stream.reader import Reader
 from moorline.stream.records import Gap, GapCause, Position, Record
 from moorline.stream.releases import ReleaseFollower, publish_release
-from moorline.stream.spool import SpoolInUse
+from moorline.stream.spool import SpoolLocked
 from moorline.stream.topics import Topic, dlq_name, ensure_topics, topic_name
 
 __all__ = [
@@ -25,8 +25,8 @@ __all__ = [
     "Reader",
     "Record",
     "ReleaseFollower",
-    "SpoolInUse",
-    "StreamRefused",
+    "SpoolLocked",
+    "StreamInvalid",
     "StreamUnavailable",
     "Topic",
     "dlq_name",

@@ -42,7 +42,7 @@ class StreamUnavailable(RuntimeError):
     """Kafka cannot be used now. The message says where, why, and what to do; it is one line."""
 
 
-class StreamRefused(StreamUnavailable):
+class StreamInvalid(StreamUnavailable):
     """Kafka, or what is in it, must be changed by somebody: trying again alone will not help."""
 
 
@@ -181,7 +181,7 @@ def connect(
 
     Raises:
         StreamUnavailable: no broker answered.
-        StreamRefused: a broker refused us, or the settings cannot be used.
+        StreamInvalid: a broker refused us, or the settings cannot be used.
     """
     quiet_library_loggers()
     configuration = client_configuration(settings) | options
@@ -220,10 +220,10 @@ def client_configuration(settings: StreamSettings) -> dict[str, Any]:
     """What every kind of client is given.
 
     Raises:
-        StreamRefused: no broker is configured, or the security settings contradict each other.
+        StreamInvalid: no broker is configured, or the security settings contradict each other.
     """
     if not settings.bootstrap:
-        raise StreamRefused(
+        raise StreamInvalid(
             "no Kafka broker is configured: set MOORLINE_STREAM__BOOTSTRAP=host:port, "
             "or run `moorline up`, which starts one"
         )
@@ -234,7 +234,7 @@ def client_configuration(settings: StreamSettings) -> dict[str, Any]:
     }
     if settings.security_protocol.startswith("SASL"):
         if not (settings.sasl_mechanism and settings.sasl_username and settings.sasl_password):
-            raise StreamRefused(
+            raise StreamInvalid(
                 f"{settings.security_protocol} needs MOORLINE_STREAM__SASL_MECHANISM, "
                 "__SASL_USERNAME and __SASL_PASSWORD: set all three"
             )
@@ -249,7 +249,7 @@ def client_configuration(settings: StreamSettings) -> dict[str, Any]:
             if path is None:
                 continue
             if not path.is_file():
-                raise StreamRefused(
+                raise StreamInvalid(
                     f"{name} {path} is not a file: correct MOORLINE_STREAM__{name.upper()}"
                 )
             configuration[name] = str(path)
@@ -301,24 +301,24 @@ def explain(settings: StreamSettings, error: BaseException) -> StreamUnavailable
     user = settings.sasl_username or "ANONYMOUS"
     detail = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, kafka_errors.SaslAuthenticationFailedError):
-        return StreamRefused(
+        return StreamInvalid(
             f"{where} refused the login of user {user!r} by {settings.sasl_mechanism} ({detail}): "
             "check MOORLINE_STREAM__SASL_USERNAME and MOORLINE_STREAM__SASL_PASSWORD"
         )
     if isinstance(error, kafka_errors.UnsupportedSaslMechanismError):
-        return StreamRefused(
+        return StreamInvalid(
             f"{where} does not offer {settings.sasl_mechanism} ({detail}): "
             "correct MOORLINE_STREAM__SASL_MECHANISM"
         )
     if isinstance(error, kafka_errors.AuthorizationError):
-        return StreamRefused(_missing_permission(where, user, error, detail))
+        return StreamInvalid(_missing_permission(where, user, error, detail))
     if isinstance(error, ssl.SSLError) or "SSL" in detail or "CERTIFICATE" in detail:
         remedy = (
             "point MOORLINE_STREAM__SSL_CAFILE at the certificate that signed the broker's"
             if "CERTIFICATE_VERIFY_FAILED" in detail
             else "check MOORLINE_STREAM__SECURITY_PROTOCOL and the port"
         )
-        kind = StreamRefused if is_final(error) else StreamUnavailable
+        kind = StreamInvalid if is_final(error) else StreamUnavailable
         return kind(f"{where}: no TLS connection ({detail}): {remedy}")
     if isinstance(error, kafka_errors.BrokerResponseError):
         return StreamUnavailable(f"{where} could not do what was asked ({detail}): it is retried")

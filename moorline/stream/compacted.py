@@ -22,7 +22,7 @@ def publish_erasure(settings: StreamSettings, erasure: Erasure) -> None:
 
     Raises:
         StreamUnavailable: it was not acknowledged; try again.
-        StreamRefused: a login or permission is wrong.
+        StreamInvalid: a login or permission is wrong.
     """
     write_acknowledged(
         settings, Topic.ERASURES, erasure.key, erasure.to_bytes(), erasure.erasure_id, "forget"
@@ -39,7 +39,7 @@ def write_acknowledged(
 
     Raises:
         StreamUnavailable: it was not acknowledged; try again later.
-        StreamRefused: a login or permission is wrong.
+        StreamInvalid: a login or permission is wrong.
     """
     ensure_topics(settings)
     connection = connect(

@@ -13,7 +13,7 @@ from moorline.failpoints import failpoint
 from moorline.settings import StreamSettings
 from moorline.stream.client import (
     Connection,
-    StreamRefused,
+    StreamInvalid,
     close_producer,
     connect,
     explained,
@@ -52,7 +52,7 @@ class DeadLetters:
 
         Raises:
             StreamUnavailable: no broker answered.
-            StreamRefused: a login or permission is wrong.
+            StreamInvalid: a login or permission is wrong.
         """
         with self._lock:
             self._connected()
@@ -65,7 +65,7 @@ class DeadLetters:
 
         Raises:
             StreamUnavailable: it was not acknowledged; do not move on, try again.
-            StreamRefused: a login or permission is wrong; likewise.
+            StreamInvalid: a login or permission is wrong; likewise.
         """
         headers = record.headers + origin_headers(self._settings, record, reason, stage)
         with self._lock:
@@ -77,7 +77,7 @@ class DeadLetters:
                 try:
                     self._send(record, (record.value or b"")[:KEPT_BYTES], kept)
                 except _TooLargeError as error:
-                    raise StreamRefused(
+                    raise StreamInvalid(
                         f"topic {dlq_name(self._settings, record.topic)} takes no event of "
                         f"{KEPT_BYTES} bytes: run `kafka-configs.sh --alter --entity-type topics "
                         f"--entity-name {dlq_name(self._settings, record.topic)} --add-config "

@@ -61,7 +61,7 @@ class Link:
         connection = self._connection
         return connection.client if connection is not None else None
 
-    def mind(self, silence_seconds: float) -> BaseException | None:
+    def maintain(self, silence_seconds: float) -> BaseException | None:
         """Connect or examine when it is time. An exception says that the client is broken."""
         broken, self._broken = self._broken, None
         if broken is not None:

@@ -111,7 +111,7 @@ class Publisher:
         """Open the spool and begin. Needs no broker.
 
         Raises:
-            SpoolInUse: another process uses the spool directory.
+            SpoolLocked: another process uses the spool directory.
             OSError: the spool directory cannot be made or read.
         """
         if self._settings.spool_max_bytes > 0:
@@ -251,7 +251,7 @@ class Publisher:
 
     def _step(self) -> None:
         self._reap()
-        self._mind_the_link()
+        self._maintain_link()
         self._feed()
         backlog = self._spool is not None and self._spool.unread > 0
         if self._silent() or (self._queue and (backlog or not self._link.connected)):
@@ -312,11 +312,11 @@ class Publisher:
             self._queue.extendleft(reversed(loose))
             self._queue_bytes += sum(len(event.value) for event in loose)
 
-    def _mind_the_link(self) -> None:
+    def _maintain_link(self) -> None:
         silence = 0.0
         if self._window:
             silence = time.monotonic() - max(self._window[0].sent_at, self._progress_at)
-        verdict = self._link.mind(silence)
+        verdict = self._link.maintain(silence)
         if verdict is not None:
             self._take_back(verdict)
 

@@ -21,7 +21,7 @@ from moorline.failpoints import failpoint
 from moorline.settings import StreamSettings
 from moorline.stream.client import (
     Connection,
-    StreamRefused,
+    StreamInvalid,
     StreamUnavailable,
     connect,
     explained,
@@ -94,7 +94,7 @@ class Reader:
         Raises:
             StreamUnavailable: no broker answered in ``connect_timeout_seconds``, or a topic does
                 not exist yet.
-            StreamRefused: a login or permission is wrong, partition counts differ, a topic was
+            StreamInvalid: a login or permission is wrong, partition counts differ, a topic was
                 made again, or compaction takes events away; the message has the remedy.
         """
         if self._consumer is not None:
@@ -129,7 +129,7 @@ class Reader:
 
         Raises:
             StreamUnavailable: as ``connect``; or reading failed. The next ``poll`` tries again.
-            StreamRefused: as ``connect``.
+            StreamInvalid: as ``connect``.
         """
         self.connect()
         assert self._consumer is not None
@@ -251,7 +251,7 @@ class Reader:
         """Where to start in a partition, and what cannot be read.
 
         Raises:
-            StreamRefused: the topic was made again, and ``accept_new_topics`` is off.
+            StreamInvalid: the topic was made again, and ``accept_new_topics`` is off.
         """
         topic, partition = key
         ids = {topic_id for (other, _), (topic_id, _) in self._wanted.items() if other is topic}
@@ -270,7 +270,7 @@ class Reader:
     def _require_acceptance(self, topic: Topic) -> None:
         if not self._settings.accept_new_topics:
             name = topic_name(self._settings, topic)
-            raise StreamRefused(
+            raise StreamInvalid(
                 f"topic {name} was deleted and made again since it was last read: its old events "
                 "are gone and its offsets mean other events now. If that was intended, start once "
                 "with MOORLINE_STREAM__ACCEPT_NEW_TOPICS=true (it reads the new topic from its "
@@ -281,7 +281,7 @@ class Reader:
         """Whether we must begin again from our positions: new partitions, or accepted new topics.
 
         Raises:
-            StreamRefused: a topic was made again.
+            StreamInvalid: a topic was made again.
         """
         if states == self._states:
             return False
@@ -354,7 +354,7 @@ class Reader:
         """A partition of the same topic that ends before our position has lost records.
 
         Raises:
-            StreamRefused: there is one. Reading on would take new records for old ones.
+            StreamInvalid: there is one. Reading on would take new records for old ones.
         """
         ends = self._end_offsets(dict(self._next))
         for key, following in self._next.items():
@@ -362,7 +362,7 @@ class Reader:
             same = states[topic].topic_id == self._states[topic].topic_id
             if same and key in ends and ends[key] < following:
                 name = topic_name(self._settings, topic)
-                raise StreamRefused(
+                raise StreamInvalid(
                     f"topic {name} partition {partition} ends at {ends[key]}, but events up to "
                     f"{following} were read: the broker lost data. Restore it; or delete the topic "
                     "and start with MOORLINE_STREAM__ACCEPT_NEW_TOPICS=true"

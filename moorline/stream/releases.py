@@ -31,7 +31,7 @@ def publish_release(settings: StreamSettings, release: Release) -> None:
 
     Raises:
         StreamUnavailable: it was not acknowledged; try again later.
-        StreamRefused: a login or permission is wrong.
+        StreamInvalid: a login or permission is wrong.
     """
     event_id = f"{release.name}/{release.lease_epoch}"
     write_acknowledged(

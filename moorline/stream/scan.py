@@ -33,7 +33,7 @@ class Scanner:
 
     Raises:
         StreamUnavailable: no broker answered.
-        StreamRefused: a login or permission is wrong.
+        StreamInvalid: a login or permission is wrong.
     """
 
     def __init__(self, settings: StreamSettings, purpose: str, **options: Any) -> None:

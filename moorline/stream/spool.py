@@ -29,7 +29,7 @@ _LOCK = "lock"
 _LARGEST_SEGMENT_BYTES = 8 * 2**20
 
 
-class SpoolInUse(RuntimeError):
+class SpoolLocked(RuntimeError):
     """Another process uses this directory; the message says which directory and what to do."""
 
 
@@ -72,7 +72,7 @@ class Spool:
     Three positions, in order: acknowledged (``release``), read (``next``), written (``append``).
 
     Raises:
-        SpoolInUse: from the constructor, when another process holds the directory.
+        SpoolLocked: from the constructor, when another process holds the directory.
     """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
@@ -245,7 +245,7 @@ class Spool:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(handle)
-            raise SpoolInUse(
+            raise SpoolLocked(
                 f"another server uses the spool {self.directory}: stop it, or give this one its "
                 "own MOORLINE_STATE_DIR"
             ) from error

@@ -14,7 +14,7 @@ from kafka import errors as kafka_errors
 from kafka.admin import ConfigResource, ConfigResourceType
 
 from moorline.settings import StreamSettings
-from moorline.stream.client import StreamRefused, StreamUnavailable, admin_session
+from moorline.stream.client import StreamInvalid, StreamUnavailable, admin_session
 
 logger = logging.getLogger("moorline.stream")
 
@@ -93,7 +93,7 @@ def ensure_topics(settings: StreamSettings, horizon_seconds: float = 0.0) -> boo
 
     Raises:
         StreamUnavailable: no broker answered in ``connect_timeout_seconds``.
-        StreamRefused: a topic is missing and may not be created, has partitions that do not fit,
+        StreamInvalid: a topic is missing and may not be created, has partitions that do not fit,
             or would lose events by compaction; the message has the command that repairs it.
     """
     with admin_session(settings) as admin:
@@ -112,7 +112,7 @@ def describe(
     """Ids and partition counts of the topics that exist.
 
     Raises:
-        StreamRefused: we may not see a topic.
+        StreamInvalid: we may not see a topic.
     """
     names = {topic_name(settings, topic): topic for topic in topics}
     return {
@@ -159,13 +159,13 @@ def check_partitions(settings: StreamSettings, states: Mapping[Topic, TopicState
     """Check that the partition counts fit.
 
     Raises:
-        StreamRefused: they do not; with the command that repairs it.
+        StreamInvalid: they do not; with the command that repairs it.
     """
     joined = [states[topic] for topic in JOINED if topic in states]
     if len({state.partitions for state in joined}) > 1:
         fewer, more = sorted(joined, key=lambda state: state.partitions)
         name = topic_name(settings, fewer.topic)
-        raise StreamRefused(
+        raise StreamInvalid(
             f"topic {name} has {fewer.partitions} partitions and "
             f"{topic_name(settings, more.topic)} has {more.partitions}, but both must have the "
             f"same number: run `kafka-topics.sh --bootstrap-server {settings.bootstrap} --alter "
@@ -174,7 +174,7 @@ def check_partitions(settings: StreamSettings, states: Mapping[Topic, TopicState
     for topic in COMPACTED:
         if topic in states and states[topic].partitions != 1:
             name = topic_name(settings, topic)
-            raise StreamRefused(
+            raise StreamInvalid(
                 f"topic {name} has {states[topic].partitions} partitions, but it needs one order: "
                 f"delete it (`kafka-topics.sh --bootstrap-server {settings.bootstrap} --delete "
                 f"--topic {name}`) and start again; releases are in the artifact store too, and "
@@ -199,11 +199,11 @@ def check_not_compacted(settings: StreamSettings, configs: Mapping[str, Mapping[
     """Check that no event is removed because a later one has its key: all have a reply's id.
 
     Raises:
-        StreamRefused: a topic is compacted; with the command that repairs it.
+        StreamInvalid: a topic is compacted; with the command that repairs it.
     """
     for name in _names(settings, JOINED):
         if "compact" in configs.get(name, {}).get("cleanup.policy", ""):
-            raise StreamRefused(
+            raise StreamInvalid(
                 f"topic {name} is compacted: of all events of one reply the broker keeps only the "
                 f"last. {_alter(settings, name, 'cleanup.policy=delete')}"
             )
@@ -296,10 +296,10 @@ def _cannot_create(
     partitions: object,
     error: type[Exception],
     answer: Mapping[str, object],
-) -> StreamRefused:
+) -> StreamInvalid:
     detail = str(answer.get("error_message") or error.__name__)
     user = settings.sasl_username or "ANONYMOUS"
-    return StreamRefused(
+    return StreamInvalid(
         f"topic {name} is missing, and user {user!r} cannot create it ({detail}): run "
         f"`kafka-topics.sh --bootstrap-server {settings.bootstrap} --create --topic {name} "
         f"--partitions {partitions}`, or allow it: `kafka-acls.sh --add --allow-principal "

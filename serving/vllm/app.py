@@ -16,10 +16,10 @@ from moorline.pseudonyms import Pseudonyms
 from moorline.settings import Settings
 from moorline.store import ArtifactStore
 from serving.context import Admission, RequestMiddleware
+from serving.event_publisher import EventPublisher
 from serving.feedback import feedback_router
-from serving.outbox import Outbox
 from serving.recorder import Recorder
-from serving.route_allowlist import Door
+from serving.route_allowlist import RouteAllowlist
 from serving.status import Readiness, status_router
 from serving.strategies import AdapterFlip, Mechanism, WeightReload
 from serving.swap import SwapController
@@ -46,7 +46,7 @@ async def assemble(
     mode: str,
     model_dir: Path,
     base_model_digest: str,
-    outbox: Outbox,
+    outbox: EventPublisher,
 ) -> Parts:
     """Build the app around a started engine; nothing listens yet."""
     live, admission, readiness = LivePolicy(settings.alias), Admission(), Readiness()
@@ -61,7 +61,7 @@ async def assemble(
             record_user=settings.serving.record_user_field,
         )
     )
-    app.user_middleware.insert(0, Middleware(Door))
+    app.user_middleware.insert(0, Middleware(RouteAllowlist))
     app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
     recorder = Recorder(engine, settings.alias, outbox.interaction, lambda: live.version)
     recorder.install()

@@ -22,7 +22,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 
 
-class AdapterUnusable(ValueError):
+class AdapterInvalid(ValueError):
     """The adapter cannot be folded into this base model; nothing was changed."""
 
 
@@ -43,7 +43,7 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
     """A PEFT LoRA adapter, by the base weight's name (``model.layers.0.self_attn.q_proj.weight``).
 
     Raises:
-        AdapterUnusable: on anything but plain LoRA on linear layers.
+        AdapterInvalid: on anything but plain LoRA on linear layers.
     """
     config = json.loads((directory / ADAPTER_CONFIG).read_text())
     for option in (
@@ -54,9 +54,9 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
         "fan_in_fan_out",
     ):
         if config.get(option):
-            raise AdapterUnusable(f"the adapter uses {option}, which cannot be merged here")
+            raise AdapterInvalid(f"the adapter uses {option}, which cannot be merged here")
     if config.get("bias", "none") != "none":
-        raise AdapterUnusable("the adapter trains biases, which cannot be merged here")
+        raise AdapterInvalid("the adapter trains biases, which cannot be merged here")
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -68,7 +68,7 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
             continue
         partner = f"{_PEFT_PREFIX}{module}.lora_B.weight"
         if part != "A.weight" or partner not in tensors:
-            raise AdapterUnusable(f"the adapter holds {name}, which is not half of a LoRA pair")
+            raise AdapterInvalid(f"the adapter holds {name}, which is not half of a LoRA pair")
         changes[f"{module}.weight"] = LowRank(
             a=tensors[name].float(), b=tensors[partner].float(), scale=scale
         )
@@ -79,7 +79,7 @@ def check_fits(changes: dict[str, LowRank], base_dir: Path) -> None:
     """Refuse before anything is touched: every target exists in the base, with this shape.
 
     Raises:
-        AdapterUnusable: naming the first weight that does not fit.
+        AdapterInvalid: naming the first weight that does not fit.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(base_dir.glob("*.safetensors")):
@@ -88,7 +88,7 @@ def check_fits(changes: dict[str, LowRank], base_dir: Path) -> None:
     for name, change in changes.items():
         wanted = (change.b.shape[0], change.a.shape[1])
         if shapes.get(name) != wanted or change.b.shape[1] != change.a.shape[0]:
-            raise AdapterUnusable(
+            raise AdapterInvalid(
                 f"{name} is {shapes.get(name, 'absent')} in the base model, "
                 f"the adapter changes {wanted}"
             )

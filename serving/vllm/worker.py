@@ -43,7 +43,7 @@ class WorkerExtension:
             How many weight matrices it changes.
 
         Raises:
-            AdapterUnusable: nothing was changed.
+            AdapterInvalid: nothing was changed.
         """
         from serving.vllm.merge import check_fits, read_adapter
 

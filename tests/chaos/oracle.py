@@ -37,7 +37,7 @@ class Decision:
     """What became of it: "v7 <artifact> <examples>", a rejection's reason, or "no update"."""
     offsets: Mapping[Place, int]
     """How far the stream had been read."""
-    not_run_again: frozenset[int]
+    behaviour_policies_unavailable: frozenset[int]
     """Versions of behaviour policies whose adapters were gone or damaged."""
 
 
@@ -93,7 +93,12 @@ def decisions(ledger: LedgerReader) -> list[Decision]:
 
     everything = 10**9
     found = [
-        Decision(one.created_at, _name(one), places(one.offsets), frozenset(one.not_run_again))
+        Decision(
+            one.created_at,
+            _name(one),
+            places(one.offsets),
+            frozenset(one.behaviour_policies_unavailable),
+        )
         for one in ledger.releases(everything)
     ]
     others = [
@@ -102,7 +107,7 @@ def decisions(ledger: LedgerReader) -> list[Decision]:
     ]
     for name, one in others:
         record = json.loads(one["record"])
-        lost = frozenset(map(int, record["not_run_again"]))
+        lost = frozenset(map(int, record["behaviour_policies_unavailable"]))
         found.append(Decision(one["at"], name, places(record["offsets"]), lost))
     return sorted(found, key=lambda one: one.at)
 
@@ -198,9 +203,9 @@ def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Deci
         loop = started()
         for decision in (*made, NOTHING_DECIDED):
             with ExitStack() as faults:
-                if decision.not_run_again:
+                if decision.behaviour_policies_unavailable:
                     loop = started()  # one that has them in memory would not notice
-                for version in decision.not_run_again:
+                for version in decision.behaviour_policies_unavailable:
                     faults.enter_context(damaged(store, ledger.release(version)))
                 loop.cycle()
     finally:

@@ -100,8 +100,8 @@ class World:
         else:
             self._embedded = EmbeddedBroker(log=root / "broker.log")
             self.bootstrap = self._embedded.start()
-        canaries = root / "canaries.jsonl"
-        canaries.write_text("".join(json.dumps(row) + "\n" for row in CANARIES))
+        probes = root / "probes.jsonl"
+        probes.write_text("".join(json.dumps(row) + "\n" for row in CANARIES))
         self.variables = {
             f"MOORLINE_{name}": value
             for name, value in {
@@ -109,7 +109,7 @@ class World:
                 "STATE_DIR": str(self.state_dir),
                 "MODEL__PATH": str(model_dir),
                 "STREAM__BOOTSTRAP": self.bootstrap,
-                "GATE__CANARIES": str(canaries),
+                "GATE__CANARIES": str(probes),
                 "UPDATER__PORT": str(free_port("127.0.0.1")),
                 **STREAM_SETTINGS,
                 **UPDATER_SETTINGS,

@@ -162,7 +162,7 @@ def record(store: ArtifactStore, version: int) -> Release:
         step_scale=0.5,
         divergences=tuple(
             Divergence(
-                reference=reference,
+                measured_from=reference,
                 tokens_from="traffic",
                 mean_kl_nats=0.03125,
                 max_prompt_kl_nats=0.1,
@@ -475,7 +475,7 @@ def test_rollback_to_what_was_withdrawn_is_refused(state: Path, store: ArtifactS
     clean = store.release("assistant", 1)
     back = {"version": 3, "parent": 1, "restores": 1}
     store.record_release(clean.model_copy(update=back))
-    assert "withdrawn for an erasure" in refusal("rollback", "--to", "2", state=state)
+    assert "revoked for an erasure" in refusal("rollback", "--to", "2", state=state)
     assert store.pinned("assistant") is None
     moorline("rollback", "--to", "1", state=state)
 

@@ -7,6 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from tests.updater.ledger.test_books import moorline
 
 from moorline.events import Fate
 from moorline.pseudonyms import Pseudonyms
@@ -20,9 +21,8 @@ from tests.updater.ledger.fixtures import (
     rating,
     release,
 )
-from tests.updater.ledger.test_books import moorline
 from updater.ledger import Ledger
-from updater.ledger.books import Books
+from updater.ledger.inspection import LedgerInspector
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def state(tmp_path: Path) -> Path:
 
 
 def erased(state: Path) -> dict[str, int]:
-    with Books(state / "ledger.sqlite") as books:
-        fates = books.accounting().fates
-        assert books.audit() == []
+    with LedgerInspector(state / "ledger.sqlite") as inspector:
+        fates = inspector.accounting().fates
+        assert inspector.audit() == []
     return {topic: by[Fate.ERASED] for topic, by in fates.items() if Fate.ERASED in by}
 
 
@@ -62,7 +62,7 @@ def test_a_user_is_found_by_the_name_that_clients_use(state: Path) -> None:
 
 def test_for_programs(state: Path) -> None:
     code, told = moorline(
-        "forget", "--interaction", "r1", "--replay", "--yes", "--json", state=state
+        "forget", "--interaction", "r1", "--revoke", "--yes", "--json", state=state
     )
     assert code == 0
     found = json.loads(told)
@@ -71,17 +71,17 @@ def test_for_programs(state: Path) -> None:
         "interactions": 1,
         "feedback": 1,
         "releases": [1],
-        "clean_ancestor": 0,
-        "replay": True,
-        "restored_as": None,
+        "last_clean_version": 0,
+        "revoke": True,
+        "revocation_version": None,
     }
     with Ledger(state / "ledger.sqlite", horizon_seconds=HORIZON) as ledger:
-        assert ledger.replay_wanted() == 0
-        ledger.commit_restoration(release(ledger, restores=0))
+        assert ledger.revocation_wanted() == 0
+        ledger.commit_revocation(release(ledger, revokes_after=0))
     assert "for an erasure" in moorline("lineage", "1", state=state)[1]
     assert "restores" in moorline("lineage", "2", state=state)[1]
     assert [
-        json.loads(moorline("lineage", number, "--json", state=state)[1])["withdrawn"]
+        json.loads(moorline("lineage", number, "--json", state=state)[1])["revoked"]
         for number in ("1", "2")
     ] == [True, False]
 
@@ -121,7 +121,7 @@ def test_an_erased_event_is_explained_without_its_rater(state: Path) -> None:
     assert moorline("forget", "--user", "ana", "--yes", state=state)[0] == 0
     code, told = moorline("explain", "r3", state=state)
     assert code == 0
-    assert "Now: it was withdrawn by its subject." in told
+    assert "Now: it was revoked by its subject." in told
     for asked in ("r1", "r2", "feedback.v1/0/2"):
         code, told = moorline("explain", asked, state=state)
         assert code == 0

@@ -252,11 +252,11 @@ def test_updater_that_cannot_run_does_not_stop_the_server_and_is_tried_again(
     plant: Callable[..., Tree], tmp_path: Path
 ) -> None:
     hopeless = script(
-        "updater", "raise SystemExit('no canaries')", essential=False, ready_url="tcp://127.0.0.1:1"
+        "updater", "raise SystemExit('no probes')", essential=False, ready_url="tcp://127.0.0.1:1"
     )
     tree = plant([worker(tmp_path, "server"), hopeless], restart={"rest_seconds": 0.1})
     said = tree.wait_for("gave_up", "updater")
-    assert "no canaries" in said
+    assert "no probes" in said
     assert "the others go on" in said
     tree.wait_for("gave_up", "updater")
     assert tree.process.poll() is None

@@ -214,14 +214,18 @@ def test_a_behaviour_policy_that_was_damaged_is_damaged_again(
     ]
     log = a_log(replies[:18] + late)
     whole = [decided_at(4), decided_at(9), decided_at(13)]
-    without = [*whole[:2], replace(whole[2], not_run_again=frozenset({1}))]
+    without = [*whole[:2], replace(whole[2], behaviour_policies_unavailable=frozenset({1}))]
     sound = run_reference(settings_in("sound"), log, whole)
     damaged = run_reference(settings_in("damaged"), log, without)
     assert damaged.weights[:2] == sound.weights[:2]
     assert damaged.decisions != sound.decisions
     with Ledger.open_readonly(settings_in("damaged").ledger_path) as ledger:
         made = decisions(ledger)
-    assert [one.not_run_again for one in made] == [frozenset(), frozenset(), frozenset({1})]
+    assert [one.behaviour_policies_unavailable for one in made] == [
+        frozenset(),
+        frozenset(),
+        frozenset({1}),
+    ]
     assert run_reference(settings_in("again"), log, made) == damaged
 
 

@@ -26,7 +26,7 @@ from moorline.stream import (
     DeadLetters,
     GapCause,
     Reader,
-    StreamRefused,
+    StreamInvalid,
     Topic,
     dlq_name,
     ensure_topics,
@@ -39,7 +39,7 @@ from tests.updater.ledger.fixtures import VOCABULARY, interaction, rating
 from updater.audit import audit_stream
 from updater.ingest import Ingest
 from updater.ledger import Ledger
-from updater.ledger.books import Books
+from updater.ledger.inspection import LedgerInspector
 
 pytest_plugins = ("tests.kafka_fixtures",)
 
@@ -125,8 +125,8 @@ def altered(event: Any, **fields: object) -> bytes:
 
 def balanced(settings: StreamSettings, path: Path) -> bool:
     """Recount, and compare with the stream."""
-    with Books(path) as books:
-        return not (books.audit() or audit_stream(settings, books).differences)
+    with LedgerInspector(path) as inspector:
+        return not (inspector.audit() or audit_stream(settings, inspector).differences)
 
 
 # --- row 9: what nobody can read ----------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_a_topic_made_again_is_not_read_until_the_operator_says_so(
     for _ in range(2):
         with (
             intake(settings, path) as (ingest, ledger),
-            pytest.raises(StreamRefused, match="MOORLINE_STREAM__ACCEPT_NEW_TOPICS=true"),
+            pytest.raises(StreamInvalid, match="MOORLINE_STREAM__ACCEPT_NEW_TOPICS=true"),
         ):
             ingest.step(0.2)
     accepting = settings.model_copy(update={"accept_new_topics": True})
@@ -379,5 +379,5 @@ def test_a_stopped_updater_that_wakes_up_after_a_takeover_writes_nothing(tmp_pat
     with Ledger(path) as ledger:
         assert ledger.audit() == []
         assert ledger.accounting().total == 3
-    with Books(path) as books:
-        assert [bool(books.stories(word)) for word in "abcd"] == [True, True, False, True]
+    with LedgerInspector(path) as inspector:
+        assert [bool(inspector.histories(word)) for word in "abcd"] == [True, True, False, True]

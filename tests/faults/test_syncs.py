@@ -253,7 +253,7 @@ def batches() -> list[list[Any]]:
     ]
 
 
-def books(path: Path) -> tuple[dict[str, Any], Any]:
+def recount(path: Path) -> tuple[dict[str, Any], Any]:
     with Ledger.open_readonly(path) as reader:
         assert reader.audit() == []
         return reader.accounting().as_dict(), reader.offsets()
@@ -279,7 +279,7 @@ def test_a_transaction_that_could_not_be_synced_is_made_again(
     assert "disk I/O error" in refusals[0]
     assert "check free space" in refusals[0]
     if fate == "die":  # on a disk that may hold the frames after all: before or after, not between
-        books(path)
+        recount(path)
         with Ledger(path) as ledger:
             for batch in batches():
                 ledger.ingest(batch)
@@ -287,7 +287,7 @@ def test_a_transaction_that_could_not_be_synced_is_made_again(
     with Ledger(reference) as ledger:
         for batch in batches():
             ledger.ingest(batch)
-    assert books(path) == books(reference)
+    assert recount(path) == recount(reference)
 
 
 LOOP = """

@@ -246,12 +246,12 @@ def test_an_example_that_kills_the_process_is_rejected_in_the_end_and_the_others
         updater = start(deadly=deadly)
         assert updater.end(seconds=90) == -signal.SIGKILL, updater.said()
     updater = start(deadly=deadly)
-    updater.wait_said("reason=update_killed")
+    updater.wait_said("reason=update_crashed")
     conversations.send(stream, 1)
     updater.wait_version(1)
     assert updater.stop() == 0
     found = outcome(tmp_path / "state")
-    assert found["accounting"]["reasons"]["feedback.v1"]["rejected"] == {"update_killed": 1}
+    assert found["accounting"]["reasons"]["feedback.v1"]["rejected"] == {"update_crashed": 1}
     assert found["accounting"]["topics"]["feedback.v1"] == {
         "rejected": 1,
         "trained": BATCH,

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from tests.updater.ledger.test_books import moorline
 
 from moorline.settings import StreamSettings
 from moorline.stream import Publisher, Topic, ensure_topics, topic_name
 from tests.integration.test_ingest_stream import read
 from tests.kafka_fixtures import wait_until
 from tests.updater.ledger.fixtures import interaction, rating
-from tests.updater.ledger.test_books import moorline
 from updater.audit import StreamAudit, audit_stream
-from updater.ledger.books import Books
+from updater.ledger.inspection import LedgerInspector
 
 pytest_plugins = ("tests.kafka_fixtures",)
 
@@ -62,8 +62,8 @@ def publish(settings: StreamSettings, spool: Path, names: range) -> None:
 
 
 def audited(settings: StreamSettings, state: Path) -> StreamAudit:
-    with Books(state / "ledger.sqlite") as books:
-        return audit_stream(settings, books)
+    with LedgerInspector(state / "ledger.sqlite") as inspector:
+        return audit_stream(settings, inspector)
 
 
 def command(settings: StreamSettings, state: Path, *more: str) -> tuple[int, str]:

@@ -36,7 +36,7 @@ from moorline.stream import (
     Reader,
     Record,
     ReleaseFollower,
-    StreamRefused,
+    StreamInvalid,
     StreamUnavailable,
     Topic,
     dlq_name,
@@ -267,7 +267,7 @@ def test_a_topic_made_again_is_refused_and_then_accepted_by_the_operator(
     def refused() -> bool:
         try:
             assert reader.poll(500, 0.2) == []
-        except StreamRefused as error:
+        except StreamInvalid as error:
             return "MOORLINE_STREAM__ACCEPT_NEW_TOPICS=true" in str(error)
         return False
 
@@ -338,7 +338,7 @@ def test_a_stored_offset_past_the_end_is_refused(settings: StreamSettings, start
     def refused() -> bool:
         try:
             later.poll(10, 0.5)
-        except StreamRefused as error:
+        except StreamInvalid as error:
             return "lost data" in str(error)
         return False
 
@@ -364,7 +364,7 @@ def test_partitions_that_are_added_to_both_topics_are_read(
     def refused() -> bool:
         try:
             reader.poll(10, 0.5)
-        except StreamRefused as error:
+        except StreamInvalid as error:
             return "--partitions 6" in str(error)
         return False
 
@@ -378,7 +378,7 @@ def test_partitions_that_are_added_to_both_topics_are_read(
     more: list[Record] = []
 
     def read_on() -> bool:
-        with contextlib.suppress(StreamRefused):  # the broker tells of new ones a little later
+        with contextlib.suppress(StreamInvalid):  # the broker tells of new ones a little later
             more.extend(reader.poll(100, 0.5))
         return len(more) >= 6
 
@@ -614,7 +614,7 @@ def plain(broker: ApacheKafka, settings: StreamSettings) -> StreamSettings:
 def refusal(work: Callable[[], object], within_seconds: float = 5.0) -> str:
     """The message of the refusal, which must come well before the connection's time-out."""
     began = time.monotonic()
-    with pytest.raises(StreamRefused) as raised:
+    with pytest.raises(StreamInvalid) as raised:
         work()
     assert time.monotonic() - began < within_seconds
     assert "right-password" not in str(raised.value)
@@ -678,7 +678,7 @@ def test_missing_permissions_are_said_and_work_when_they_are_granted(
     records: list[Record] = []
 
     def read_on() -> bool:
-        with contextlib.suppress(StreamRefused):  # brokers learn of a permission a little later
+        with contextlib.suppress(StreamInvalid):  # brokers learn of a permission a little later
             records.extend(reader.poll(100, 0.5))
         return len(records) >= 50
 
@@ -721,7 +721,7 @@ def test_no_permission_on_the_group_costs_only_the_lag_tools(
     def reads() -> bool:
         try:
             return reader.poll(1, 0.1) == []
-        except StreamRefused:
+        except StreamInvalid:
             return False
 
     wait_until(reads)

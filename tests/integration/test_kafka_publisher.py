@@ -17,7 +17,7 @@ import pytest
 from daemon.broker import EmbeddedBroker, free_port
 from moorline import metrics
 from moorline.settings import StreamSettings
-from moorline.stream import Publisher, Reader, Record, SpoolInUse, Topic
+from moorline.stream import Publisher, Reader, Record, SpoolLocked, Topic
 from tests.kafka_fixtures import wait_until
 
 pytest_plugins = ("tests.kafka_fixtures",)
@@ -261,7 +261,7 @@ def test_no_broker_configured_still_serves(make: Make) -> None:
 
 def test_two_servers_do_not_share_a_spool(stream_settings: StreamSettings, make: Make) -> None:
     make(stream_settings)
-    with pytest.raises(SpoolInUse):
+    with pytest.raises(SpoolLocked):
         make(stream_settings)
 
 

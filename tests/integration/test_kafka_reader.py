@@ -21,7 +21,7 @@ from moorline.stream import (
     Reader,
     Record,
     ReleaseFollower,
-    StreamRefused,
+    StreamInvalid,
     StreamUnavailable,
     Topic,
     dlq_name,
@@ -229,7 +229,7 @@ def test_a_topic_made_again_is_refused_with_the_remedy(
     fresh = Reader(stream_settings, BOTH)
     fresh.seek(positions)
     for _ in range(2):  # it stays refused
-        with pytest.raises(StreamRefused, match="MOORLINE_STREAM__ACCEPT_NEW_TOPICS=true"):
+        with pytest.raises(StreamInvalid, match="MOORLINE_STREAM__ACCEPT_NEW_TOPICS=true"):
             fresh.poll(10, 0.5)
     fresh.close()
 
@@ -249,7 +249,7 @@ def test_a_topic_made_again_while_reading_never_passes_for_the_old_one(
     def refused() -> bool:
         try:
             assert reader.poll(500, 0.2) == []
-        except StreamRefused:
+        except StreamInvalid:
             return True
         return False
 
@@ -286,7 +286,7 @@ def test_different_partition_counts_are_refused(
         options = {"num_partitions": partitions, "replication_factor": 1}
         admin.create_topics({topic_name(stream_settings, topic): options})
     for attempt in (lambda: ensure_topics(stream_settings), lambda: reader.poll(1, 0.1)):
-        with pytest.raises(StreamRefused, match=r"--alter --topic \S*feedback.v1 --partitions 4"):
+        with pytest.raises(StreamInvalid, match=r"--alter --topic \S*feedback.v1 --partitions 4"):
             attempt()
 
 
@@ -321,14 +321,14 @@ def check_configs(
     reader = Reader(compacted, BOTH)
     remake("compacted.", Topic.INTERACTIONS)
     for attempt in (lambda: ensure_topics(compacted), lambda: reader.poll(1, 0.1)):
-        with pytest.raises(StreamRefused, match=r"feedback.v1 is compacted.*policy=delete`"):
+        with pytest.raises(StreamInvalid, match=r"feedback.v1 is compacted.*policy=delete`"):
             attempt()
     reader.close()
     buried = remake("buried.", Topic.FEEDBACK)
     options = {"num_partitions": 1, "replication_factor": 1}
     policy = {"configs": {"cleanup.policy": "compact"}}
     admin.create_topics({dlq_name(buried, Topic.FEEDBACK): options | policy})
-    with pytest.raises(StreamRefused, match=r"feedback.v1.dlq is compacted"):
+    with pytest.raises(StreamInvalid, match=r"feedback.v1.dlq is compacted"):
         ensure_topics(buried)
 
 

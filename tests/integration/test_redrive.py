@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.updater.ledger.test_books import moorline
 
 from moorline.events import Fate, Reason
 from moorline.settings import StreamSettings
@@ -25,8 +26,7 @@ from moorline.stream.redrive import (
 from moorline.stream.scan import Scanner
 from tests.integration.test_ingest_stream import read
 from tests.updater.ledger.fixtures import interaction, rating
-from tests.updater.ledger.test_books import moorline
-from updater.ledger.books import Books
+from updater.ledger.inspection import LedgerInspector
 
 pytest_plugins = ("tests.kafka_fixtures",)
 
@@ -166,10 +166,10 @@ def test_a_redriven_record_has_a_new_offset_with_a_fate_of_its_own(
     (tmp_path / "redriven.json").unlink()  # as if a kill had come before it was written
     assert len(redrive(settings, tmp_path)) == 2
     read(settings, path, until_total=4)
-    with Books(path) as books:
-        assert books.count_ready() == 1
-        assert books.audit() == []
-        assert books.accounting().fates == {
+    with LedgerInspector(path) as inspector:
+        assert inspector.count_ready() == 1
+        assert inspector.audit() == []
+        assert inspector.accounting().fates == {
             topic: {Fate.PENDING: 1, Fate.DUPLICATE: 1} for topic in (REPLIES, RATINGS)
         }
     code, text = moorline("audit", *options(settings), state=tmp_path)
@@ -237,8 +237,8 @@ def test_kill_nine_between_sending_and_noting_loses_nothing(
     assert len(redrive(settings, tmp_path)) == 5, "none was noted"
     assert redrive(settings, tmp_path) == []
     read(settings, tmp_path / "ledger.sqlite", until_total=10)
-    with Books(tmp_path / "ledger.sqlite") as books:
-        fates = books.accounting().fates[RATINGS]
+    with LedgerInspector(tmp_path / "ledger.sqlite") as inspector:
+        fates = inspector.accounting().fates[RATINGS]
     assert fates == {Fate.PENDING: 5, Fate.DUPLICATE: 5}
 
 

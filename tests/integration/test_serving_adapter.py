@@ -129,8 +129,8 @@ def test_pinning_the_base_model_and_back(served: Served, lineage: Lineage) -> No
 def test_a_restored_version_serves_the_bytes_of_its_ancestor(
     served: Served, lineage: Lineage
 ) -> None:
-    clean, withdrawn = lineage.release(), lineage.release()
-    served.server.wait_version(withdrawn)
+    clean, revoked = lineage.release(), lineage.release()
+    served.server.wait_version(revoked)
     restored = lineage.restore(clean)
     served.server.wait_version(restored)
     reply = one_reply(served.server)

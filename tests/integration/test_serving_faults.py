@@ -177,7 +177,7 @@ def test_where_nobody_knows_what_is_wanted_a_start_serves_the_base_model(
     wait_for(lambda: server.status()["store_wait_seconds"] == 0)
     time.sleep(3)  # several looks
     assert server.status()["policy_version"] == 0
-    assert server.log.read_text(errors="replace").count("pin_unreadable") == 1
+    assert server.log.read_text(errors="replace").count("pin_invalid") == 1
 
     server.store.pin("assistant", 1, "written anew")
     server.wait_version(1)

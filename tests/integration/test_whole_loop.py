@@ -263,17 +263,21 @@ def test_what_had_learned_from_an_erased_person_is_not_served_any_more(
 ) -> None:
     store = ArtifactStore(up.state_dir / "store")
     releases = [store.release("assistant", version) for version in (1, 2)]
-    clean, stained = (  # copies: a withdrawn adapter is removed
+    clean, stained = (  # copies: a revoked adapter is removed
         Path(shutil.copytree(store.open(one.artifact_digest or "", one.files), tmp_path / one.name))
         for one in releases
     )
     assert up.distance_nats(tiny_model_dir, stained) < CLOSE_NATS
     assert up.distance_nats(tiny_model_dir, clean) > 10 * CLOSE_NATS
 
-    forgotten = up.command("forget", "--user", "eve", "--replay", "--yes", "--json")
+    forgotten = up.command("forget", "--user", "eve", "--revoke", "--yes", "--json")
     assert forgotten.returncode == 0, forgotten.stderr
     result = json.loads(forgotten.stdout)["result"]
-    assert (result["interactions"], result["releases"], result["clean_ancestor"]) == (BATCH, [2], 1)
+    assert (result["interactions"], result["releases"], result["last_clean_version"]) == (
+        BATCH,
+        [2],
+        1,
+    )
     wait_for(lambda: up.ask(1).model == "assistant@v000003", 60)
     assert up.serves(3)
     assert store.release("assistant", 3).artifact_digest == releases[0].artifact_digest

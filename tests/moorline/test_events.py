@@ -115,7 +115,7 @@ def releases(draw: st.DrawFn) -> Release:
     )
     divergence = Divergence(
         reference=draw(st.sampled_from(["live", "anchor"])),
-        tokens_from=draw(st.sampled_from(["traffic", "canaries"])),
+        tokens_from=draw(st.sampled_from(["traffic", "probes"])),
         mean_kl_nats=draw(finite),
         max_prompt_kl_nats=draw(finite),
         tokens=draw(counts),
@@ -139,7 +139,7 @@ def releases(draw: st.DrawFn) -> Release:
 @st.composite
 def erasures(draw: st.DrawFn) -> Erasure:
     if draw(st.booleans()):
-        return Erasure(interaction_id=draw(identifiers), replay=draw(st.booleans()))
+        return Erasure(interaction_id=draw(identifiers), revoke=draw(st.booleans()))
     users = draw(st.lists(hashes, max_size=3))
     tenant = draw(short_texts if not users else st.none() | short_texts)
     return Erasure(users=tuple(users), tenant=tenant, erased_at=draw(unix_seconds))
@@ -297,7 +297,7 @@ def test_an_erasure_names_one_subject_and_no_name(fields: dict[str, Any]) -> Non
 
 def test_an_erasure_is_keyed_by_its_subject() -> None:
     ana, ben = user_digest("ana"), user_digest("ben")
-    assert Erasure(users=(ana, ben)).key == Erasure(users=(ben, ana), replay=True).key
+    assert Erasure(users=(ana, ben)).key == Erasure(users=(ben, ana), revoke=True).key
     subjects = [
         Erasure(users=(ana,)),
         Erasure(users=(ana,), tenant="acme"),

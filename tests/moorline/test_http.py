@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from moorline.http import PortUnavailable, StatusServer, Unreachable, base_url, request_json
+from moorline.http import PortUnavailable, ServerUnavailable, StatusServer, base_url, request_json
 
 
 class Process:
@@ -59,7 +59,7 @@ def test_metrics_page_is_prometheus_text(server: StatusServer) -> None:
 
 def test_broken_status_does_not_end_the_server(server: StatusServer, process: Process) -> None:
     process.state = {}
-    with pytest.raises(Unreachable, match="answered 500"):
+    with pytest.raises(ServerUnavailable, match="answered 500"):
         request_json("GET", f"{server.url}/status")
     assert httpx.get(f"{server.url}/healthz").status_code == 200
 
@@ -83,7 +83,7 @@ def test_client_that_resets_is_one_debug_line(
 
 
 def test_unknown_page_is_404(server: StatusServer) -> None:
-    with pytest.raises(Unreachable, match="answered 404"):
+    with pytest.raises(ServerUnavailable, match="answered 404"):
         request_json("GET", f"{server.url}/nothing")
 
 
@@ -107,14 +107,16 @@ def test_closing_frees_the_port(process: Process) -> None:
 def test_nobody_there_says_where_and_why() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with pytest.raises(Unreachable, match=rf"nothing answers at .*:{port}/status \(.*refused\)"):
+    with pytest.raises(
+        ServerUnavailable, match=rf"nothing answers at .*:{port}/status \(.*refused\)"
+    ):
         request_json("GET", f"http://127.0.0.1:{port}/status")
 
 
 def test_silence_is_a_time_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/status"
-        with pytest.raises(Unreachable, match="no answer in time"):
+        with pytest.raises(ServerUnavailable, match="no answer in time"):
             request_json("GET", url, timeout_seconds=0.2)
 
 

@@ -19,7 +19,7 @@ UNITLESS = {
     "moorline_step_scale",
     "moorline_store_newest_version",
     "moorline_update_alarm",
-    "moorline_update_deaths",
+    "moorline_update_crashes",
     "moorline_update_diagnostic",
     "moorline_updater_phase",
 }

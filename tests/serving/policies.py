@@ -53,7 +53,7 @@ class Lineage:
         return release.version
 
     def restore(self, ancestor: int) -> int:
-        """What an erasure's replay does: the bytes of ``ancestor`` again, as a new version."""
+        """What a revocation does: the bytes of ``ancestor`` again, as a new version."""
         version = max(self.adapters) + 1
         self.adapters[version] = self.adapters[ancestor]
         changes = {"version": version, "parent": ancestor, "restores": ancestor}

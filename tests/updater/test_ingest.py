@@ -22,7 +22,7 @@ from moorline.events import (
 )
 from moorline.settings import SIGNALS
 from moorline.stream import Gap, GapCause, Record, StreamUnavailable, Topic
-from tests.updater import ledger_fixtures
+from tests.updater.ledger import fixtures as ledger_fixtures
 from tests.updater.ledger.fixtures import (
     HORIZON,
     NOW,

@@ -21,14 +21,14 @@ from moorline.stream import Gap, Record, StreamUnavailable, Topic
 from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
 from updater.ingest import Ingest
 from updater.learning.behaviour import Archive
-from updater.learning.chat_template import ChatTokens
-from updater.learning.policy import Policy, ReleaseUnfit
-from updater.learning.staleness import Look
+from updater.learning.chat_template import ChatTemplate
+from updater.learning.policy import Policy, ReleaseInvalid
+from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import Proposal, Trainer
 from updater.ledger import Ledger, LedgerUnavailable
 from updater.loop import Loop
 from updater.progress import Phase, Progress
-from updater.safety import Gate, load_canaries
+from updater.safety import Gate, load_probes
 from updater.safety.trust_region import TrustRegion
 from updater.values import Batch
 
@@ -107,10 +107,10 @@ class Updater:
         self.policy = Policy(model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=0)
         self.ledger = Ledger(self.settings.ledger_path, horizon_seconds=learning.horizon_seconds)
         self.store = ArtifactStore(self.settings.store_dir)
-        canaries = load_canaries(None, model_dir)
-        region = TrustRegion(self.policy, canaries.sequences, self.settings.bound, 512)
+        probes = load_probes(None, model_dir)
+        region = TrustRegion(self.policy, probes.sequences, self.settings.bound, 512)
         archive = Archive(self.policy, self.store, self.ledger.release)
-        self.trainer = Trainer(self.policy, learning, archive, ChatTokens(model_dir))
+        self.trainer = Trainer(self.policy, learning, archive, ChatTemplate(model_dir))
         self.loop = Loop(
             self.settings,
             ingest=Ingest(
@@ -127,7 +127,7 @@ class Updater:
             policy=self.policy,
             trainer=self.trainer,
             trust_region=region,
-            gate=Gate(self.policy, canaries, region, self.store, self.settings.gate),
+            gate=Gate(self.policy, probes, region, self.store, self.settings.gate),
             publish=self._publish,
             base_model_digest=model_digest(model_dir),
             software={},
@@ -186,10 +186,8 @@ def test_feedback_becomes_a_release_that_accounts_for_it(
     assert release == updater.store.release(ALIAS, 1)
     assert updater.fates() == {Fate.TRAINED: 4}
     assert updater.fates(Topic.INTERACTIONS) == {Fate.TRAINED: 4, Fate.PENDING: 3}
-    assert {(one.reference, one.tokens_from) for one in release.divergences} == {
-        (reference, tokens)
-        for reference in ("live", "anchor")
-        for tokens in ("traffic", "canaries")
+    assert {(one.measured_from, one.tokens_from) for one in release.divergences} == {
+        (reference, tokens) for reference in ("live", "anchor") for tokens in ("traffic", "probes")
     }
     assert all(one.mean_kl_nats <= 0.5 for one in release.divergences)
     directory = updater.store.open(str(release.artifact_digest), release.files)
@@ -350,7 +348,7 @@ def test_a_release_of_another_rank_or_base_model_is_not_continued_from(
     if changes:
         config = model_dir / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    with pytest.raises(ReleaseUnfit, match=why):
+    with pytest.raises(ReleaseInvalid, match=why):
         Updater(model_dir, state_dir, **{"learning.lora_rank": rank})
 
 
@@ -422,7 +420,9 @@ class Refusing(Trainer):
     together = 10**9
     error: Exception = ValueError("somebody's words")
 
-    def propose(self, batch: Batch, seen: Look | None = None, **options: Any) -> Proposal:
+    def propose(
+        self, batch: Batch, seen: StalenessReport | None = None, **options: Any
+    ) -> Proposal:
         proposal = super().propose(batch, seen, **options)
         names = {one.example.interaction.interaction_id for one in batch.examples}
         if names & self.poison or len(names) >= self.together:

@@ -72,7 +72,7 @@ def update(model_dir: Path, state_dir: Path, armed: str) -> None:
     os.environ[failpoints.FAILPOINTS_VARIABLE] = armed
     for _ in range(4):
         updater.loop.cycle()
-    asked = Erasure(erasure_id="er-1", interaction_id="chatcmpl-5", replay=True)
+    asked = Erasure(erasure_id="er-1", interaction_id="chatcmpl-5", revoke=True)
     updater.tape.add(Topic.ERASURES, asked.to_bytes())
     updater.loop.cycle()
     updater.close()
@@ -107,7 +107,7 @@ def outcome(state_dir: Path) -> dict[str, Any]:
             "offsets": reader.offsets(),
             "releases": [(r.version, r.artifact_digest, r.examples_digest) for r in releases],
             "baselines": reader.baselines(),
-            "erased": (reader.erasure("er-1"), reader.withdrawn_versions()),
+            "erased": (reader.erasure("er-1"), reader.revoked_versions()),
             # Announced again after a kill is the same release again.
             "announced": list(dict.fromkeys((state_dir / "announced").read_text().splitlines())),
         }
@@ -139,6 +139,6 @@ def test_a_kill_anywhere_in_a_cycle_changes_nothing_of_the_end(
 def test_a_kill_between_a_withdrawal_and_its_announcement_changes_nothing_of_the_end(
     run: Callable[[Path, str], int], reference: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert run(tmp_path, "loop.after_restoration=kill@1") == -SIGKILL
+    assert run(tmp_path, "loop.after_revocation=kill@1") == -SIGKILL
     assert run(tmp_path, "") == 0
     assert outcome(tmp_path) == reference

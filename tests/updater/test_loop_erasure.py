@@ -16,8 +16,8 @@ from tests.updater.test_loop import Tape, Updater
 from updater.learning.policy import AdapterState
 
 
-def erase(updater: Updater, interaction_id: str, *, replay: bool = True) -> Erasure:
-    asked = Erasure(interaction_id=interaction_id, replay=replay)
+def erase(updater: Updater, interaction_id: str, *, revoke: bool = True) -> Erasure:
+    asked = Erasure(interaction_id=interaction_id, revoke=revoke)
     updater.tape.add(Topic.ERASURES, asked.to_bytes())
     return asked
 
@@ -41,9 +41,9 @@ def test_a_replay_returns_to_the_clean_release_and_learns_the_rest_anew(
 
     found = updater.ledger.erasure(asked.erasure_id)
     assert found is not None
-    assert (found.releases, found.clean_ancestor, found.restored_as) == ((2,), 1, 3)
+    assert (found.releases, found.last_clean_version, found.revocation_version) == ((2,), 1, 3)
     first, second, third = updater.published
-    assert (third.version, third.parent, third.restores) == (3, 1, 1)
+    assert (third.version, third.parent, third.revokes_after) == (3, 1, 1)
     assert third.artifact_digest == first.artifact_digest
     assert third == updater.store.release(ALIAS, 3)
     assert same(updater.trainer.live_adapter, clean)
@@ -77,7 +77,7 @@ def test_back_to_the_base_model_and_on_from_there(tiny_model_dir: Path, tmp_path
     erase(updater, "chatcmpl-1-0")
     updater.loop.cycle()
     second = updater.published[-1]
-    assert (second.version, second.restores, second.kind) == (2, 0, ReleaseKind.BASE)
+    assert (second.version, second.revokes_after, second.kind) == (2, 0, ReleaseKind.BASE)
     assert same(updater.trainer.live_adapter, base)
     updater.interact(1, seed=2)
     updater.loop.cycle()
@@ -96,9 +96,9 @@ def test_where_the_clean_bytes_are_gone_it_goes_further_back(
     updater.store.collect_garbage(ALIAS, set())
     erase(updater, "chatcmpl-2-0")
     updater.loop.cycle()
-    assert updater.published[2].restores == 0
+    assert updater.published[2].revokes_after == 0
     assert updater.published[3].parent == 3, "seven wait again: enough for the next release at once"
-    assert updater.ledger.withdrawn_versions() == {1, 2}
+    assert updater.ledger.revoked_versions() == {1, 2}
     assert updater.fates() == {Fate.TRAINED: 4, Fate.PENDING: 3, Fate.ERASED: 1}
     updater.close()
 
@@ -107,11 +107,11 @@ def test_without_replay_the_release_stays_and_says_so(tiny_model_dir: Path, tmp_
     updater = Updater(tiny_model_dir, tmp_path / "state")
     updater.interact(4, seed=1)
     updater.loop.cycle()
-    asked = erase(updater, "chatcmpl-1-0", replay=False)
+    asked = erase(updater, "chatcmpl-1-0", revoke=False)
     updater.loop.cycle()
     found = updater.ledger.erasure(asked.erasure_id)
     assert found is not None
-    assert (found.releases, found.clean_ancestor, found.replay) == ((1,), 0, False)
+    assert (found.releases, found.last_clean_version, found.revoke) == ((1,), 0, False)
     assert len(updater.published) == 1
     assert updater.fates() == {Fate.TRAINED: 4}
     updater.close()

@@ -133,13 +133,13 @@ def test_a_stream_that_pushes_one_way_is_stopped_by_the_anchor_bound(
     rejections = updater.ledger.rejections()
     assert {rejection["reason"] for rejection in rejections} == {Reason.DIVERGENCE_BOUND}
     refused = json.loads(rejections[-1]["record"])["divergences"]
-    beyond = [one for one in refused if one["reference"] == "anchor"]
+    beyond = [one for one in refused if one["measured_from"] == "anchor"]
     assert max(one["mean_kl_nats"] for one in beyond) > anchor_limit
     assert len(updater.published) >= 3, "a line of releases"
     for release in updater.published:
         for one in release.divergences:
-            assert one.mean_kl_nats <= (live_limit if one.reference == "live" else anchor_limit)
-    from_anchor = [one.mean_kl_nats for one in release.divergences if one.reference == "anchor"]
+            assert one.mean_kl_nats <= (live_limit if one.measured_from == "live" else anchor_limit)
+    from_anchor = [one.mean_kl_nats for one in release.divergences if one.measured_from == "anchor"]
     assert max(from_anchor) > 0.7 * anchor_limit, "it was the bound that stopped it"
     left = metrics.ANCHOR_BUDGET_LEFT_NATS._value.get()
     assert left == pytest.approx(anchor_limit - max(from_anchor))
@@ -203,7 +203,7 @@ def test_a_pin_that_cannot_be_read_trains_nothing_is_said_once_and_passes(
     updater.interact(4)
     for _ in range(3):
         updater.loop.cycle()
-        assert updater.loop.phase is Phase.PIN_UNREADABLE
+        assert updater.loop.phase is Phase.PIN_INVALID
     assert updater.fates() == {Fate.PENDING: 4}, "read, not trained"
     (said,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "moorline resume" in vars(said)["cause"]

@@ -16,7 +16,7 @@ from moorline.store import ArtifactMissing, ArtifactStore
 from moorline.stream import Topic
 from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
 from tests.updater.test_loop import Tape, Updater
-from updater.retention import tidy
+from updater.retention import collect_garbage
 
 
 class LateTape(Tape):
@@ -66,7 +66,7 @@ def test_replies_too_far_to_learn_from_are_set_aside_and_the_others_trained(
     updater.loop.cycle()
     release = updater.published[-1]
     assert (release.version, release.examples) == (2, 2)
-    assert release.diagnostics["set_aside_too_far"] == 2.0
+    assert release.diagnostics["set_aside_off_policy"] == 2.0
     assert release.diagnostics["credit_examples"] == 2.0
     assert updater.fates() == {Fate.TRAINED: 6, Fate.NOT_TRAINABLE: 2}
     updater.close()
@@ -83,7 +83,7 @@ def test_a_batch_of_which_all_is_too_far_makes_no_update_and_says_so(
     updater.loop.cycle()
     assert len(updater.published) == 1
     reasons = updater.ledger.accounting().events[str(Topic.FEEDBACK)][Fate.NOT_TRAINABLE]
-    assert reasons == {Reason.TOO_FAR: 4}
+    assert reasons == {Reason.OFF_POLICY: 4}
     assert all(torch.equal(before[n], t) for n, t in updater.policy.state().items())
     updater.close()
 
@@ -140,7 +140,7 @@ def test_a_store_that_cannot_be_tidied_stops_nothing(
     updater.loop.cycle()
     pin = updater.settings.store_dir / "releases" / ALIAS / "pin.json"
     pin.write_text("{")
-    tidy(updater.store, updater.ledger, ALIAS, keep_releases=2)
+    collect_garbage(updater.store, updater.ledger, ALIAS, keep_releases=2)
     assert "store not tidied" in caplog.messages
     assert updater.store.newest(ALIAS) is not None
     updater.close()

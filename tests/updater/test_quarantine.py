@@ -20,7 +20,7 @@ from moorline.stream import Topic
 from tests.updater.learning.fixtures import some_sequences
 from tests.updater.ledger.fixtures import FAST_DISK, NOW, Log, interaction, rating, release
 from tests.updater.test_loop import Updater
-from updater.learning.staleness import Look
+from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import Proposal, Trainer
 from updater.ledger import Ledger
 from updater.quarantine import Quarantine
@@ -41,7 +41,9 @@ class Mortal(Trainer):
     together = 10**9
     error: BaseException = Died()
 
-    def propose(self, batch: Batch, seen: Look | None = None, **options: Any) -> Proposal:
+    def propose(
+        self, batch: Batch, seen: StalenessReport | None = None, **options: Any
+    ) -> Proposal:
         names = {one.example.interaction.interaction_id for one in batch.examples}
         if names & self.poison or len(names) >= self.together:
             raise self.error
@@ -98,12 +100,12 @@ def test_an_example_that_kills_the_process_is_rejected_and_the_others_teach(
     updater, deaths = live(start, cycles=6)
     assert deaths + 1 == 2 * SUSPECT_AFTER + 1, "three of four, one of two, three alone"
     (rejection,) = updater.ledger.rejections()
-    assert (rejection["reason"], rejection["examples"]) == (Reason.UPDATE_KILLED, 1)
+    assert (rejection["reason"], rejection["examples"]) == (Reason.UPDATE_CRASHED, 1)
     assert "the process died 3 times in an update of it alone" in rejection["record"]
     assert [one.examples for one in updater.published] == [4]
     assert updater.fates() == {Fate.REJECTED: 1, Fate.TRAINED: 4}
-    assert updater.ledger.attempts.suspects() == []
-    assert metrics.UPDATE_DEATHS._value.get() == 0
+    assert updater.ledger.crashes.suspects() == []
+    assert metrics.UPDATE_CRASHES._value.get() == 0
     assert "lower learning.max_example_tokens" in caplog.text
 
 
@@ -122,7 +124,7 @@ def test_below_the_setting_a_death_changes_nothing(
         try:
             updater.loop.cycle()
         except Died:
-            assert metrics.UPDATE_DEATHS._value.get() < SUSPECT_AFTER
+            assert metrics.UPDATE_CRASHES._value.get() < SUSPECT_AFTER
             updater = start()
     digests = [one.artifact_digest for one in updater.ledger.releases()]
     assert digests == [one.artifact_digest for one in reference.published]
@@ -178,7 +180,7 @@ def test_an_error_that_ends_the_process_is_a_death_unless_an_operator_can_mend_i
     with pytest.raises(type(error)):
         updater.loop.cycle()
     start()
-    assert metrics.UPDATE_DEATHS._value.get() == deaths
+    assert metrics.UPDATE_CRASHES._value.get() == deaths
 
 
 def test_a_reply_that_kills_whoever_measures_on_it_is_not_measured_on(
@@ -214,7 +216,7 @@ class Machine:
     def __init__(self, killers: Sequence[str]) -> None:
         self._killers = killers
 
-    live_adapter = canaries = None
+    live_adapter = probes = None
 
     def logprobs(self, *_: object) -> None:
         pass
@@ -239,7 +241,7 @@ def life(ledger: Ledger, machine: Machine, configured: Settings) -> None:
         if suspects and not found.teaches(suspects):
             if found.verdict(suspects):
                 ids = [one.example_id for one in suspects]
-                ledger.commit_rejection({}, ids, Reason.UPDATE_KILLED, now=NOW)
+                ledger.commit_rejection({}, ids, Reason.UPDATE_CRASHED, now=NOW)
             continue
         examples = suspects or ledger.ready_examples(configured.learning.batch_examples)
         with found.watch(examples):
@@ -267,7 +269,7 @@ def test_exactly_the_killers_are_rejected_and_everybody_else_teaches(
         overrides={
             "learning.batch_examples": batch,
             "learning.min_batch_examples": fewest,
-            "updater.suspect_after_deaths": suspect_after,
+            "updater.suspect_after_crashes": suspect_after,
         }
     )
     names = [f"r{index}" for index in range(len(killers))]
@@ -278,7 +280,7 @@ def test_exactly_the_killers_are_rejected_and_everybody_else_teaches(
         with Ledger(path) as ledger:
             rate(ledger, log, names)
         for _ in range(100):
-            with Ledger(path, suspect_after_deaths=suspect_after) as ledger:
+            with Ledger(path, suspect_after_crashes=suspect_after) as ledger:
                 try:
                     life(ledger, Machine(sorted(guilty)), configured)
                 except Died:
@@ -294,5 +296,5 @@ def test_exactly_the_killers_are_rejected_and_everybody_else_teaches(
         with Ledger.open_readonly(path) as reader:
             events = reader.accounting().events[str(Topic.FEEDBACK)]
             assert reader.audit() == []
-        assert events.get(Fate.REJECTED, {}).get(Reason.UPDATE_KILLED, 0) == len(guilty)
+        assert events.get(Fate.REJECTED, {}).get(Reason.UPDATE_CRASHED, 0) == len(guilty)
         assert sum(events[Fate.TRAINED].values()) == len(names) - len(guilty)

@@ -31,9 +31,9 @@ from updater.learning.baselines import Baselines, cell_name, rater_name
 from updater.learning.influence import (
     MAX_RATER_SHARE,
     MAX_TENANT_SHARE,
-    Voice,
+    RaterKey,
     largest_share,
-    voice_caps,
+    rater_caps,
 )
 from updater.values import Correction, CreditedExample, Example, Preference
 
@@ -99,7 +99,7 @@ def why_no_credit(feedback: Feedback, signals: Mapping[str, float]) -> Reason | 
     return None
 
 
-def outranked(feedback: Collection[Feedback]) -> list[Feedback]:
+def overridden_signals(feedback: Collection[Feedback]) -> list[Feedback]:
     """Signals beside an explicit rating of the same reply: hints, where somebody has spoken."""
     if not any(one.kind in EXPLICIT for one in feedback):
         return []
@@ -156,11 +156,13 @@ def assign_credit(
         raise ValueError("an example without feedback teaches nothing")
     if not 0.0 < ess_share <= 1.0:
         raise ValueError(f"ess_share is {ess_share}, it must be in (0, 1]")
-    hearing = _Hearing(examples, baselines, signals, max_rater_share, max_tenant_share)
-    heard = [(one, *found) for one in examples if (found := hearing.reward(one)) is not None]
-    rewards = [r for _, r, _ in heard]
-    weights = [w for _, _, w in heard]
-    names = [cell_name(one.interaction.tenant, one.interaction.task) for one, _, _ in heard]
+    rater_weights = RaterWeights(examples, baselines, signals, max_rater_share, max_tenant_share)
+    weighted = [
+        (one, *found) for one in examples if (found := rater_weights.reward(one)) is not None
+    ]
+    rewards = [r for _, r, _ in weighted]
+    weights = [w for _, _, w in weighted]
+    names = [cell_name(one.interaction.tenant, one.interaction.task) for one, _, _ in weighted]
     shares = [(r + 1.0) / 2.0 for r in rewards]
     expected = [
         2.0 * ess_share * share - 1.0 for share in baselines.expected_shares(names, shares, weights)
@@ -170,14 +172,14 @@ def assign_credit(
     scale = max(deviation, STD_FLOOR)
     taught: dict[str, tuple[float | None, float]] = {
         one.example_id: (r, w * surprise / scale)
-        for (one, r, w), surprise in zip(heard, surprises, strict=True)
+        for (one, r, w), surprise in zip(weighted, surprises, strict=True)
     }
     credited = tuple(
-        hearing.credited(one, *taught.get(one.example_id, (None, 0.0))) for one in examples
+        rater_weights.credited(one, *taught.get(one.example_id, (None, 0.0))) for one in examples
     )
     after = baselines.after(names, shares, weights, _agreements(examples, signals), moved_nats)
     stats = CreditStats(
-        **hearing.stats(),
+        **rater_weights.stats(),
         examples=len(examples),
         disputed_examples=sum(_is_disputed(example, signals) for example in examples),
         mean_reward=_mean(rewards),
@@ -189,7 +191,7 @@ def assign_credit(
     return credited, after, stats
 
 
-class _Hearing:
+class RaterWeights:
     """How much each piece of a batch's feedback weighs."""
 
     def __init__(
@@ -202,20 +204,20 @@ class _Hearing:
     ) -> None:
         self._signals = signals
         self._feedback = [one for example in examples for one in example.feedback]
-        voices = {_voice(example, one) for example in examples for one in example.feedback}
-        self._trust = {voice: baselines.trust(rater_name(*voice)) for voice in voices}
-        pieces: defaultdict[Voice, list[float]] = defaultdict(list)
+        raters = {_rater_key(example, one) for example in examples for one in example.feedback}
+        self._trust = {rater_key: baselines.trust(rater_name(*rater_key)) for rater_key in raters}
+        pieces: defaultdict[RaterKey, list[float]] = defaultdict(list)
         for example in examples:
             for one in example.feedback:
-                voice = _voice(example, one)
-                pieces[voice].append(_weight_of_kind(one) * self._trust[voice])
-        self._amounts = {voice: math.fsum(weights) for voice, weights in pieces.items()}
-        self._caps = voice_caps(self._amounts, self._trust, max_rater_share, max_tenant_share)
+                rater_key = _rater_key(example, one)
+                pieces[rater_key].append(_weight_of_kind(one) * self._trust[rater_key])
+        self._amounts = {rater_key: math.fsum(weights) for rater_key, weights in pieces.items()}
+        self._caps = rater_caps(self._amounts, self._trust, max_rater_share, max_tenant_share)
 
     def weight(self, example: Example, feedback: Feedback) -> float:
         """In (0, 1]."""
-        voice = _voice(example, feedback)
-        return _weight_of_kind(feedback) * self._trust[voice] * self._caps[voice]
+        rater_key = _rater_key(example, feedback)
+        return _weight_of_kind(feedback) * self._trust[rater_key] * self._caps[rater_key]
 
     def reward(self, example: Example) -> tuple[float, float] | None:
         """Its reward and what that weighs; None where nobody rated it."""
@@ -252,7 +254,9 @@ class _Hearing:
     def stats(self) -> dict[str, Any]:
         """The part of ``CreditStats`` that says who was heard."""
         kinds = Counter(one.kind for one in self._feedback)
-        capped = {voice: amount * self._caps[voice] for voice, amount in self._amounts.items()}
+        capped = {
+            rater_key: amount * self._caps[rater_key] for rater_key, amount in self._amounts.items()
+        }
         return {
             "ratings": sum(kinds[kind] for kind in EXPLICIT),
             "signals": kinds[FeedbackKind.SIGNAL],
@@ -262,7 +266,7 @@ class _Hearing:
             "capped_raters": sum(cap < 1.0 for cap in self._caps.values()),
             "largest_rater_share": largest_share(self._amounts, of_tenants=False),
             "largest_rater_share_capped": largest_share(capped, of_tenants=False),
-            "tenants": len({voice.tenant for voice in self._amounts}),
+            "tenants": len({rater_key.tenant for rater_key in self._amounts}),
             "largest_tenant_share": largest_share(self._amounts, of_tenants=True),
             "largest_tenant_share_capped": largest_share(capped, of_tenants=True),
             "distrusted_raters": sum(trust < 1.0 for trust in self._trust.values()),
@@ -270,8 +274,8 @@ class _Hearing:
         }
 
 
-def _voice(example: Example, feedback: Feedback) -> Voice:
-    return Voice(example.interaction.tenant, feedback.rater)
+def _rater_key(example: Example, feedback: Feedback) -> RaterKey:
+    return RaterKey(example.interaction.tenant, feedback.rater)
 
 
 def _weight_of_kind(feedback: Feedback) -> float:

@@ -208,7 +208,7 @@ class Behaviour:
         return float((self.log_q - recorded).abs()[self.known].mean())
 
 
-def not_run_again(behaviours: Mapping[str, Behaviour]) -> dict[int, Fallback]:
+def behaviour_policies_unavailable(behaviours: Mapping[str, Behaviour]) -> dict[int, Fallback]:
     """Behaviour policies of a batch whose recorded logprobs had to be enough, and why."""
     return dict(sorted(key for one in behaviours.values() for key in one.fallbacks))
 

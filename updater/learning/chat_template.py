@@ -20,7 +20,7 @@ HINT = "A better reply to this would have been:\n{correction}\nReply again."
 _QUESTION, _REPLY = "question", "reply"
 
 
-class ChatTokens:
+class ChatTemplate:
     """The turns of one model's chats, as token ids."""
 
     def __init__(self, model_dir: Path) -> None:

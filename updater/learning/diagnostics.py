@@ -60,7 +60,7 @@ def ringing(diagnostics: Mapping[str, float]) -> dict[str, bool]:
 def show_divergences(divergences: Sequence[Divergence]) -> None:
     """How far the last candidate was from each reference, as metrics."""
     for one in divergences:
-        metrics.KL_NATS.labels(reference=one.reference, tokens_from=one.tokens_from).set(
+        metrics.KL_NATS.labels(measured_from=one.measured_from, tokens_from=one.tokens_from).set(
             one.mean_kl_nats
         )
 

@@ -16,12 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 from moorline.events import Interaction
 from moorline.settings import LearningSettings
 from updater.learning.behaviour import Behaviour
-from updater.learning.chat_template import ChatTokens
-from updater.learning.lessons import (
+from updater.learning.chat_template import ChatTemplate
+from updater.learning.feedback_objectives import (
     bounded_imitation,
+    distillation_advantage,
     preference_loss,
     preference_margin,
-    told_advantage,
 )
 from updater.learning.objectives import token_mean
 from updater.learning.policy import Policy, micro_batches, sampled_logprobs
@@ -49,7 +49,7 @@ class Pair:
 
 
 @dataclass
-class Lesson:
+class ReplyLosses:
     """What the corrections and preferences of one example teach."""
 
     advantage: Tensor | None = None
@@ -63,10 +63,12 @@ class Lesson:
         return told or bool(self.texts) or bool(self.pairs)
 
 
-class Teacher:
+class FeedbackLosses:
     """Prepares lessons with the live policy, and gives their losses under the one in training."""
 
-    def __init__(self, policy: Policy, chat: ChatTokens | None, settings: LearningSettings) -> None:
+    def __init__(
+        self, policy: Policy, chat: ChatTemplate | None, settings: LearningSettings
+    ) -> None:
         """``chat`` None: corrections cannot be put into tokens, and teach nothing."""
         self._policy = policy
         self._chat = chat
@@ -76,25 +78,25 @@ class Teacher:
 
     # --- before the first step: the policy is the live one ------------------------------------
 
-    def prepare(self, examples: Sequence[CreditedExample]) -> dict[str, Lesson]:
+    def prepare(self, examples: Sequence[CreditedExample]) -> dict[str, ReplyLosses]:
         """The lessons of a batch, by example id. Costs forward passes only for corrections."""
-        lessons = {one.example.example_id: Lesson() for one in examples}
+        reply_losses = {one.example.example_id: ReplyLosses() for one in examples}
         self.diagnostics = {}
         corrected = [one for one in examples if one.corrections]
         if corrected and self._chat is not None:
-            self._prepare_corrections(corrected, lessons)
+            self._prepare_corrections(corrected, reply_losses)
         pairs = 0
         if self._settings.preference_weight > 0.0:
             for one in examples:
                 made = [_pair(one, preference) for preference in one.preferences]
-                lessons[one.example.example_id].pairs.extend(made)
+                reply_losses[one.example.example_id].pairs.extend(made)
                 pairs += len(made)
         if pairs:
             self.diagnostics["preferences"] = float(pairs)
-        return lessons
+        return reply_losses
 
     def _prepare_corrections(
-        self, corrected: Sequence[CreditedExample], lessons: Mapping[str, Lesson]
+        self, corrected: Sequence[CreditedExample], reply_losses: Mapping[str, ReplyLosses]
     ) -> None:
         assert self._chat is not None
         settings, chat = self._settings, self._chat
@@ -118,8 +120,8 @@ class Teacher:
                         texts.append((name, text, correction.weight))
                     else:
                         not_written += 1
-        self._tell(told, lessons)
-        self._write_out(texts, lessons)
+        self._tell(told, reply_losses)
+        self._write_out(texts, reply_losses)
         self.diagnostics |= {
             "corrections": float(sum(len(one.corrections) for one in corrected)),
             "corrections_not_told": float(not_told),
@@ -129,7 +131,7 @@ class Teacher:
     def _tell(
         self,
         told: Sequence[tuple[str, TokenSequence, TokenSequence, float]],
-        lessons: Mapping[str, Lesson],
+        reply_losses: Mapping[str, ReplyLosses],
     ) -> None:
         """The same model, told the correction, on the reply that it gave."""
         if not told:
@@ -141,15 +143,19 @@ class Teacher:
         for (name, _, _, weight), log_told, log_untold in zip(
             told, with_hint, without, strict=True
         ):
-            advantage = told_advantage(log_told, log_untold, settings.distillation_clip_nats)
+            advantage = distillation_advantage(
+                log_told, log_untold, settings.distillation_clip_nats
+            )
             sizes.append(advantage.abs())
             advantage = settings.distillation_weight * weight * advantage
-            before = lessons[name].advantage
-            lessons[name].advantage = advantage if before is None else before + advantage
+            before = reply_losses[name].advantage
+            reply_losses[name].advantage = advantage if before is None else before + advantage
         self.diagnostics["told_advantage_size"] = float(torch.cat(sizes).mean())
 
     def _write_out(
-        self, texts: Sequence[tuple[str, TokenSequence, float]], lessons: Mapping[str, Lesson]
+        self,
+        texts: Sequence[tuple[str, TokenSequence, float]],
+        reply_losses: Mapping[str, ReplyLosses],
     ) -> None:
         """The corrected texts, with what the live policy thinks of them."""
         if not texts:
@@ -157,7 +163,7 @@ class Teacher:
         live = self._live_logprobs([text for _, text, _ in texts])
         for (name, text, weight), log_live in zip(texts, live, strict=True):
             weight *= self._settings.correction_weight
-            lessons[name].texts.append(CorrectedText(text, log_live, weight))
+            reply_losses[name].texts.append(CorrectedText(text, log_live, weight))
         self.diagnostics["corrected_tokens"] = float(sum(text.tokens for _, text, _ in texts))
         self.diagnostics["corrected_logprob_nats"] = float(torch.cat(live).mean())
 
@@ -172,7 +178,7 @@ class Teacher:
 
     def losses(
         self,
-        lessons: Sequence[Lesson],
+        reply_losses: Sequence[ReplyLosses],
         total_tokens: int,
         behaviours: Mapping[str, Behaviour],
     ) -> Iterator[Tensor]:
@@ -181,9 +187,9 @@ class Teacher:
         Args:
             total_tokens: completion tokens of the minibatch's replies.
         """
-        yield from self._text_losses([t for one in lessons for t in one.texts], total_tokens)
-        pairs = [pair for one in lessons for pair in one.pairs]
-        yield from self._pair_losses(pairs, len(lessons), behaviours)
+        yield from self._text_losses([t for one in reply_losses for t in one.texts], total_tokens)
+        pairs = [pair for one in reply_losses for pair in one.pairs]
+        yield from self._pair_losses(pairs, len(reply_losses), behaviours)
 
     def _text_losses(self, texts: Sequence[CorrectedText], total_tokens: int) -> Iterator[Tensor]:
         sequences = [text.sequence for text in texts]

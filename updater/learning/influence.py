@@ -22,7 +22,7 @@ MAX_TENANT_SHARE = 0.5
 one release learns from."""
 
 
-class Voice(NamedTuple):
+class RaterKey(NamedTuple):
     """Who speaks."""
 
     tenant: str
@@ -57,35 +57,36 @@ def fair_shares(standing: Mapping[str, float], max_share: float) -> dict[str, fl
     return {name: max(max_share, one / whole) for name, one in standing.items()}
 
 
-def voice_caps(
-    amounts: Mapping[Voice, float],  # voice -> what it would weigh in this batch, each > 0
-    trust: Mapping[Voice, float],  # in (0, 1]; already in the amounts
+def rater_caps(
+    amounts: Mapping[RaterKey, float],  # voice -> what it would weigh in this batch, each > 0
+    trust: Mapping[RaterKey, float],  # in (0, 1]; already in the amounts
     max_rater_share: float = MAX_RATER_SHARE,
     max_tenant_share: float = MAX_TENANT_SHARE,
-) -> dict[Voice, float]:
+) -> dict[RaterKey, float]:
     """A factor in (0, 1] for each voice: both caps at once.
 
     Where raters are too few for ``max_rater_share``, their shares are as their trust is, so that
     making them equal does not undo the distrust in one of them.
     """
     tenants: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    for voice, amount in amounts.items():
-        tenants[voice.tenant][voice.rater] = amount
+    for rater_key, amount in amounts.items():
+        tenants[rater_key.tenant][rater_key.rater] = amount
     of_raters, left = {}, {}
     for tenant, raters in tenants.items():
-        standing = {rater: trust[Voice(tenant, rater)] for rater in raters}
+        standing = {rater: trust[RaterKey(tenant, rater)] for rater in raters}
         caps = of_raters[tenant] = capped(raters, fair_shares(standing, max_rater_share))
         left[tenant] = math.fsum(amount * caps[rater] for rater, amount in raters.items())
     of_tenants = capped(left, fair_shares(dict.fromkeys(left, 1.0), max_tenant_share))
     return {
-        voice: of_raters[voice.tenant][voice.rater] * of_tenants[voice.tenant] for voice in amounts
+        rater_key: of_raters[rater_key.tenant][rater_key.rater] * of_tenants[rater_key.tenant]
+        for rater_key in amounts
     }
 
 
-def largest_share(amounts: Mapping[Voice, float], *, of_tenants: bool) -> float:
+def largest_share(amounts: Mapping[RaterKey, float], *, of_tenants: bool) -> float:
     """The largest part of the whole that one voice, or one tenant, has."""
     sums: defaultdict[object, list[float]] = defaultdict(list)
-    for voice, amount in amounts.items():
-        sums[voice.tenant if of_tenants else voice].append(amount)
+    for rater_key, amount in amounts.items():
+        sums[rater_key.tenant if of_tenants else rater_key].append(amount)
     whole = math.fsum(amounts.values())
     return max(map(math.fsum, sums.values())) / whole if whole else 0.0

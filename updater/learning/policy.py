@@ -36,7 +36,7 @@ OPTIMIZER_STATE = "optimizer.safetensors"
 ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class ReleaseUnfit(RuntimeError):
+class ReleaseInvalid(RuntimeError):
     """A release cannot be continued from with this model or rank; one line says what to do."""
 
 
@@ -46,17 +46,17 @@ def check_fits(
     """Check that ``adapter``, of ``release``, continues on this base model as ``own`` would.
 
     Raises:
-        ReleaseUnfit: it does not.
+        ReleaseInvalid: it does not.
     """
     anew = "or learn anew with another state_dir"
     if release.base_model_digest != base_model_digest:
-        raise ReleaseUnfit(
+        raise ReleaseInvalid(
             f"{release.name} was trained on another base model ({release.base_model_digest[:12]}) "
             f"than model.path has ({base_model_digest[:12]}): set model.path back, {anew}"
         )
     if {n: t.shape for n, t in adapter.items()} != {n: t.shape for n, t in own.items()}:
         rank = min(min(tensor.shape) for tensor in adapter.values())
-        raise ReleaseUnfit(
+        raise ReleaseInvalid(
             f"the adapter of {release.name} has rank {rank}, which is not learning.lora_rank: "
             f"set it back, {anew}"
         )
@@ -69,7 +69,7 @@ class Policy:
         """Load the base model and put a fresh adapter on it: the policy equals the anchor.
 
         Raises:
-            UnsafeModel: when ``model_dir`` has no ``*.safetensors``.
+            ModelInvalid: when ``model_dir`` has no ``*.safetensors``.
         """
         check_model_dir(model_dir)
         torch.manual_seed(seed)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moorline.events import FeedbackKind, Interaction, Reason
 from moorline.settings import LearningSettings
-from updater.learning import pacing
+from updater.learning import off_policy
 from updater.learning.behaviour import Behaviour, BehaviourPolicies
 from updater.learning.diagnostics import is_fresh
 from updater.learning.objectives import OBJECTIVES
@@ -26,7 +26,7 @@ from updater.values import Example, as_sequence
 
 
 @dataclass(frozen=True)
-class Look:
+class StalenessReport:
     """What the look found. As it is by default: nothing was stale."""
 
     ess_share: float = 1.0
@@ -47,7 +47,7 @@ def needs_distribution(interaction: Interaction, settings: LearningSettings) -> 
 
 
 @torch.no_grad()
-def look(
+def measure_staleness(
     policy: Policy,
     behaviours: BehaviourPolicies,
     examples: Sequence[Example],
@@ -55,7 +55,7 @@ def look(
     live_version: int,
     live: AdapterState,
     settings: LearningSettings,
-) -> Look:
+) -> StalenessReport:
     """Look at a batch with the live policy, as which ``policy`` must compute now."""
     # After a first step also the live policy is a behaviour policy that is no longer there.
     several_steps = settings.passes > 1 or len(examples) > settings.minibatch_examples
@@ -67,7 +67,7 @@ def look(
         or (several_steps and needs_distribution(interaction, settings))
     }
     if not replies:
-        return Look()
+        return StalenessReport()
     wanted = list(replies.values())
     found: dict[str, Behaviour] = {}
     log_p: dict[str, Tensor] = {}
@@ -95,7 +95,7 @@ def _judged(
     behaviours: Mapping[str, Behaviour],
     log_p: Mapping[str, Tensor],
     settings: LearningSettings,
-) -> Look:
+) -> StalenessReport:
     set_aside: dict[str, Reason] = {}
     mismatches: list[float] = []
     tokens_q, tokens_p = [], []
@@ -109,20 +109,24 @@ def _judged(
             mismatches.append(mismatch)
         if mismatch is not None and not mismatch <= settings.mismatch_limit_nats:
             set_aside[example.example_id] = Reason.MISMATCH
-        elif _only_rated(example) and pacing.too_far(recorded, now, settings.too_far_nats):
-            set_aside[example.example_id] = Reason.TOO_FAR
+        elif _only_rated(example) and off_policy.is_off_policy(
+            recorded, now, settings.max_off_policy_kl_nats
+        ):
+            set_aside[example.example_id] = Reason.OFF_POLICY
         else:
             tokens_q.append(recorded)
             tokens_p.append(now)
     reasons = list(set_aside.values())
     diagnostics = {
-        "set_aside_too_far": float(reasons.count(Reason.TOO_FAR)),
+        "set_aside_off_policy": float(reasons.count(Reason.OFF_POLICY)),
         "set_aside_mismatch": float(reasons.count(Reason.MISMATCH)),
     }
     if mismatches:
         diagnostics["behaviour_mismatch_nats"] = sum(mismatches) / len(mismatches)
-    share = pacing.batch_ess_share(torch.cat(tokens_q), torch.cat(tokens_p)) if tokens_q else 1.0
-    return Look(share, set_aside, behaviours, diagnostics)
+    share = (
+        off_policy.batch_ess_share(torch.cat(tokens_q), torch.cat(tokens_p)) if tokens_q else 1.0
+    )
+    return StalenessReport(share, set_aside, behaviours, diagnostics)
 
 
 def _only_rated(example: Example) -> bool:

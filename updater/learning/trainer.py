@@ -22,19 +22,19 @@ from torch.nn.utils.rnn import pad_sequence
 from moorline.settings import LearningSettings
 from updater.learning import divergence
 from updater.learning.behaviour import Archive, BehaviourPolicies, Rerun, token_divergence
-from updater.learning.chat_template import ChatTokens
+from updater.learning.chat_template import ChatTemplate
 from updater.learning.diagnostics import Observation
-from updater.learning.feedback_losses import Lesson, Teacher
+from updater.learning.feedback_losses import FeedbackLosses, ReplyLosses
 from updater.learning.objectives import OBJECTIVES, Unusable, token_mean, why_unusable
 from updater.learning.policy import AdapterState, Policy, micro_batches
 from updater.learning.sampling import processed_distribution, processed_logprobs
-from updater.learning.staleness import Look, look
+from updater.learning.staleness import StalenessReport, measure_staleness
 from updater.values import Batch, CreditedExample, Example, TokenSequence, as_sequence
 
 OptimizerState = dict[str, Tensor]
 
 
-class UnknownObjective(ValueError):
+class ObjectiveInvalid(ValueError):
     """`learning.objective` names no objective."""
 
 
@@ -64,7 +64,7 @@ class Trainer:
         policy: Policy,
         settings: LearningSettings,
         archive: Archive | None = None,
-        chat: ChatTokens | None = None,
+        chat: ChatTemplate | None = None,
     ) -> None:
         """Start from the anchor; ``resume`` continues from a release.
 
@@ -73,10 +73,10 @@ class Trainer:
             chat: puts corrections into tokens; None: they teach nothing.
 
         Raises:
-            UnknownObjective: it is not in the registry.
+            ObjectiveInvalid: it is not in the registry.
         """
         if settings.objective not in OBJECTIVES:
-            raise UnknownObjective(
+            raise ObjectiveInvalid(
                 f"learning.objective {settings.objective!r} is unknown: "
                 f"use one of {', '.join(sorted(OBJECTIVES))}"
             )
@@ -89,7 +89,7 @@ class Trainer:
             else {}
         )
         self._behaviours = BehaviourPolicies(policy, archive)
-        self._teacher = Teacher(policy, chat, settings)
+        self._feedback_losses = FeedbackLosses(policy, chat, settings)
         self._optimizer = torch.optim.AdamW(
             [parameter for _, parameter in policy.parameters],
             lr=settings.learning_rate,
@@ -131,9 +131,9 @@ class Trainer:
 
     # --- the update -------------------------------------------------------------------------
 
-    def look(self, examples: Sequence[Example], live_version: int) -> Look:
+    def measure_staleness(self, examples: Sequence[Example], live_version: int) -> StalenessReport:
         """How far the live policy is from those that wrote these replies; free at lag 0."""
-        return look(
+        return measure_staleness(
             self._policy,
             self._behaviours,
             examples,
@@ -143,7 +143,7 @@ class Trainer:
         )
 
     def propose(
-        self, batch: Batch, seen: Look | None = None, *, now: float | None = None
+        self, batch: Batch, seen: StalenessReport | None = None, *, now: float | None = None
     ) -> Proposal:
         """Take the optimiser steps of one batch from the live policy.
 
@@ -157,17 +157,19 @@ class Trainer:
             NothingToLearn, NonFiniteUpdate: nothing changed.
         """
         if seen is None:
-            seen = self.look([one.example for one in batch.examples], batch.live_version)
-        lessons = self._teacher.prepare(batch.examples)
+            seen = self.measure_staleness(
+                [one.example for one in batch.examples], batch.live_version
+            )
+        reply_losses = self._feedback_losses.prepare(batch.examples)
         if not any(
-            one.advantage != 0.0 or lessons[one.example.example_id].has_signal
+            one.advantage != 0.0 or reply_losses[one.example.example_id].has_signal
             for one in batch.examples
         ):
             raise NothingToLearn("every advantage is zero, and no correction or preference is left")
         update = _Update(
-            batch, seen, lessons, Observation(batch, time.time() if now is None else now)
+            batch, seen, reply_losses, Observation(batch, time.time() if now is None else now)
         )
-        pace = seen.ess_share if self._settings.pace_by_ess else 1.0
+        pace = seen.ess_share if self._settings.scale_lr_by_ess else 1.0
         gradient_norms: list[float] = []
         try:
             for number in range(self._settings.passes):
@@ -182,7 +184,7 @@ class Trainer:
         diagnostics = {
             **update.observation.diagnostics(),
             **seen.diagnostics,
-            **self._teacher.diagnostics,
+            **self._feedback_losses.diagnostics,
             **{f"credit_{name}": value for name, value in batch.credit.items()},
             "pace": pace,
             "gradient_norm": max(gradient_norms),
@@ -216,8 +218,8 @@ class Trainer:
             yield self._objective_loss(
                 replies, [sequences[index] for index in group], total_tokens, update
             )
-        lessons = [update.lessons[one.example.example_id] for one in examples]
-        yield from self._teacher.losses(lessons, total_tokens, update.seen.behaviours)
+        reply_losses = [update.reply_losses[one.example.example_id] for one in examples]
+        yield from self._feedback_losses.losses(reply_losses, total_tokens, update.seen.behaviours)
 
     def _objective_loss(
         self,
@@ -288,7 +290,7 @@ class Trainer:
             better = token_divergence(self._objective.measures or "kl", now, behaviour, rerun)
             moved = torch.where(behaviour.known, better, moved)
         advantage = torch.full_like(log_q, credited.advantage)
-        told = update.lessons[credited.example.example_id].advantage
+        told = update.reply_losses[credited.example.example_id].advantage
         if told is not None:
             advantage = advantage + told
         if update.observed:
@@ -320,8 +322,8 @@ class _Update:
     """One update while it is being made."""
 
     batch: Batch
-    seen: Look
-    lessons: Mapping[str, Lesson]
+    seen: StalenessReport
+    reply_losses: Mapping[str, ReplyLosses]
     observation: Observation
     observed: bool = True
     """Whether this pass is the first."""

@@ -4,7 +4,7 @@ Nothing outside this package imports sqlite3.
 """
 
 from updater.ledger.accounting import Accounting
-from updater.ledger.attempts import Suspect
+from updater.ledger.crashes import Suspect
 from updater.ledger.database import LeaseLost, LedgerError, LedgerLocked, LedgerUnavailable
 from updater.ledger.erasure import Forgotten
 from updater.ledger.examples import examples_digest

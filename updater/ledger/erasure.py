@@ -2,7 +2,7 @@
 
 Bodies are deleted, and the triggers doom their keys. Events that nothing had decided end as
 ``erased``; the others keep their fates, because a release that has learned from somebody has
-learned from them, and the books say so until it is withdrawn (``withdrawal.py``). Names are taken
+learned from them, and the books say so until it is revoked (``revocation.py``). Names are taken
 out of what stays.
 """
 
@@ -18,10 +18,10 @@ from moorline.events import Erasure, Fate, Release, user_digest
 from updater.learning.baselines import Baselines
 from updater.ledger.bodies import Bodies, BodyErased
 from updater.ledger.database import read_meta, set_meta
+from updater.ledger.erasure_markers import ErasureMarkers
 from updater.ledger.fates import Fates
 from updater.ledger.keys import KeyRing
 from updater.ledger.schema import FeedbackState, InteractionState
-from updater.ledger.tombstones import Tombstones
 
 _UNDECIDED = (FeedbackState.WAITING, FeedbackState.READY)
 
@@ -35,13 +35,13 @@ class Forgotten:
     feedback: int
     """Words erased: the person's own, and those on their replies."""
     releases: tuple[int, ...]
-    """Versions that had learned from them, and were not withdrawn."""
-    clean_ancestor: int
+    """Versions that had learned from them, and were not revoked."""
+    last_clean_version: int
     """The newest version in the live one's line that had not, nor its own ancestors; 0: the base.
     The live version itself where it is clean."""
-    replay: bool = False
+    revoke: bool = False
     """Whether the updater goes back to it."""
-    restored_as: int | None = None
+    revocation_version: int | None = None
     """The release that it went back by."""
 
 
@@ -106,7 +106,7 @@ def _own_words(connection: sqlite3.Connection, erasure: Erasure) -> tuple[int, .
 
 
 def taught_versions(connection: sqlite3.Connection, erasure: Erasure) -> tuple[int, ...]:
-    """Versions that learned from the subject and were not withdrawn, ascending."""
+    """Versions that learned from the subject and were not revoked, ascending."""
     if erasure.interaction_id is not None:
         name = erasure.interaction_id
         return _ids(
@@ -123,7 +123,7 @@ def taught_versions(connection: sqlite3.Connection, erasure: Erasure) -> tuple[i
     )
 
 
-def clean_ancestor(
+def last_clean_version(
     live: int, taught: Sequence[int], release: Callable[[int], Release | None]
 ) -> int:
     """The newest version of the live one's line that is not in ``taught``, nor descends from one.
@@ -162,7 +162,7 @@ class Eraser:
         connection: sqlite3.Connection,
         fates: Fates,
         keys: KeyRing,
-        tombstones: Tombstones,
+        erasure_markers: ErasureMarkers,
         release: Callable[[int], Release | None],
         live: int,
     ) -> None:
@@ -172,7 +172,7 @@ class Eraser:
         self._fates = fates
         self._keys = keys
         self._bodies = Bodies(connection, keys)
-        self._tombstones = tombstones
+        self._tombstones = erasure_markers
         self._release = release
         self._live = live
         self.carried_out = False
@@ -190,7 +190,7 @@ class Eraser:
         self._execute("PRAGMA secure_delete = ON")  # names, in pages that become free
         rows = concerned(self._connection, erasure)
         taught = taught_versions(self._connection, erasure)
-        ancestor = clean_ancestor(self._live, taught, self._release)
+        ancestor = last_clean_version(self._live, taught, self._release)
         subjects = self._subjects(erasure, rows.interactions)
         words = sum(self.erase_interaction(identity) for identity in rows.interactions)
         words += sum(self.erase_rating(identity) for identity in rows.feedback)
@@ -201,7 +201,7 @@ class Eraser:
         self._tombstones.put(erasure)
         self._execute(
             "INSERT INTO erasures (id, request, applied_at, interactions, feedback, releases,"
-            " clean_ancestor, replay) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            " last_clean_version, revoke) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 erasure.erasure_id,
                 erasure.model_dump_json(),
@@ -210,7 +210,7 @@ class Eraser:
                 words,
                 json.dumps(taught),
                 ancestor,
-                erasure.replay and ancestor != self._live,
+                erasure.revoke and ancestor != self._live,
             ),
         )
         self.carried_out = True

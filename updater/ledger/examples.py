@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from moorline.events import Interaction
-from updater.learning.advantages import outranked
+from updater.learning.advantages import overridden_signals
 from updater.ledger.bodies import Bodies
 from updater.values import Example, TokenSequence, as_sequence
 
@@ -31,7 +31,7 @@ class Claim:
     feedback: tuple[int, ...]
     over: tuple[int, ...] = ()
     """Interactions that its preferences name as the ones that lost."""
-    outranked: tuple[int, ...] = ()
+    overridden_signals: tuple[int, ...] = ()
     """Signals beside an explicit rating: decided with the example, but not learned from."""
 
 
@@ -131,17 +131,17 @@ def _example(connection: sqlite3.Connection, bodies: Bodies, key: str) -> tuple[
         )
         for row in rows
     }
-    silent = {one.feedback_id for one in outranked(feedback.values())}
-    heard = {rating: one for rating, one in feedback.items() if one.feedback_id not in silent}
+    silent = {one.feedback_id for one in overridden_signals(feedback.values())}
+    weighted = {rating: one for rating, one in feedback.items() if one.feedback_id not in silent}
     over = tuple(sorted({row[1] for row in rows if row[1] is not None}))
     example = Example(
-        example_id=example_id(key, (one.feedback_id for one in heard.values())),
+        example_id=example_id(key, (one.feedback_id for one in weighted.values())),
         interaction=bodies.interaction(identity).model_copy(update={"created_at": event_time}),
-        feedback=tuple(heard.values()),
+        feedback=tuple(weighted.values()),
         rejected=dict(_rejected(connection, bodies, loser) for loser in over),
     )
     return example, Claim(
-        key, identity, tuple(heard), over, tuple(sorted(feedback.keys() - heard.keys()))
+        key, identity, tuple(weighted), over, tuple(sorted(feedback.keys() - weighted.keys()))
     )
 
 

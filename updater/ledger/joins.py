@@ -8,11 +8,11 @@ from typing import Literal
 
 from moorline.events import Erasure, Fate, Feedback, Interaction, Reason, user_digest
 from updater.ledger.bodies import Bodies
+from updater.ledger.erasure_markers import ErasureMarkers
 from updater.ledger.fates import Fates
 from updater.ledger.keys import KeyRing
 from updater.ledger.rules import Arrival, Known, Parsed, Rating, Ruling, prompt_digest, rule
 from updater.ledger.schema import FeedbackState, InteractionState
-from updater.ledger.tombstones import Tombstones
 
 _AWAITED = InteractionState.AWAITED
 _ERASED = Ruling(FeedbackState.ERASED, Fate.ERASED, Reason.NONE)
@@ -24,7 +24,7 @@ NOT_MEASURABLE = frozenset(
         Reason.EMPTY_COMPLETION,
         Reason.TOO_LONG,
         Reason.UNKNOWN_POLICY,
-        Reason.UPDATE_KILLED,
+        Reason.UPDATE_CRASHED,
     }
 )
 """Interactions that no divergence can be measured on either."""
@@ -42,14 +42,14 @@ class Joins:
         connection: sqlite3.Connection,
         fates: Fates,
         keys: KeyRing,
-        tombstones: Tombstones,
+        erasure_markers: ErasureMarkers,
         horizon_seconds: float,
     ) -> None:
         self._execute = connection.execute
         self._fates = fates
         self._keys = keys
         self._bodies = Bodies(connection, keys)
-        self._tombstones = tombstones
+        self._tombstones = erasure_markers
         self._horizon_seconds = horizon_seconds
 
     def take(self, parsed: Parsed, arrival: Arrival) -> None:
@@ -208,7 +208,7 @@ class Joins:
         if ruling.state is FeedbackState.ERASED:
             self._execute("UPDATE feedback SET rater = '' WHERE id = ?", (rating.id,))
         if ruling.is_head and head is not None:
-            self._unseat(head)
+            self._supersede(head)
         self._execute(
             "UPDATE feedback SET state = ?, head = ? WHERE id = ?",
             (ruling.state, ruling.is_head, rating.id),
@@ -236,7 +236,7 @@ class Joins:
             for (tenant,) in tenants.fetchall()
         )
 
-    def _unseat(self, head: Rating) -> None:
+    def _supersede(self, head: Rating) -> None:
         """A later rating takes the head's place; what was decided of the old one stays."""
         if head.state not in (FeedbackState.READY, FeedbackState.UNUSABLE):
             self._execute("UPDATE feedback SET head = 0 WHERE id = ?", (head.id,))

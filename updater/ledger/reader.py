@@ -11,7 +11,7 @@ from updater.learning.baselines import Baselines
 from updater.ledger.accounting import Accounting, audit, read_accounting
 from updater.ledger.database import Database
 from updater.ledger.erasure import Forgotten
-from updater.ledger.withdrawal import wanted_ancestor
+from updater.ledger.revocation import wanted_revocation
 
 
 class LedgerReader:
@@ -156,32 +156,33 @@ class LedgerReader:
     def erasure(self, erasure_id: str) -> Forgotten | None:
         """What an erasure came to; None: it was not carried out yet."""
         rows = self._database.rows(
-            "SELECT interactions, feedback, releases, clean_ancestor, replay, restored_as"
+            "SELECT interactions, feedback, releases, last_clean_version, revoke,"
+            " revocation_version"
             " FROM erasures WHERE id = ?",
             erasure_id,
         )
         if not rows:
             return None
-        interactions, feedback, releases, ancestor, replay, restored_as = rows[0]
+        interactions, feedback, releases, ancestor, revoke, revocation_version = rows[0]
         return Forgotten(
             interactions,
             feedback,
             tuple(json.loads(releases)),
             ancestor,
-            bool(replay),
-            restored_as,
+            bool(revoke),
+            revocation_version,
         )
 
-    def replay_wanted(self) -> int | None:
+    def revocation_wanted(self) -> int | None:
         """The version that an erasure wants the policy to go back to; None: none does."""
         with self._database.snapshot() as connection:
-            return wanted_ancestor(connection)
+            return wanted_revocation(connection)
 
-    def withdrawn_versions(self) -> set[int]:
-        """Releases that a replay took back."""
+    def revoked_versions(self) -> set[int]:
+        """Releases that a revocation took back."""
         return {
             int(version)
-            for (version,) in self._database.rows("SELECT version FROM releases WHERE withdrawn")
+            for (version,) in self._database.rows("SELECT version FROM releases WHERE revoked")
         }
 
     def lineage(self, version: int) -> list[tuple[str, str]]:

@@ -214,7 +214,7 @@ WHEN NEW.over IS NOT NULL AND OLD.state NOT IN ('waiting', 'ready') AND NEW.stat
         WHERE id IN (NEW.interaction, NEW.over);
 END;
 
--- Those of trained feedback stay as long as the reply's: a replay learns from it again.
+-- Those of trained feedback stay as long as the reply's: a revocation learns from it again.
 CREATE TABLE feedback_bodies (
     id INTEGER PRIMARY KEY,
     key INTEGER NOT NULL,                    -- its own: rater and reader may each ask to be erased
@@ -238,7 +238,7 @@ CREATE TABLE releases (
     version INTEGER PRIMARY KEY,
     manifest TEXT NOT NULL,
     published INTEGER NOT NULL DEFAULT 0,
-    withdrawn INTEGER NOT NULL DEFAULT 0     -- by a replay: its bytes may go, nobody descends
+    revoked INTEGER NOT NULL DEFAULT 0     -- by a revocation: its bytes may go, nobody descends
 ) STRICT;
 CREATE INDEX releases_unpublished ON releases (version) WHERE published = 0;
 
@@ -297,11 +297,11 @@ CREATE TABLE erasures (
     interactions INTEGER NOT NULL,
     feedback INTEGER NOT NULL,
     releases TEXT NOT NULL,                  -- JSON: versions that had learned from the subject
-    clean_ancestor INTEGER NOT NULL,         -- the newest in the live line that had not
-    replay INTEGER NOT NULL,
-    restored_as INTEGER                      -- the release that a replay began with
+    last_clean_version INTEGER NOT NULL,         -- the newest in the live line that had not
+    revoke INTEGER NOT NULL,
+    revocation_version INTEGER                      -- the release that a revocation began with
 ) STRICT;
-CREATE INDEX erasures_to_replay ON erasures (id) WHERE replay = 1 AND restored_as IS NULL;
+CREATE INDEX erasures_to_revoke ON erasures (id) WHERE revoke = 1 AND revocation_version IS NULL;
 
 -- Whatever comes in later and is older than this is erased at the door.
 CREATE TABLE tombstones (

@@ -21,11 +21,13 @@ from typing import Any, TypeVar
 from moorline.events import Erasure, Reason, Release
 from moorline.stream import Gap
 from updater.learning.baselines import Baselines
-from updater.ledger.attempts import Attempts
 from updater.ledger.bodies import Bodies, BodyErased
 from updater.ledger.claims import Claims
+from updater.ledger.crashes import Crashes
 from updater.ledger.database import Database, LedgerError, WriterLock, make_home, set_meta
+from updater.ledger.decisions import Decisions, check_release
 from updater.ledger.erasure import Eraser, Forgotten
+from updater.ledger.erasure_markers import ErasureMarkers
 from updater.ledger.examples import read_named, read_ready, read_traffic
 from updater.ledger.expiry import Expired, Expiry
 from updater.ledger.fates import Fates, count
@@ -33,11 +35,9 @@ from updater.ledger.intake import Ingested, Intake
 from updater.ledger.joins import Joins
 from updater.ledger.keys import KeyRing
 from updater.ledger.reader import LedgerReader
+from updater.ledger.revocation import Revocation, check_revocation, wanted_revocation
 from updater.ledger.rules import Parsed
-from updater.ledger.settlement import Settlement, check_release
-from updater.ledger.tombstones import Tombstones
 from updater.ledger.watermark import Watermark
-from updater.ledger.withdrawal import Withdrawal, check_restoration, wanted_ancestor
 from updater.values import Example, TokenSequence
 
 logger = logging.getLogger("moorline.ledger")
@@ -56,14 +56,14 @@ class Ledger(LedgerReader):
         *,
         horizon_seconds: float = DEFAULT_HORIZON_SECONDS,
         keep_decided_seconds: float = math.inf,
-        suspect_after_deaths: int = 3,
+        suspect_after_crashes: int = 3,
     ) -> None:
         """Take the lock, open or create the file, begin a new lease.
 
         Args:
             horizon_seconds: how long an interaction and its feedback wait for each other.
             keep_decided_seconds: bodies of decided replies are kept so long, if not for less.
-            suspect_after_deaths: a reply with which the process has died so often is suspected.
+            suspect_after_crashes: a reply with which the process has died so often is suspected.
 
         Raises:
             LedgerLocked: another updater holds it.
@@ -81,8 +81,8 @@ class Ledger(LedgerReader):
             opened.callback(self._keys.close)
             self.epoch = self._database.begin_lease()
             self._claims = Claims()
-            self.attempts = Attempts(self._database, self._claims, suspect_after_deaths)
-            self.attempts.count_deaths()
+            self.crashes = Crashes(self._database, self._claims, suspect_after_crashes)
+            self.crashes.count_crashes()
             self._wipe_due = True  # a kill may have come between an erasure and its wiping
             self._destroy_doomed()
             opened.pop_all()
@@ -126,9 +126,9 @@ class Ledger(LedgerReader):
         now = time.time() if now is None else now
         with self._database.transaction("ingest") as connection:
             self._keys.discard()  # of an attempt that was rolled back
-            fates, tombstones = Fates(connection), Tombstones(connection)
-            joins = Joins(connection, fates, self._keys, tombstones, self._horizon_seconds)
-            eraser = self._eraser(connection, fates, tombstones)
+            fates, erasure_markers = Fates(connection), ErasureMarkers(connection)
+            joins = Joins(connection, fates, self._keys, erasure_markers, self._horizon_seconds)
+            eraser = self._eraser(connection, fates, erasure_markers)
             intake = Intake(connection, joins, eraser)
             intake.record_gaps(gaps, now)
             new, replayed = intake.consume(records, now)
@@ -185,7 +185,7 @@ class Ledger(LedgerReader):
         with self._database.transaction("forget") as connection:
             self._keys.discard()
             fates = Fates(connection)
-            self._eraser(connection, fates, Tombstones(connection)).carry_out(erasure, now, now)
+            self._eraser(connection, fates, ErasureMarkers(connection)).carry_out(erasure, now, now)
             changes = fates.by_topic()
             self._keys.save()
         count(changes)
@@ -194,30 +194,32 @@ class Ledger(LedgerReader):
         assert found is not None
         return found
 
-    def commit_restoration(self, release: Release) -> None:
-        """The policy is what ``release.restores`` was, and what was learned since waits again.
+    def commit_revocation(self, release: Release) -> None:
+        """The policy is what ``release.revokes_after`` was, and what was learned since waits again.
 
         Raises:
             LedgerError: no erasure asks for it, or the release is not that. Nothing changed.
         """
-        with self._database.transaction("restoration") as connection:
-            check_restoration(
+        with self._database.transaction("revocation") as connection:
+            check_revocation(
                 release,
-                wanted=wanted_ancestor(connection),
-                withdrawn=self.withdrawn_versions(),
+                wanted=wanted_revocation(connection),
+                revoked=self.revoked_versions(),
                 next_version=self.next_version(),
                 epoch=self.epoch,
             )
             fates = Fates(connection)
-            Withdrawal(connection, fates).run(release)
+            Revocation(connection, fates).run(release)
             changes = fates.by_topic()
         count(changes)
         self._claims.clear()
 
     def _eraser(
-        self, connection: sqlite3.Connection, fates: Fates, tombstones: Tombstones
+        self, connection: sqlite3.Connection, fates: Fates, erasure_markers: ErasureMarkers
     ) -> Eraser:
-        return Eraser(connection, fates, self._keys, tombstones, self.release, self.live_version())
+        return Eraser(
+            connection, fates, self._keys, erasure_markers, self.release, self.live_version()
+        )
 
     def _erased(self) -> None:
         """After the commit: the keys go, and every old page that is still in a file."""
@@ -247,7 +249,7 @@ class Ledger(LedgerReader):
                 body = erased
             with self._database.transaction("forget") as connection:
                 fates = Fates(connection)
-                eraser = self._eraser(connection, fates, Tombstones(connection))
+                eraser = self._eraser(connection, fates, ErasureMarkers(connection))
                 eraser.erase_body(body)
                 changes = fates.by_topic()
             count(changes)
@@ -280,11 +282,11 @@ class Ledger(LedgerReader):
             exclude: example ids of the batch at hand.
             max_tokens: prompt and completion; longer ones are passed over.
         """
-        excluded = self._claims.interactions(exclude) | self.attempts.shunned()
+        excluded = self._claims.interactions(exclude) | self.crashes.excluded()
         found = self._readable(
             lambda connection, bodies: read_traffic(connection, bodies, limit, max_tokens, excluded)
         )
-        self.attempts.measure_on(found)
+        self.crashes.measure_on(found)
         return list(found.values())
 
     # --- how it ends --------------------------------------------------------------------------
@@ -386,21 +388,21 @@ class Ledger(LedgerReader):
             LedgerError: there is no such release.
         """
         with self._database.transaction("live") as connection:
-            if version and (self.release(version) is None or version in self.withdrawn_versions()):
-                raise LedgerError(f"there is no release {version}, or it was withdrawn")
+            if version and (self.release(version) is None or version in self.revoked_versions()):
+                raise LedgerError(f"there is no release {version}, or it was revoked")
             set_meta(connection, "live_version", None if version is None else str(version))
 
     @contextmanager
     def _decision(
         self, step: str, example_ids: Sequence[str], baselines: Baselines | None
-    ) -> Iterator[Settlement]:
+    ) -> Iterator[Decisions]:
         """One transaction, and what follows when it has committed."""
         with self._database.transaction(step) as connection:
             fates = Fates(connection)
-            settlement = Settlement(connection, fates)
+            settlement = Decisions(connection, fates)
             yield settlement
             settlement.conclude(baselines)
             changes = fates.by_topic()
         count(changes)
         self._claims.drop(example_ids)
-        self.attempts.show()
+        self.crashes.show()

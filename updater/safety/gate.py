@@ -1,6 +1,6 @@
 """The gate's judgement of one candidate, on the bytes that servers would load.
 
-It reads the artifact back from the store (which checks every hash), scores the canaries under it,
+It reads the artifact back from the store (which checks every hash), scores the probes under it,
 and compares with the live policy and the anchor. Anything that goes wrong on the way is a HOLD, and
 only a PASS is released: the gate fails closed.
 """
@@ -20,26 +20,26 @@ from moorline.events import ArtifactFile, Check, Decision, Divergence, Verdict
 from moorline.settings import GateSettings
 from moorline.store import ArtifactStore
 from updater.learning.policy import AdapterState, Policy
-from updater.safety.probes import CanarySet
+from updater.safety.probes import ProbeSet
 from updater.safety.trust_region import TrustRegion, measure_divergence
 
 logger = logging.getLogger("moorline.gate")
 
 
 class Gate:
-    """Judges candidates by fixed canaries."""
+    """Judges candidates by fixed probes."""
 
     def __init__(
         self,
         policy: Policy,
-        canaries: CanarySet,
+        probes: ProbeSet,
         trust_region: TrustRegion,
         store: ArtifactStore,
         limits: GateSettings,
     ) -> None:
-        """``trust_region`` holds the anchor's answers to ``canaries.sequences``."""
+        """``trust_region`` holds the anchor's answers to ``probes.sequences``."""
         self._policy = policy
-        self._canaries = canaries
+        self._probes = probes
         self._trust_region = trust_region
         self._store = store
         self._limits = limits
@@ -73,12 +73,12 @@ class Gate:
             return (_failed("layout", "the adapter's tensors are not those of the live policy"),)
         if not all(torch.isfinite(tensor).all() for tensor in adapter.values()):
             return (_failed("finite", "a weight is NaN or infinite"),)
-        sequences = self._canaries.sequences
+        sequences = self._probes.sequences
         candidate = self._trust_region.logprobs(adapter, sequences)
         if not all(torch.isfinite(logprobs).all() for logprobs in candidate):
-            return (_failed("finite", "a logprob on the canaries is NaN or infinite"),)
-        before = self._trust_region.live_canary_logprobs(live)
-        anchor = self._trust_region.anchor_canary_logprobs
+            return (_failed("finite", "a logprob on the probes is NaN or infinite"),)
+        before = self._trust_region.live_probe_logprobs(live)
+        anchor = self._trust_region.anchor_probe_logprobs
         return (
             Check(name="hash", measured=None, limit=None, passed=True),
             Check(name="finite", measured=None, limit=None, passed=True),
@@ -89,9 +89,9 @@ class Gate:
     def _divergence_checks(
         self, live: Sequence[Tensor], anchor: Sequence[Tensor], candidate: Sequence[Tensor]
     ) -> tuple[Check, ...]:
-        chats = len(self._canaries.chats)
-        from_live = measure_divergence(live[:chats], candidate[:chats], "live", "canaries")
-        from_anchor = measure_divergence(anchor[:chats], candidate[:chats], "anchor", "canaries")
+        chats = len(self._probes.chats)
+        from_live = measure_divergence(live[:chats], candidate[:chats], "live", "probes")
+        from_anchor = measure_divergence(anchor[:chats], candidate[:chats], "anchor", "probes")
         limits = self._limits
         return (
             *_kl_checks(from_live, limits.live_kl_mean_nats, limits.live_kl_max_prompt_nats),
@@ -117,14 +117,14 @@ class Gate:
         chosen = [
             part.gather(-1, torch.tensor(text.completion_token_ids, device=part.device)[:, None])
             for text, part in zip(
-                self._canaries.texts, logprobs[len(self._canaries.chats) :], strict=True
+                self._probes.texts, logprobs[len(self._probes.chats) :], strict=True
             )
         ]
         return math.exp(-float(torch.cat(chosen).mean()))
 
 
 def _kl_checks(divergence: Divergence, mean_limit: float, prompt_limit: float) -> tuple[Check, ...]:
-    name = f"kl_{divergence.reference}"
+    name = f"kl_{divergence.measured_from}"
     return (
         _at_most(f"{name}_mean_nats", divergence.mean_kl_nats, mean_limit),
         _at_most(f"{name}_max_prompt_nats", divergence.max_prompt_kl_nats, prompt_limit),

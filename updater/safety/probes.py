@@ -16,12 +16,12 @@ from updater.values import TokenSequence
 _OWN_SET = "probes.jsonl"
 
 
-class CanaryError(ValueError):
-    """A canary file cannot be used; the message names the line and what it must hold."""
+class ProbesInvalid(ValueError):
+    """A probe file cannot be used; the message names the line and what it must hold."""
 
 
 @dataclass(frozen=True)
-class CanarySet:
+class ProbeSet:
     """Canaries as token ids, in the order of the file."""
 
     chats: tuple[TokenSequence, ...]
@@ -35,18 +35,18 @@ class CanarySet:
         return [*self.chats, *self.texts]
 
 
-def load_canaries(path: Path | None, model_dir: Path) -> CanarySet:
-    """Read canaries (``None``: the set that comes with Moorline) for one model's tokenizer.
+def load_probes(path: Path | None, model_dir: Path) -> ProbeSet:
+    """Read probes (``None``: the set that comes with Moorline) for one model's tokenizer.
 
     Raises:
-        CanaryError: a line is not usable, or there are no chats or no texts.
+        ProbesInvalid: a line is not usable, or there are no chats or no texts.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     source = path if path is not None else files("updater.safety").joinpath(_OWN_SET)
     try:
         content = source.read_text(encoding="utf-8")
     except OSError as error:
-        raise CanaryError(f"cannot read canaries ({error}): set gate.canaries") from None
+        raise ProbesInvalid(f"cannot read probes ({error}): set gate.probes") from None
     chats: list[TokenSequence] = []
     texts: list[TokenSequence] = []
     for number, line in enumerate(content.splitlines(), start=1):
@@ -59,8 +59,8 @@ def load_canaries(path: Path | None, model_dir: Path) -> CanarySet:
         else:
             chats.append(_chat(tokenizer, row["prompt"], row["reply"]))
     if not chats or not texts:
-        raise CanaryError("canaries need at least one prompt with its reply and one text")
-    return CanarySet(tuple(chats), tuple(texts))
+        raise ProbesInvalid("probes need at least one prompt with its reply and one text")
+    return ProbeSet(tuple(chats), tuple(texts))
 
 
 def _row(line: str, number: int) -> Mapping[str, str]:
@@ -72,8 +72,8 @@ def _row(line: str, number: int) -> Mapping[str, str]:
         wanted = ("text",) if "text" in row else ("prompt", "reply")
         if all(isinstance(row.get(name), str) and len(row[name]) > 1 for name in wanted):
             return row
-    raise CanaryError(
-        f'canary line {number}: expected {{"prompt": "...", "reply": "..."}} or {{"text": "..."}}'
+    raise ProbesInvalid(
+        f'probe line {number}: expected {{"prompt": "...", "reply": "..."}} or {{"text": "..."}}'
     )
 
 

@@ -1,7 +1,7 @@
 """The bound on a release: how far the policy itself moved, and the largest step that is inside.
 
 Objectives bound tokens of the batch; this bounds the policy. On held-out recent traffic and on the
-canaries, with full-vocabulary distributions, in nats per token (RL's Razor, arXiv 2509.04259:
+probes, with full-vocabulary distributions, in nats per token (RL's Razor, arXiv 2509.04259:
 forward KL from the start predicts forgetting):
 
     KL(live || candidate)   <= live_kl_nats      one release must not jump
@@ -35,8 +35,8 @@ class BoundedStep:
     scale: float
     adapter: AdapterState
     divergences: tuple[Divergence, ...]
-    canary_logprobs: list[Tensor]
-    """Under the candidate, one [completion tokens, V] per canary."""
+    probe_logprobs: list[Tensor]
+    """Under the candidate, one [completion tokens, V] per probe."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class TrustRegion:
     def __init__(
         self,
         policy: Policy,
-        canaries: Sequence[TokenSequence],
+        probes: Sequence[TokenSequence],
         bound: BoundSettings,
         micro_batch_tokens: int,
     ) -> None:
         self._policy = policy
         self._bound = bound
         self._micro_batch_tokens = micro_batch_tokens
-        self.canaries = list(canaries)
-        self.anchor_canary_logprobs = self.logprobs(None, self.canaries)
+        self.probes = list(probes)
+        self.anchor_probe_logprobs = self.logprobs(None, self.probes)
         self._live: tuple[AdapterState, list[Tensor]] | None = None
 
     def logprobs(
@@ -71,10 +71,10 @@ class TrustRegion:
         with self._policy.using(adapter):
             return self._policy.full_logprobs(sequences, self._micro_batch_tokens)
 
-    def live_canary_logprobs(self, live: AdapterState) -> list[Tensor]:
-        """The live policy's answers to the canaries; computed once for each live policy."""
+    def live_probe_logprobs(self, live: AdapterState) -> list[Tensor]:
+        """The live policy's answers to the probes; computed once for each live policy."""
         if self._live is None or self._live[0] is not live:
-            self._live = (live, self.logprobs(live, self.canaries))
+            self._live = (live, self.logprobs(live, self.probes))
         return self._live[1]
 
     def largest_step(
@@ -85,28 +85,26 @@ class TrustRegion:
         Args:
             traffic: recent replies that the batch at hand does not contain.
         """
-        references = [
-            _Reference("live", "canaries", self.live_canary_logprobs(live)),
-            _Reference("anchor", "canaries", self.anchor_canary_logprobs),
+        origins = [
+            _Origin("live", "probes", self.live_probe_logprobs(live)),
+            _Origin("anchor", "probes", self.anchor_probe_logprobs),
         ]
         if traffic:
-            references += [
-                _Reference("live", "traffic", self.logprobs(live, traffic)),
-                _Reference("anchor", "traffic", self.logprobs(None, traffic)),
+            origins += [
+                _Origin("live", "traffic", self.logprobs(live, traffic)),
+                _Origin("anchor", "traffic", self.logprobs(None, traffic)),
             ]
         tried: dict[float, BoundedStep] = {}
 
         def measure(scale: float) -> float:
             adapter = interpolate(live, proposed, scale)
-            on_canaries = self.logprobs(adapter, self.canaries)
+            on_probes = self.logprobs(adapter, self.probes)
             on_traffic = self.logprobs(adapter, traffic) if traffic else []
             measured = tuple(
-                reference.divergence(
-                    on_canaries if reference.tokens_from == "canaries" else on_traffic
-                )
-                for reference in references
+                origin.divergence(on_probes if origin.tokens_from == "probes" else on_traffic)
+                for origin in origins
             )
-            tried[scale] = BoundedStep(scale, adapter, measured, on_canaries)
+            tried[scale] = BoundedStep(scale, adapter, measured, on_probes)
             return max(one.mean_kl_nats / self._limit(one) for one in measured)
 
         scale = largest_inside(measure, self._bound.search_steps, self._bound.min_step_scale)
@@ -114,39 +112,39 @@ class TrustRegion:
 
     def anchor_budget_left_nats(self, divergences: Sequence[Divergence]) -> float:
         """What the lineage may still move away from the anchor, nats per token."""
-        spent = max(one.mean_kl_nats for one in divergences if one.reference == "anchor")
+        spent = max(one.mean_kl_nats for one in divergences if one.measured_from == "anchor")
         return self._bound.anchor_kl_nats - spent
 
     def _limit(self, divergence: Divergence) -> float:
-        if divergence.reference == "live":
+        if divergence.measured_from == "live":
             return self._bound.live_kl_nats
         return self._bound.anchor_kl_nats
 
 
 @dataclass(frozen=True)
-class _Reference:
-    reference: Literal["live", "anchor"]
-    tokens_from: Literal["traffic", "canaries"]
+class _Origin:
+    measured_from: Literal["live", "anchor"]
+    tokens_from: Literal["traffic", "probes"]
     logprobs: list[Tensor]
 
     def divergence(self, candidate: Sequence[Tensor]) -> Divergence:
-        return measure_divergence(self.logprobs, candidate, self.reference, self.tokens_from)
+        return measure_divergence(self.logprobs, candidate, self.measured_from, self.tokens_from)
 
 
 def measure_divergence(
     reference_logprobs: Sequence[Tensor],  # one [completion tokens, V] per sequence
     candidate_logprobs: Sequence[Tensor],  # likewise
-    reference: Literal["live", "anchor"],
-    tokens_from: Literal["traffic", "canaries"],
+    measured_from: Literal["live", "anchor"],
+    tokens_from: Literal["traffic", "probes"],
 ) -> Divergence:
-    """KL(reference || candidate): mean over all tokens, and the largest mean of one sequence."""
+    """KL(measured_from || candidate): mean over all tokens, and largest mean of one sequence."""
     per_sequence = [
         exact_kl(log_q, log_p)
         for log_q, log_p in zip(reference_logprobs, candidate_logprobs, strict=True)
     ]
     tokens = sum(kl.numel() for kl in per_sequence)
     return Divergence(
-        reference=reference,
+        measured_from=measured_from,
         tokens_from=tokens_from,
         mean_kl_nats=sum(float(kl.sum()) for kl in per_sequence) / max(1, tokens),
         max_prompt_kl_nats=max((float(kl.mean()) for kl in per_sequence), default=0.0),
@@ -156,7 +154,9 @@ def measure_divergence(
 
 def moved_from_live_nats(divergences: Sequence[Divergence]) -> float:
     """KL(live || candidate) of a release, nats per token: the larger one; 0 before the first."""
-    return max((one.mean_kl_nats for one in divergences if one.reference == "live"), default=0.0)
+    return max(
+        (one.mean_kl_nats for one in divergences if one.measured_from == "live"), default=0.0
+    )
 
 
 def largest_inside(measure: Callable[[float], float], steps: int, min_scale: float) -> float | None:

@@ -23,10 +23,10 @@ from moorline.store import (
     ArtifactCorrupt,
     ArtifactMissing,
     ArtifactStore,
-    PinUnreadable,
+    ManifestInvalid,
+    PinInvalid,
     ReleaseConflict,
     ReleaseMissing,
-    ReleaseUnreadable,
 )
 
 ALIAS = "assistant"
@@ -202,7 +202,7 @@ def test_cut_manifest_is_refused_and_the_one_before_is_used(
     first, second = release(store, 1), release(store, 2)
     path = store.root / "releases" / ALIAS / "v000002.json"
     os.truncate(path, int(path.stat().st_size * share))
-    with pytest.raises(ReleaseUnreadable, match=r"v000002\.json"):
+    with pytest.raises(ManifestInvalid, match=r"v000002\.json"):
         store.release(ALIAS, 2)
     assert store.newest(ALIAS) == first
     assert store.releases(ALIAS) == [first]
@@ -219,7 +219,7 @@ def test_changed_manifest_is_refused(store: ArtifactStore, field: str, value: ob
     release(store, 1)
     path = store.root / "releases" / ALIAS / "v000001.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(ReleaseUnreadable):
+    with pytest.raises(ManifestInvalid):
         store.release(ALIAS, 1)
     assert store.newest(ALIAS) is None
 
@@ -267,7 +267,7 @@ def test_version_that_could_not_be_served_is_not_pinned(store: ArtifactStore) ->
 def test_unreadable_pin_is_not_taken_for_none(store: ArtifactStore) -> None:
     store.pin(ALIAS, 0, "")
     (store.root / "releases" / ALIAS / "pin.json").write_text("{")
-    with pytest.raises(PinUnreadable, match="moorline"):
+    with pytest.raises(PinInvalid, match="moorline"):
         store.pinned(ALIAS)
     assert store.unpin(ALIAS)
 

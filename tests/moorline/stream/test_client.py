@@ -12,7 +12,7 @@ import pytest
 from kafka import errors as kafka_errors
 
 from moorline.settings import StreamSettings
-from moorline.stream import StreamRefused, StreamUnavailable, Topic, dlq_name, ensure_topics
+from moorline.stream import StreamInvalid, StreamUnavailable, Topic, dlq_name, ensure_topics
 from moorline.stream import topic_name as name_of
 from moorline.stream.client import client_configuration, explain, quiet_library_loggers
 from moorline.stream.topics import TopicState, check_partitions, cloud_event_headers
@@ -40,7 +40,7 @@ def secure_settings(**changes: object) -> StreamSettings:
 
 
 def test_no_broker_configured_says_how_to_get_one() -> None:
-    with pytest.raises(StreamRefused, match=r"MOORLINE_STREAM__BOOTSTRAP.*moorline up"):
+    with pytest.raises(StreamInvalid, match=r"MOORLINE_STREAM__BOOTSTRAP.*moorline up"):
         ensure_topics(StreamSettings())
 
 
@@ -84,12 +84,12 @@ def test_several_brokers_may_be_named() -> None:
 
 @pytest.mark.parametrize("missing", ["sasl_mechanism", "sasl_username", "sasl_password"])
 def test_half_a_login_is_refused(missing: str) -> None:
-    with pytest.raises(StreamRefused, match="SASL_MECHANISM"):
+    with pytest.raises(StreamInvalid, match="SASL_MECHANISM"):
         client_configuration(secure_settings(**{missing: None}))
 
 
 def test_a_missing_certificate_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StreamRefused, match="MOORLINE_STREAM__SSL_CAFILE"):
+    with pytest.raises(StreamInvalid, match="MOORLINE_STREAM__SSL_CAFILE"):
         client_configuration(secure_settings(ssl_cafile=tmp_path / "none.pem"))
 
 
@@ -120,7 +120,7 @@ def test_different_partition_counts_are_refused_with_the_command() -> None:
         Topic.FEEDBACK: TopicState(Topic.FEEDBACK, "2", 3),
     }
     expected = r"kafka-topics.sh --bootstrap-server b:1 --alter --topic feedback.v1 --partitions 8"
-    with pytest.raises(StreamRefused, match=expected):
+    with pytest.raises(StreamInvalid, match=expected):
         check_partitions(settings, states)
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moorline.stream.spool import Frame, Spool, SpoolInUse
+from moorline.stream.spool import Frame, Spool, SpoolLocked
 
 MEBIBYTE = 2**20
 
@@ -223,7 +223,7 @@ def test_an_old_cursor_never_releases_new_events(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused_with_the_remedy(tmp_path: Path) -> None:
     spool = Spool(tmp_path, MEBIBYTE)
-    with pytest.raises(SpoolInUse, match="MOORLINE_STATE_DIR"):
+    with pytest.raises(SpoolLocked, match="MOORLINE_STATE_DIR"):
         Spool(tmp_path, MEBIBYTE)
     spool.close()
     Spool(tmp_path, MEBIBYTE).close()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from serving.vllm.merge import AdapterUnusable, check_fits, merged_weights, read_adapter
+from serving.vllm.merge import AdapterInvalid, check_fits, merged_weights, read_adapter
 from tests.serving.make_release import completion_logits, random_adapter, reference_model
 
 
@@ -72,7 +72,7 @@ def test_what_is_not_plain_lora_is_refused(
 ) -> None:
     config = json.loads((adapter_dir / "adapter_config.json").read_text()) | {option: value}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterUnusable):
+    with pytest.raises(AdapterInvalid):
         read_adapter(tmp_path)
 
 
@@ -83,7 +83,7 @@ def test_half_a_pair_is_refused(adapter_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes(
         (adapter_dir / "adapter_config.json").read_bytes()
     )
-    with pytest.raises(AdapterUnusable, match="half of a LoRA pair"):
+    with pytest.raises(AdapterInvalid, match="half of a LoRA pair"):
         read_adapter(tmp_path)
 
 
@@ -94,5 +94,5 @@ def test_an_adapter_of_another_shape_is_refused_before_anything_is_loaded(
     name = next(iter(changes))
     wrong = changes[name]
     changes[name] = type(wrong)(a=wrong.a[:, :-1], b=wrong.b, scale=wrong.scale)
-    with pytest.raises(AdapterUnusable, match="in the base model"):
+    with pytest.raises(AdapterInvalid, match="in the base model"):
         check_fits(changes, base_dir)

@@ -18,7 +18,7 @@ from updater.learning.advantages import (
     STD_FLOOR,
     CreditStats,
     assign_credit,
-    outranked,
+    overridden_signals,
     reward,
     why_no_credit,
 )
@@ -99,9 +99,9 @@ def test_corrections_and_preferences_have_credit_but_no_reward(said: Feedback) -
 
 def test_explicit_ratings_outrank_signals() -> None:
     hints = [signal("a", "copied"), signal("a", "edited", "bob")]
-    assert outranked(hints) == []
-    assert outranked([*hints, correction("a")]) == []
-    assert outranked([*hints, rating("a", -1, "cy")]) == hints
+    assert overridden_signals(hints) == []
+    assert overridden_signals([*hints, correction("a")]) == []
+    assert overridden_signals([*hints, rating("a", -1, "cy")]) == hints
 
 
 def test_a_hand_worked_batch() -> None:

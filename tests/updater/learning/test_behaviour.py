@@ -20,7 +20,7 @@ from updater.learning.behaviour import (
     BehaviourUnavailable,
     Fallback,
     Rerun,
-    not_run_again,
+    behaviour_policies_unavailable,
     token_divergence,
 )
 from updater.learning.policy import AdapterState, Policy
@@ -173,7 +173,7 @@ def test_what_is_gone_or_damaged_falls_back_and_is_counted(policy: Policy, shelf
     )
     assert torch.allclose(log_p, processed_logprobs(now, sampled, unknown.sampling), atol=1e-6)
     assert behaviour.mismatch_nats(unknown) is None
-    assert not_run_again({unknown.key: behaviour}) == {9: "gone"}
+    assert behaviour_policies_unavailable({unknown.key: behaviour}) == {9: "gone"}
 
     release = shelf.releases[1]
     weights = shelf.store.open(str(release.artifact_digest), release.files)

@@ -60,7 +60,7 @@ def test_what_was_not_measured_this_time_is_not_shown_from_last_time() -> None:
 
 
 def test_the_documented_levels_are_those_that_ring() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "concepts.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (\S*) ?\| (\S*) ?\| (.+) \|$", text, re.MULTILINE)
     documented = {
         name: (float(low or -math.inf), float(high or math.inf), meaning)

@@ -11,7 +11,7 @@ import torch
 from moorline.events import Interaction
 from moorline.settings import LearningSettings
 from tests.updater.learning.fixtures import credited, recorded, some_sequences
-from updater.learning.chat_template import ChatTokens
+from updater.learning.chat_template import ChatTemplate
 from updater.learning.policy import Policy, sampled_logprobs
 from updater.learning.trainer import NothingToLearn, Trainer
 from updater.values import (
@@ -36,12 +36,12 @@ def policy(tiny_model_dir: Path) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def chat(tiny_model_dir: Path) -> ChatTokens:
-    return ChatTokens(tiny_model_dir)
+def chat(tiny_model_dir: Path) -> ChatTemplate:
+    return ChatTemplate(tiny_model_dir)
 
 
 @pytest.fixture
-def chat_reply(policy: Policy, chat: ChatTokens) -> Interaction:
+def chat_reply(policy: Policy, chat: ChatTemplate) -> Interaction:
     """A reply to a question that ends as a chat prompt does."""
     prompt = chat._ids("<|im_start|>user\nWhat is salt?<|im_end|>\n<|im_start|>assistant\n")
     return recorded(policy, TokenSequence(prompt, chat.reply("I like it.")), "chatcmpl-chat")
@@ -68,7 +68,7 @@ def total(policy: Policy, sequence: TokenSequence) -> float:
 
 
 def test_a_corrected_text_becomes_likelier(
-    policy: Policy, chat: ChatTokens, chat_reply: Interaction
+    policy: Policy, chat: ChatTemplate, chat_reply: Interaction
 ) -> None:
     trainer = Trainer(policy, SETTINGS, chat=chat)
     wanted = TokenSequence(chat_reply.prompt_token_ids, chat.reply(TEXT))
@@ -82,30 +82,30 @@ def test_a_corrected_text_becomes_likelier(
 
 
 def test_the_told_models_advantage_is_the_difference_of_two_passes(
-    policy: Policy, chat: ChatTokens, chat_reply: Interaction
+    policy: Policy, chat: ChatTemplate, chat_reply: Interaction
 ) -> None:
     settings = SETTINGS.model_copy(update={"correction_weight": 0.0, "distillation_weight": 0.5})
     trainer = Trainer(policy, settings, chat=chat)
-    lessons = trainer._teacher.prepare([corrected(chat_reply, weight=0.5)])
+    reply_losses = trainer._feedback_losses.prepare([corrected(chat_reply, weight=0.5)])
     told = chat.told(chat_reply.prompt_token_ids, TEXT)
     assert told is not None
     reply = as_sequence(chat_reply)
     hinted = TokenSequence(told, reply.completion_token_ids)
     with_hint, without = sampled_logprobs(policy, [hinted, reply], 1)
     wanted = 0.25 * (with_hint - without).clamp(-2.0, 2.0)
-    advantage = lessons["corrected"].advantage
+    advantage = reply_losses["corrected"].advantage
     assert advantage is not None
     assert torch.allclose(advantage, wanted, atol=1e-4)
     assert float(advantage.abs().max()) > 1e-3
-    assert lessons["corrected"].texts == []
+    assert reply_losses["corrected"].texts == []
 
 
 def test_distillation_alone_moves_each_token_as_the_told_model_would(
-    policy: Policy, chat: ChatTokens, chat_reply: Interaction
+    policy: Policy, chat: ChatTemplate, chat_reply: Interaction
 ) -> None:
     settings = SETTINGS.model_copy(update={"correction_weight": 0.0, "learning_rate": 1e-3})
     trainer = Trainer(policy, settings, chat=chat)
-    advantage = trainer._teacher.prepare([corrected(chat_reply)])["corrected"].advantage
+    advantage = trainer._feedback_losses.prepare([corrected(chat_reply)])["corrected"].advantage
     assert advantage is not None
     (before,) = sampled_logprobs(policy, [as_sequence(chat_reply)], 512)
     trainer.propose(Batch((corrected(chat_reply),), 0))
@@ -114,7 +114,7 @@ def test_distillation_alone_moves_each_token_as_the_told_model_would(
 
 
 def test_a_plain_completion_is_corrected_by_its_text_alone(
-    policy: Policy, chat: ChatTokens
+    policy: Policy, chat: ChatTemplate
 ) -> None:
     plain = recorded(policy, some_sequences(1)[0], "chatcmpl-plain")
     found = Trainer(policy, SETTINGS, chat=chat).propose(Batch((corrected(plain),), 0)).diagnostics
@@ -124,7 +124,7 @@ def test_a_plain_completion_is_corrected_by_its_text_alone(
 
 
 def test_what_does_not_fit_is_counted_and_alone_makes_no_update(
-    policy: Policy, chat: ChatTokens, chat_reply: Interaction
+    policy: Policy, chat: ChatTemplate, chat_reply: Interaction
 ) -> None:
     trainer = Trainer(policy, SETTINGS.model_copy(update={"max_example_tokens": 64}), chat=chat)
     too_long = corrected(chat_reply, "word " * 100)
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_counted_and_alone_makes_no_update(
 
 
 def test_weights_of_zero_switch_lessons_off(
-    policy: Policy, chat: ChatTokens, chat_reply: Interaction
+    policy: Policy, chat: ChatTemplate, chat_reply: Interaction
 ) -> None:
     off = {"correction_weight": 0.0, "distillation_weight": 0.0, "preference_weight": 0.0}
     trainer = Trainer(policy, SETTINGS.model_copy(update=off), chat=chat)
@@ -168,9 +168,9 @@ def test_the_gradient_of_a_preference_is_beta_times_the_difference_of_likelihood
     other = other_reply(policy, chat_reply.prompt_token_ids, "chatcmpl-other")
     trainer = Trainer(policy, SETTINGS)
     one = preferred(chat_reply, other, weight=0.5)
-    lessons = trainer._teacher.prepare([one])
+    reply_losses = trainer._feedback_losses.prepare([one])
     parameters = [parameter for _, parameter in policy.parameters]
-    (loss,) = trainer._teacher.losses([lessons["preferred"]], 10, {})
+    (loss,) = trainer._feedback_losses.losses([reply_losses["preferred"]], 10, {})
     ours = torch.autograd.grad(loss, parameters)
 
     def likelihood(interaction: Interaction) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_the_gradient_of_a_preference_is_beta_times_the_difference_of_likelihood
 
 
 def test_a_corrected_token_counts_like_a_rated_one(
-    policy: Policy, chat: ChatTokens, chat_reply: Interaction
+    policy: Policy, chat: ChatTemplate, chat_reply: Interaction
 ) -> None:
     """A correction that says what was said teaches what a thumb up of advantage 1 teaches."""
     settings = SETTINGS.model_copy(update={"distillation_weight": 0.0})
@@ -199,7 +199,7 @@ def test_a_corrected_token_counts_like_a_rated_one(
 
 
 def test_lessons_and_ratings_share_one_step_and_micro_batches_add_up(
-    policy: Policy, chat: ChatTokens, chat_reply: Interaction, tiny_model_dir: Path
+    policy: Policy, chat: ChatTemplate, chat_reply: Interaction, tiny_model_dir: Path
 ) -> None:
     other = other_reply(policy, chat_reply.prompt_token_ids, "chatcmpl-other")
     thumbs = [

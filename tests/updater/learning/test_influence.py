@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from updater.learning.influence import (
     MAX_RATER_SHARE,
     MAX_TENANT_SHARE,
-    Voice,
+    RaterKey,
     capped,
     fair_shares,
     largest_share,
-    voice_caps,
+    rater_caps,
 )
 
 AMOUNTS = st.floats(0.05, 10_000) | st.integers(1, 10_000).map(float)
@@ -50,45 +50,45 @@ def test_none_exceeds_the_share(amounts: dict[str, float], max_share: float) -> 
 
 @given(
     st.dictionaries(
-        st.builds(Voice, st.sampled_from("xyz"), st.sampled_from("abcdefg")),
+        st.builds(RaterKey, st.sampled_from("xyz"), st.sampled_from("abcdefg")),
         st.tuples(AMOUNTS, st.sampled_from([0.2, 0.6, 1.0])),
         min_size=1,
         max_size=15,
     )
 )
-def test_both_caps_hold_at_once(voices: dict[Voice, tuple[float, float]]) -> None:
-    amounts = {voice: amount for voice, (amount, _) in voices.items()}
-    trust = {voice: one for voice, (_, one) in voices.items()}
-    weights = voice_caps(amounts, trust)
+def test_both_caps_hold_at_once(raters: dict[RaterKey, tuple[float, float]]) -> None:
+    amounts = {rater_key: amount for rater_key, (amount, _) in raters.items()}
+    trust = {rater_key: one for rater_key, (_, one) in raters.items()}
+    weights = rater_caps(amounts, trust)
     assert all(0 < weight <= 1 for weight in weights.values())
     tenants: defaultdict[str, list[float]] = defaultdict(list)
-    for voice, amount in amounts.items():
-        tenants[voice.tenant].append(amount * weights[voice])
+    for rater_key, amount in amounts.items():
+        tenants[rater_key.tenant].append(amount * weights[rater_key])
     sums = {tenant: math.fsum(influence) for tenant, influence in tenants.items()}
     of_tenants = max(MAX_TENANT_SHARE, 1 / len(sums)) * math.fsum(sums.values())
     assert max(sums.values()) <= of_tenants * (1 + 1e-6)
-    for voice, amount in amounts.items():
-        standing = [one for other, one in trust.items() if other.tenant == voice.tenant]
-        share = max(MAX_RATER_SHARE, trust[voice] / math.fsum(standing))
-        assert amount * weights[voice] <= share * sums[voice.tenant] * (1 + 1e-6)
+    for rater_key, amount in amounts.items():
+        standing = [one for other, one in trust.items() if other.tenant == rater_key.tenant]
+        share = max(MAX_RATER_SHARE, trust[rater_key] / math.fsum(standing))
+        assert amount * weights[rater_key] <= share * sums[rater_key.tenant] * (1 + 1e-6)
 
 
 def test_making_few_raters_equal_does_not_undo_distrust() -> None:
-    trust = {Voice("x", "ann"): 1.0, Voice("x", "troll"): 0.2}
-    assert set(voice_caps(trust, trust).values()) == {1.0}
-    flood = {Voice("x", "ann"): 1.0, Voice("x", "troll"): 0.2 * 30}
-    caps = voice_caps(flood, trust)
-    assert 6 * caps[Voice("x", "troll")] == pytest.approx(1 / 3), "a quarter of the whole"
+    trust = {RaterKey("x", "ann"): 1.0, RaterKey("x", "troll"): 0.2}
+    assert set(rater_caps(trust, trust).values()) == {1.0}
+    flood = {RaterKey("x", "ann"): 1.0, RaterKey("x", "troll"): 0.2 * 30}
+    caps = rater_caps(flood, trust)
+    assert 6 * caps[RaterKey("x", "troll")] == pytest.approx(1 / 3), "a quarter of the whole"
 
 
 def test_a_name_means_somebody_else_in_another_tenant() -> None:
-    same = {Voice("x", "ann"): 1.0, Voice("y", "ann"): 1.0}
-    assert set(voice_caps(same, same).values()) == {1.0}
+    same = {RaterKey("x", "ann"): 1.0, RaterKey("y", "ann"): 1.0}
+    assert set(rater_caps(same, same).values()) == {1.0}
     assert largest_share(same, of_tenants=False) == 0.5
 
 
 def test_shares_are_of_the_whole() -> None:
-    amounts = {Voice("x", "a"): 3.0, Voice("x", "b"): 1.0, Voice("y", "c"): 4.0}
+    amounts = {RaterKey("x", "a"): 3.0, RaterKey("x", "b"): 1.0, RaterKey("y", "c"): 4.0}
     assert largest_share(amounts, of_tenants=False) == 0.5
     assert largest_share(amounts, of_tenants=True) == 0.5
     assert largest_share({}, of_tenants=True) == 0.0

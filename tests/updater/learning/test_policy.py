@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moorline.base_model import UnsafeModel, model_digest
+from moorline.base_model import ModelInvalid, model_digest
 from tests.updater.learning.fixtures import some_sequences
 from updater.learning.policy import (
     ADAPTER_CONFIG,
@@ -99,7 +99,7 @@ def test_micro_batches_cover_everything_once_within_the_limit() -> None:
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(UnsafeModel, match="pickled"):
+    with pytest.raises(ModelInvalid, match="pickled"):
         Policy(tmp_path, rank=4, alpha=8, seed=0)
 
 

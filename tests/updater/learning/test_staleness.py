@@ -177,7 +177,7 @@ def test_pace_and_look_are_the_share_worked_out_from_the_ratios(
 ) -> None:
     line = lineage()
     replies = [*line.replies(4, 1), *line.replies(4, 2, seed=1)]
-    seen = line.trainer.look(examples_of(replies), 2)
+    seen = line.trainer.measure_staleness(examples_of(replies), 2)
     ratios = []
     for reply in replies:
         logits, sampled = policy.completion_logits([as_sequence(reply)])
@@ -196,7 +196,7 @@ def test_the_pace_scales_this_batchs_step_only(lineage: Callable[..., Lineage]) 
     stale, fresh = batch_of(line.replies(4, 1)), batch_of(line.replies(4, 2))
     slow = line.trainer.propose(stale)
     line.trainer.restore()
-    full = lineage(pace_by_ess=False).trainer.propose(stale)
+    full = lineage(scale_lr_by_ess=False).trainer.propose(stale)
     # Adam's first step has the size of the learning rate, whatever the gradient.
     ratio = slow.diagnostics["step_norm_share"] / full.diagnostics["step_norm_share"]
     assert ratio == pytest.approx(slow.diagnostics["pace"], rel=1e-3)
@@ -209,7 +209,7 @@ def test_the_pace_scales_this_batchs_step_only(lineage: Callable[..., Lineage]) 
 def test_what_is_too_far_is_set_aside_by_measurement_not_by_age(
     lineage: Callable[..., Lineage],
 ) -> None:
-    line = lineage(too_far_nats=1e-5)
+    line = lineage(max_off_policy_kl_nats=1e-5)
     near, far = line.replies(3, 2), line.replies(3, 1, seed=1)
     # As old as the others, but the policy still writes like that.
     old = [
@@ -222,14 +222,14 @@ def test_what_is_too_far_is_set_aside_by_measurement_not_by_age(
         )
         for n, reply in enumerate(near)
     ]
-    seen = line.trainer.look(examples_of([*near, *old, *far]), 2)
-    assert seen.set_aside == {reply.interaction_id: Reason.TOO_FAR for reply in far}
+    seen = line.trainer.measure_staleness(examples_of([*near, *old, *far]), 2)
+    assert seen.set_aside == {reply.interaction_id: Reason.OFF_POLICY for reply in far}
     assert seen.ess_share == pytest.approx(1.0, abs=1e-3)  # of what is left
-    assert seen.diagnostics["set_aside_too_far"] == 3.0
+    assert seen.diagnostics["set_aside_off_policy"] == 3.0
 
 
 def test_a_correction_is_never_too_far(lineage: Callable[..., Lineage]) -> None:
-    line = lineage(too_far_nats=1e-6)
+    line = lineage(max_off_policy_kl_nats=1e-6)
     (reply,) = line.replies(1, 1)
     correction = Feedback(
         interaction_id=reply.interaction_id, kind=FeedbackKind.CORRECTION, text="better"
@@ -238,7 +238,7 @@ def test_a_correction_is_never_too_far(lineage: Callable[..., Lineage]) -> None:
         Example("rated", reply, (credited(reply, 1.0).example.feedback[0],)),
         Example("corrected", reply, (correction,)),
     )
-    assert set(line.trainer.look([rated, corrected], 2).set_aside) == {"rated"}
+    assert set(line.trainer.measure_staleness([rated, corrected], 2).set_aside) == {"rated"}
 
 
 def test_a_reply_that_its_policy_did_not_write_is_set_aside(
@@ -249,7 +249,7 @@ def test_a_reply_that_its_policy_did_not_write_is_set_aside(
     honest, forged = line.replies(2, 1, sampling)
     lies = tuple(float(value) - 0.5 for value in forged.completion_logprobs if value is not None)
     forged = forged.model_copy(update={"completion_logprobs": lies})
-    seen = line.trainer.look(examples_of([honest, forged]), 2)
+    seen = line.trainer.measure_staleness(examples_of([honest, forged]), 2)
     assert seen.set_aside == {forged.interaction_id: Reason.MISMATCH}
     assert seen.diagnostics["set_aside_mismatch"] == 1.0
 
@@ -259,7 +259,7 @@ def test_a_stale_token_is_masked_by_what_the_estimator_measures(
 ) -> None:
     shares = []
     for estimator in ("binary", "topk", "exact"):
-        line = lineage(size=0.05, divergence_estimator=estimator, too_far_nats=100.0)
+        line = lineage(size=0.05, divergence_estimator=estimator, max_off_policy_kl_nats=100.0)
         found = line.trainer.propose(batch_of(line.replies(8, 1))).diagnostics
         shares.append(found["masked_share"])
     # Each is a lower bound of the next, so each masks at least what the one before it does.

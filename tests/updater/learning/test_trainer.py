@@ -15,8 +15,8 @@ from updater.learning.policy import Policy
 from updater.learning.trainer import (
     NonFiniteUpdate,
     NothingToLearn,
+    ObjectiveInvalid,
     Trainer,
-    UnknownObjective,
     optimizer_bytes,
 )
 from updater.values import Batch, TokenSequence
@@ -178,5 +178,5 @@ def test_micro_batches_add_up_to_one_batch(policy: Policy, tiny_model_dir: Path)
 
 
 def test_an_unknown_objective_is_refused_with_the_known_ones(policy: Policy) -> None:
-    with pytest.raises(UnknownObjective, match="dppo_kl"):
+    with pytest.raises(ObjectiveInvalid, match="dppo_kl"):
         Trainer(policy, SETTINGS.model_copy(update={"objective": "dpo_kl"}))

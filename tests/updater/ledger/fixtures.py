@@ -153,7 +153,7 @@ def release(
     ledger: Ledger,
     examples: Iterable[object] = (),
     version: int | None = None,
-    restores: int | None = None,
+    revokes_after: int | None = None,
 ) -> Release:
     """The release that the ledger expects next."""
     files = (ArtifactFile(name="adapter_model.safetensors", sha256="0" * 64, size_bytes=1),)
@@ -161,8 +161,8 @@ def release(
     return Release(
         alias="assistant",
         version=ledger.next_version() if version is None else version,
-        parent=ledger.live_version() if restores is None else restores,
-        restores=restores,
+        parent=ledger.live_version() if revokes_after is None else revokes_after,
+        revokes_after=revokes_after,
         kind=ReleaseKind.ADAPTER,
         artifact_digest=digest,
         files=files,

@@ -31,7 +31,7 @@ from updater.ledger import Ledger, Parsed, examples_digest
 
 STEPS = (
     *("ingest", "release", "rejection", "no_update", "expire", "published"),
-    *("forget", "restoration", "keys"),
+    *("forget", "revocation", "keys"),
     *("attempt", "measured", "undecided", "survived", "deaths"),
 )
 POINTS = (
@@ -42,7 +42,7 @@ POINTS = (
     ),
     *("keys.saved", "keys.destroyed", "keys.wiped"),
 )
-ONCE = ("expire", "no_update", "forget", "restoration", "deaths")
+ONCE = ("expire", "no_update", "forget", "revocation", "deaths")
 GONE = "r4"
 BATCH_RECORDS = 7
 BATCH_EXAMPLES = 3
@@ -68,7 +68,7 @@ def stream() -> list[Parsed]:
         if i == 12:
             found.append(log.parsed(erasure("cy", erasure_id="er-cy")))
         if i == 20:
-            gone = erasure(interaction_id=GONE, erasure_id="er-reply", replay=True)
+            gone = erasure(interaction_id=GONE, erasure_id="er-reply", revoke=True)
             found.append(log.parsed(gone))
     found.append(log.parsed(interaction("unrated", at=NOW)))
     found.append(log.parsed(rating("r1", 1, "dan"), at=NOW + HORIZON + HOUR))
@@ -81,8 +81,8 @@ def update(path: Path, outbox: Path) -> None:
     with Ledger(path, horizon_seconds=HORIZON) as ledger:
         while True:
             publish(ledger, outbox)
-            if (ancestor := ledger.replay_wanted()) is not None:
-                ledger.commit_restoration(release(ledger, restores=ancestor))
+            if (ancestor := ledger.revocation_wanted()) is not None:
+                ledger.commit_revocation(release(ledger, revokes_after=ancestor))
                 continue
             if ledger.count_ready() >= BATCH_EXAMPLES:
                 decide(ledger)
@@ -105,11 +105,11 @@ def update(path: Path, outbox: Path) -> None:
 def decide(ledger: Ledger) -> None:
     """Decides by content, so that a repeated decision is the same one."""
     ids = [example.example_id for example in ledger.ready_examples(BATCH_EXAMPLES)]
-    ledger.attempts.begin(ids[:1], alone=True)
-    ledger.attempts.survive()
-    ledger.attempts.begin(ids)
-    ledger.attempts.end()
-    ledger.attempts.begin(ids)
+    ledger.crashes.begin(ids[:1], alone=True)
+    ledger.crashes.succeeded()
+    ledger.crashes.begin(ids)
+    ledger.crashes.end()
+    ledger.crashes.begin(ids)
     ledger.held_out_traffic(2, exclude=ids)
     match int(examples_digest(ids)[:8], 16) % 5:
         case 0 | 1:
@@ -117,7 +117,7 @@ def decide(ledger: Ledger) -> None:
         case 2:
             ledger.commit_no_update({}, dict.fromkeys(ids, Reason.MISMATCH))
         case _:
-            trained, aside = ids[:-1], {ids[-1]: Reason.TOO_FAR}
+            trained, aside = ids[:-1], {ids[-1]: Reason.OFF_POLICY}
             made = release(ledger, trained)
             digest = {"examples_digest": examples_digest(trained)}
             ledger.commit_release(made.model_copy(update=digest), ids, set_aside=aside)
@@ -142,7 +142,7 @@ def outcome(path: Path, outbox: Path) -> dict[str, Any]:
             "offsets": sorted(map(repr, reader.offsets().items())),
             "releases": [(r.version, r.parent, r.examples_digest) for r in reader.releases()],
             "lineage": [reader.lineage(r.version) for r in reader.releases()],
-            "withdrawn": reader.withdrawn_versions(),
+            "revoked": reader.revoked_versions(),
             "erasures": [reader.erasure(name) for name in ("er-cy", "er-reply", "er-bob")],
             "rejections": [json.loads(r["record"]) for r in reader.rejections()],
             # Published again after a kill is the same release again.
@@ -177,7 +177,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         *("dead_lettered", "pending", "erased"),
     }
     assert fates["balanced"]
-    assert found["withdrawn"]
+    assert found["revoked"]
     assert all(erased.feedback for erased in found["erasures"])
     assert len(found["releases"]) == len(found["published"]) >= 2
     return found

@@ -159,7 +159,7 @@ def test_keys_go_with_the_bodies_that_they_encrypt(ledger: Ledger, path: Path) -
     assert len(keys(path)) == 8
     train(ledger)
     ledger.expire(NOW)
-    assert len(keys(path)) == 8, "a replay may learn from them again"
+    assert len(keys(path)) == 8, "a revocation may learn from them again"
     ledger.expire(NOW + HORIZON + 1)
     assert len(keys(path)) == 1, "ana may write again"
     ledger.expire(NOW + 2 * HORIZON + 1)
@@ -338,30 +338,30 @@ def test_releases_that_learned_from_somebody_are_known_long_after_their_rows(
     ledger.expire(NOW + 2 * HORIZON + 2)
     found = ledger.forget(erasure("ana"), now=NOW + 2 * HORIZON + 2)
     assert (found.interactions, found.feedback) == (0, 0)
-    assert (found.releases, found.clean_ancestor) == ((2, 3, 4), 1)
-    assert ledger.forget(erasure("eve"), now=NOW).clean_ancestor == 2
-    assert ledger.forget(erasure("ben"), now=NOW).clean_ancestor == 0
+    assert (found.releases, found.last_clean_version) == ((2, 3, 4), 1)
+    assert ledger.forget(erasure("eve"), now=NOW).last_clean_version == 2
+    assert ledger.forget(erasure("ben"), now=NOW).last_clean_version == 0
     assert ledger.forget(erasure(interaction_id="cy-0"), now=NOW).releases == (3,)
-    assert ledger.forget(erasure("nobody"), now=NOW).clean_ancestor == 4
-    assert ledger.replay_wanted() is None
+    assert ledger.forget(erasure("nobody"), now=NOW).last_clean_version == 4
+    assert ledger.revocation_wanted() is None
 
 
 def test_a_replay_goes_back_and_learns_the_rest_again(ledger: Ledger) -> None:
     log = Log()
     trained_four_times(ledger, log)
     feed(ledger, log, interaction("new"), rating("new"))
-    found = ledger.forget(erasure("ana", replay=True), now=NOW)
-    assert (found.releases, found.clean_ancestor, found.replay) == ((2, 3, 4), 1, True)
-    assert ledger.replay_wanted() == 1
+    found = ledger.forget(erasure("ana", revoke=True), now=NOW)
+    assert (found.releases, found.last_clean_version, found.revoke) == ((2, 3, 4), 1, True)
+    assert ledger.revocation_wanted() == 1
     before = fates(ledger)
     assert before == {(Fate.TRAINED, Reason.NONE): 5, (Fate.PENDING, Reason.NONE): 1}
 
-    again = release(ledger, restores=1)
-    ledger.commit_restoration(again)
-    assert ledger.replay_wanted() is None
+    again = release(ledger, revokes_after=1)
+    ledger.commit_revocation(again)
+    assert ledger.revocation_wanted() is None
     assert ledger.live_version() == 5
     assert [made.version for made in ledger.unpublished()][-1] == 5
-    assert ledger.withdrawn_versions() == {2, 3, 4}
+    assert ledger.revoked_versions() == {2, 3, 4}
     # Trained still: ben's, in v1. Erased: dan's on ana's reply, ana's on cy's, and eve's over
     # ana's. Ready again: eve's on cy's. And the new one.
     assert fates(ledger) == {
@@ -384,11 +384,11 @@ def test_a_replay_goes_back_and_learns_the_rest_again(ledger: Ledger) -> None:
     assert ledger.forget(erasure("eve"), now=NOW).releases == (6,)
     stored = ledger.erasure(ledger_erasure_id(ledger))
     assert stored is not None
-    assert stored.restored_as == 5
+    assert stored.revocation_version == 5
 
 
 def ledger_erasure_id(ledger: Ledger) -> str:
-    ((identity,),) = ledger._database.rows("SELECT id FROM erasures WHERE replay = 1")
+    ((identity,),) = ledger._database.rows("SELECT id FROM erasures WHERE revoke = 1")
     return str(identity)
 
 
@@ -400,8 +400,8 @@ def test_preferences_and_repeats_are_learned_again_once(ledger: Ledger) -> None:
     train(ledger)
     feed(ledger, log, rating("a", -1, rater="cy", at=NOW + 1), at=NOW + 1)
     assert fates(ledger)[Fate.DUPLICATE, Reason.ALREADY_TRAINED] == 1
-    ledger.forget(erasure("ana", replay=True), now=NOW + 1)
-    ledger.commit_restoration(release(ledger, restores=0))
+    ledger.forget(erasure("ana", revoke=True), now=NOW + 1)
+    ledger.commit_revocation(release(ledger, revokes_after=0))
     assert ledger.audit() == []
     examples = {e.interaction.interaction_id: e for e in ledger.ready_examples(9)}
     assert {name: len(e.feedback) for name, e in examples.items()} == {"a": 2, "b": 1}
@@ -417,23 +417,23 @@ def test_what_is_no_longer_kept_says_that_its_release_was_withdrawn(ledger: Ledg
     feed(ledger, log, interaction("x", user="ana"), rating("x"))
     train(ledger)
     ledger.expire(later)
-    ledger.forget(erasure("ana", replay=True), now=later)
-    ledger.commit_restoration(release(ledger, restores=0))
-    expected = {(Fate.NOT_TRAINABLE, Reason.RELEASE_WITHDRAWN): 1, (Fate.ERASED, Reason.NONE): 1}
+    ledger.forget(erasure("ana", revoke=True), now=later)
+    ledger.commit_revocation(release(ledger, revokes_after=0))
+    expected = {(Fate.NOT_TRAINABLE, Reason.RELEASE_REVOKED): 1, (Fate.ERASED, Reason.NONE): 1}
     assert fates(ledger) == fates(ledger, REPLIES) == expected
     assert ledger.count_ready() == 0
 
 
-def test_a_restoration_nobody_asked_for_is_refused(ledger: Ledger) -> None:
+def test_a_revocation_nobody_asked_for_is_refused(ledger: Ledger) -> None:
     trained_four_times(ledger, Log())
     with pytest.raises(LedgerError, match="no erasure asks"):
-        ledger.commit_restoration(release(ledger, restores=1))
-    ledger.forget(erasure("ana", replay=True), now=NOW)
-    with pytest.raises(LedgerError, match="restores 2, not 1"):
-        ledger.commit_restoration(release(ledger, restores=2))
-    with pytest.raises(LedgerError, match="restores None"):
-        ledger.commit_restoration(release(ledger))
-    ledger.commit_restoration(release(ledger, restores=0))
-    assert ledger.withdrawn_versions() == {1, 2, 3, 4}
-    with pytest.raises(LedgerError, match="withdrawn"):
+        ledger.commit_revocation(release(ledger, revokes_after=1))
+    ledger.forget(erasure("ana", revoke=True), now=NOW)
+    with pytest.raises(LedgerError, match="revokes after 2, not 1"):
+        ledger.commit_revocation(release(ledger, revokes_after=2))
+    with pytest.raises(LedgerError, match="revokes after None"):
+        ledger.commit_revocation(release(ledger))
+    ledger.commit_revocation(release(ledger, revokes_after=0))
+    assert ledger.revoked_versions() == {1, 2, 3, 4}
+    with pytest.raises(LedgerError, match="revoked"):
         ledger.set_live(3)

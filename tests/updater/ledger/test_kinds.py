@@ -101,7 +101,7 @@ def test_signals_beside_an_explicit_rating_are_not_learned_from(ledger: Ledger) 
     train(ledger)
     assert fates(ledger) == {
         (Fate.TRAINED, Reason.NONE): 2,
-        (Fate.NOT_TRAINABLE, Reason.OUTRANKED_SIGNAL): 3,
+        (Fate.NOT_TRAINABLE, Reason.OVERRIDDEN_SIGNAL): 3,
     }
 
 

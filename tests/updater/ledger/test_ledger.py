@@ -311,7 +311,7 @@ def test_a_new_rating_after_a_rejection_gets_another_chance(ledger: Ledger) -> N
     feed(ledger, log, interaction("a"), rating("a", at=NOW - 5))
     (example,) = ledger.ready_examples(10)
     divergence = Divergence(
-        reference="live",
+        measured_from="live",
         tokens_from="traffic",
         mean_kl_nats=float("nan"),
         max_prompt_kl_nats=1.0,
@@ -362,7 +362,7 @@ def test_what_a_candidate_did_not_learn_from_is_set_aside_with_its_decision(
     log = Log()
     feed(ledger, log, interaction("a"), rating("a"), interaction("b"), rating("b"))
     ids = [example.example_id for example in ledger.ready_examples(10)]
-    aside = {ids[1]: Reason.TOO_FAR}
+    aside = {ids[1]: Reason.OFF_POLICY}
     if released:
         with pytest.raises(LedgerError, match="examples 2, the ledger expects 1"):
             ledger.commit_release(release(ledger, ids), ids, set_aside=aside)
@@ -373,7 +373,7 @@ def test_what_a_candidate_did_not_learn_from_is_set_aside_with_its_decision(
         ledger.commit_rejection({}, ids, Reason.GATE_BLOCKED, set_aside=aside, now=NOW)
         assert ledger.rejections()[0]["examples"] == 1
         judged = (Fate.REJECTED, Reason.GATE_BLOCKED)
-    expected = {judged: 1, (Fate.NOT_TRAINABLE, Reason.TOO_FAR): 1}
+    expected = {judged: 1, (Fate.NOT_TRAINABLE, Reason.OFF_POLICY): 1}
     assert fates(ledger, REPLIES) == fates(ledger, RATINGS) == expected
     feed(ledger, log, rating("b", 1, "bob"))
     assert ledger.count_ready() == 1, "how far the policy is away is measured anew"
@@ -383,7 +383,7 @@ def test_what_is_set_aside_must_be_of_the_batch(ledger: Ledger) -> None:
     feed(ledger, Log(), interaction("a"), rating("a"))
     ids = [example.example_id for example in ledger.ready_examples(10)]
     with pytest.raises(LedgerError, match="not in the batch"):
-        ledger.commit_release(release(ledger, ids), ids, set_aside={"ex-0": Reason.TOO_FAR})
+        ledger.commit_release(release(ledger, ids), ids, set_aside={"ex-0": Reason.OFF_POLICY})
     assert ledger.count_ready() == 1
 
 
@@ -677,44 +677,44 @@ def test_what_is_not_a_ledger_is_refused(path: Path) -> None:
 
 def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> None:
     log = Log()
-    with Ledger(path, suspect_after_deaths=2) as ledger:
+    with Ledger(path, suspect_after_crashes=2) as ledger:
         feed(ledger, log, *[interaction(name) for name in "abcd"], *[rating(n) for n in "abc"])
     for life in range(3):
-        with Ledger(path, suspect_after_deaths=2) as ledger:
-            assert [one.key for one in ledger.attempts.suspects()] == (
+        with Ledger(path, suspect_after_crashes=2) as ledger:
+            assert [one.key for one in ledger.crashes.suspects()] == (
                 ["a/0", "b/0", "c/0"] if life == 2 else []
             )
             ids = [one.example_id for one in ledger.ready_examples(9)]
-            ledger.attempts.begin(ids[:2])
+            ledger.crashes.begin(ids[:2])
             # What was measured on has died too, and is not measured on any more.
             measured = ledger.held_out_traffic(9, exclude=ids[:2])
             assert len(measured) == (0 if life == 2 else 2)
-    with Ledger(path, suspect_after_deaths=2) as ledger:
-        assert ledger.attempts.shunned() == {1, 2, 3, 4}
-        assert [(one.key, one.deaths) for one in ledger.attempts.suspects()] == [
+    with Ledger(path, suspect_after_crashes=2) as ledger:
+        assert ledger.crashes.excluded() == {1, 2, 3, 4}
+        assert [(one.key, one.deaths) for one in ledger.crashes.suspects()] == [
             ("a/0", 3),
             ("b/0", 3),
             ("c/0", 2),
         ]
         (first,) = ledger.examples_of(["a/0", "d/0"])
-        assert ledger.attempts.least_suspect("a/0", 9) == "c/0"
-        assert ledger.attempts.least_suspect("c/0", 3) is None
-        ledger.attempts.begin([first.example_id], alone=True)
-    with Ledger(path, horizon_seconds=HORIZON, suspect_after_deaths=2) as ledger:
-        assert [ledger.attempts.deaths_alone(key) for key in ("a/0", "b/0")] == [1, 0]
+        assert ledger.crashes.least_suspect("a/0", 9) == "c/0"
+        assert ledger.crashes.least_suspect("c/0", 3) is None
+        ledger.crashes.begin([first.example_id], alone=True)
+    with Ledger(path, horizon_seconds=HORIZON, suspect_after_crashes=2) as ledger:
+        assert [ledger.crashes.crashes_alone(key) for key in ("a/0", "b/0")] == [1, 0]
         feed(ledger, log, rating("a", -1, at=NOW + 9), at=NOW + 9)
-        assert ledger.attempts.suspects()[0].deaths == 4, "the reply is the same"
+        assert ledger.crashes.suspects()[0].deaths == 4, "the reply is the same"
         ids = [one.example_id for one in ledger.ready_examples(9)]
         ledger.commit_no_update({}, dict.fromkeys(ids[:1], Reason.NO_ADVANTAGE))
-        assert [one.key for one in ledger.attempts.suspects()] == ["b/0", "c/0"]
-        ledger.attempts.begin(ids[1:])
-        ledger.attempts.end()
-        assert [one.deaths for one in ledger.attempts.suspects()] == [3, 2]
-        ledger.attempts.begin(ids[1:2])
-        ledger.attempts.survive()
-        assert [one.key for one in ledger.attempts.suspects()] == ["c/0"]
+        assert [one.key for one in ledger.crashes.suspects()] == ["b/0", "c/0"]
+        ledger.crashes.begin(ids[1:])
+        ledger.crashes.end()
+        assert [one.deaths for one in ledger.crashes.suspects()] == [3, 2]
+        ledger.crashes.begin(ids[1:2])
+        ledger.crashes.succeeded()
+        assert [one.key for one in ledger.crashes.suspects()] == ["c/0"]
         ledger.expire(NOW + 3 * HORIZON)
-        assert ledger.attempts.shunned() == {3}, "nobody rated d, and it is forgotten"
+        assert ledger.crashes.excluded() == {3}, "nobody rated d, and it is forgotten"
         assert ledger.audit() == []
 
 
@@ -723,13 +723,13 @@ def test_a_reply_that_kills_the_updater_is_never_read_by_an_update_again(ledger:
     feed(ledger, log, interaction("a"), rating("a"), interaction("b"))
     ids = [one.example_id for one in ledger.ready_examples(9)]
     feed(ledger, log, rating("a", 1, "bob"))
-    ledger.commit_rejection({}, ids, Reason.UPDATE_KILLED, now=NOW)
+    ledger.commit_rejection({}, ids, Reason.UPDATE_CRASHED, now=NOW)
     feed(ledger, log, rating("a", 1, "cy"))
     assert ledger.ready_examples(9) == []
     assert len(ledger.held_out_traffic(9)) == 1, "b"
     assert ledger.accounting().events[str(Topic.FEEDBACK)] == {
-        Fate.REJECTED: {Reason.UPDATE_KILLED: 1},
-        Fate.NOT_TRAINABLE: {Reason.UPDATE_KILLED: 2},
+        Fate.REJECTED: {Reason.UPDATE_CRASHED: 1},
+        Fate.NOT_TRAINABLE: {Reason.UPDATE_CRASHED: 2},
     }
 
 

@@ -105,7 +105,7 @@ EVENTS = st.tuples(
 ).map(lambda parts: [sent for part in parts for sent in part])
 
 
-def books(
+def inspector(
     path: Path, order: list[Sent], batches: list[int], until: float | None = None
 ) -> tuple[object, ...]:
     """Read events in this order, in batches of these sizes; the examples and counts after it."""
@@ -140,12 +140,12 @@ def test_order_repetition_and_batching_do_not_matter(
     with tempfile.TemporaryDirectory(dir=FAST_DISK) as folder:
         shuffled = list(events)
         random.shuffle(shuffled)  # type: ignore[attr-defined]
-        plain = books(Path(folder) / "plain.sqlite", events, [], until)
-        other = books(Path(folder) / "other.sqlite", shuffled, batches, until)
+        plain = inspector(Path(folder) / "plain.sqlite", events, [], until)
+        other = inspector(Path(folder) / "other.sqlite", shuffled, batches, until)
         assert plain == other
         repeats = [sent for sent in events for _ in range(3)]
         random.shuffle(repeats)  # type: ignore[attr-defined]
-        examples, counts = books(Path(folder) / "repeats.sqlite", repeats, batches, until)
+        examples, counts = inspector(Path(folder) / "repeats.sqlite", repeats, batches, until)
         assert examples == plain[0]
         # Beyond the repeats themselves, every event ends where it ended without them.
         readable = sum(not isinstance(sent.event, bytes) for sent in events)
@@ -160,7 +160,7 @@ def test_order_repetition_and_batching_do_not_matter(
 @given(EVENTS)
 def test_fates_are_those_of_a_second_derivation(events: list[Sent]) -> None:
     with tempfile.TemporaryDirectory(dir=FAST_DISK) as folder:
-        _, counts = books(Path(folder) / "ledger.sqlite", events, [])
+        _, counts = inspector(Path(folder) / "ledger.sqlite", events, [])
     assert flat(counts) == derived(events)
 
 
@@ -199,9 +199,9 @@ def derived(events: list[Sent]) -> Counter[tuple[Fate, Reason]]:
         elif sent.at > min(times) + HORIZON:
             fates[Fate.LATE, Reason.NONE] += 1
         else:
-            voice = (sent.event.key, sent.event.rater, sent.event.aspect)
+            rater_key = (sent.event.key, sent.event.rater, sent.event.aspect)
             order = (min(sent.event.created_at, sent.at), sent.event.feedback_id)
-            in_time.setdefault(voice, []).append((order, replies))  # type: ignore[arg-type]
+            in_time.setdefault(rater_key, []).append((order, replies))  # type: ignore[arg-type]
     for words in in_time.values():
         _, replies = max(words)
         fates[verdict(replies)] += 1
@@ -340,7 +340,7 @@ class Updater(RuleBasedStateMachine):
     def begin(self, batch: list[Any], alone: bool, measure: bool) -> None:
         ids = [example.example_id for example in batch]
         try:
-            self.ledger.attempts.begin(ids, alone=alone)
+            self.ledger.crashes.begin(ids, alone=alone)
         except LedgerError as error:
             self.check_refusal(error)
             return
@@ -359,12 +359,12 @@ class Updater(RuleBasedStateMachine):
 
     @rule()
     def stop_in_order(self) -> None:
-        self.ledger.attempts.end()
+        self.ledger.crashes.end()
         self.under_way = set()
 
     @rule()
-    def survive(self) -> None:
-        self.ledger.attempts.survive()
+    def succeeded(self) -> None:
+        self.ledger.crashes.succeeded()
         self.ended([])
 
     def ended(self, batch: Iterable[Any]) -> None:
@@ -383,7 +383,7 @@ class Updater(RuleBasedStateMachine):
     @rule(batch=consumes(batches), publish=st.booleans(), left_out=st.sampled_from([0, 0, 1]))
     def train(self, batch: list[object], publish: bool, left_out: int) -> None:
         ids = [example.example_id for example in batch]  # type: ignore[attr-defined]
-        aside = dict.fromkeys(ids[len(ids) - left_out :], Reason.TOO_FAR)
+        aside = dict.fromkeys(ids[len(ids) - left_out :], Reason.OFF_POLICY)
         version = self.ledger.next_version()
         made = release(self.ledger, ids[: len(ids) - left_out])
         try:
@@ -403,13 +403,13 @@ class Updater(RuleBasedStateMachine):
     @rule(
         batch=consumes(batches),
         reason=st.sampled_from(
-            [Reason.GATE_BLOCKED, Reason.UPDATE_KILLED, Reason.NO_ADVANTAGE, Reason.MISMATCH]
+            [Reason.GATE_BLOCKED, Reason.UPDATE_CRASHED, Reason.NO_ADVANTAGE, Reason.MISMATCH]
         ),
     )
     def refuse(self, batch: list[object], reason: Reason) -> None:
         ids = [example.example_id for example in batch]  # type: ignore[attr-defined]
         try:
-            if reason in (Reason.GATE_BLOCKED, Reason.UPDATE_KILLED):
+            if reason in (Reason.GATE_BLOCKED, Reason.UPDATE_CRASHED):
                 self.ledger.commit_rejection({}, ids, reason, now=self.now)
             else:
                 self.ledger.commit_no_update({}, dict.fromkeys(ids, reason))
@@ -425,16 +425,16 @@ class Updater(RuleBasedStateMachine):
     def assert_not_erased(self, who: str | None, at: float) -> None:
         assert who is None or at > self.erased_at.get(who, 0.0)
 
-    @rule(who=st.sampled_from(RATERS), replay=st.booleans(), on_the_stream=st.booleans())
-    def erase(self, who: str, replay: bool, on_the_stream: bool) -> None:
-        asked = erasure(who, at=self.now, replay=replay)
+    @rule(who=st.sampled_from(RATERS), revoke=st.booleans(), on_the_stream=st.booleans())
+    def erase(self, who: str, revoke: bool, on_the_stream: bool) -> None:
+        asked = erasure(who, at=self.now, revoke=revoke)
         if on_the_stream:
             self.ledger.ingest([parsed(self.log.record(asked, self.now))], now=self.now)
         else:
             self.ledger.forget(asked, now=self.now)
         found = self.ledger.erasure(asked.erasure_id)
         assert found is not None
-        assert found.clean_ancestor < min(found.releases, default=math.inf)
+        assert found.last_clean_version < min(found.releases, default=math.inf)
         self.erased_at[who] = self.now
         # Their words stay in the weights, but nobody knows any more whose they were.
         self.taught = [
@@ -442,15 +442,15 @@ class Updater(RuleBasedStateMachine):
             for version, key, rater, aspect in self.taught
         ]
 
-    @precondition(lambda self: self.ledger.replay_wanted() is not None)
+    @precondition(lambda self: self.ledger.revocation_wanted() is not None)
     @rule(older=st.booleans())
     def restore(self, older: bool) -> None:
-        ancestor = self.ledger.replay_wanted()
+        ancestor = self.ledger.revocation_wanted()
         assert ancestor is not None
         made = self.ledger.release(ancestor) if older else None
         ancestor = made.parent or 0 if made is not None else ancestor
-        self.ledger.commit_restoration(release(self.ledger, restores=ancestor))
-        assert self.ledger.replay_wanted() is None
+        self.ledger.commit_revocation(release(self.ledger, revokes_after=ancestor))
+        assert self.ledger.revocation_wanted() is None
         self.taught = [one for one in self.taught if one[0] <= ancestor]
 
     @rule(hours=st.sampled_from([1, 1, 13, 60]))
@@ -477,7 +477,7 @@ class Updater(RuleBasedStateMachine):
         assert self.attempted("deaths > 0") == {
             key: deaths for key, deaths in self.deaths.items() if key in known
         }
-        suspects = self.ledger.attempts.suspects()
+        suspects = self.ledger.crashes.suspects()
         assert all(self.deaths[one.key] == one.deaths >= 3 for one in suspects)
 
     @invariant()

@@ -12,7 +12,7 @@ from moorline.events import Decision, Verdict
 from moorline.settings import BoundSettings, GateSettings
 from moorline.store import ArtifactStore
 from updater.learning.policy import AdapterState, Policy
-from updater.safety import CanaryError, Gate, load_canaries
+from updater.safety import Gate, ProbesInvalid, load_probes
 from updater.safety.trust_region import TrustRegion
 
 CANARIES = [
@@ -26,14 +26,14 @@ class Judged:
     """A gate with everything it needs, on the tiny model."""
 
     def __init__(self, model_dir: Path, root: Path, **limits: float) -> None:
-        path = root / "canaries.jsonl"
+        path = root / "probes.jsonl"
         path.write_text("\n".join(json.dumps(row) for row in CANARIES))
-        canaries = load_canaries(path, model_dir)
+        probes = load_probes(path, model_dir)
         self.policy = Policy(model_dir, rank=4, alpha=8, seed=0)
         self.live = self.policy.state()
         self.store = ArtifactStore(root / "store")
-        self.region = TrustRegion(self.policy, canaries.sequences, BoundSettings(), 256)
-        self.gate = Gate(self.policy, canaries, self.region, self.store, GateSettings(**limits))
+        self.region = TrustRegion(self.policy, probes.sequences, BoundSettings(), 256)
+        self.gate = Gate(self.policy, probes, self.region, self.store, GateSettings(**limits))
 
     def judge(self, adapter: AdapterState) -> Verdict:
         digest, files = self.store.put(self.policy.adapter_files(adapter))
@@ -130,26 +130,26 @@ def test_the_policy_is_left_as_it_was(judged: Judged) -> None:
     assert all(torch.equal(before[n], tensor) for n, tensor in judged.policy.state().items())
 
 
-def test_the_own_canary_set_is_usable(tiny_model_dir: Path) -> None:
-    canaries = load_canaries(None, tiny_model_dir)
-    assert len(canaries.chats) >= 8
-    assert len(canaries.texts) >= 3
-    assert all(s.prompt_token_ids and s.completion_token_ids for s in canaries.sequences)
+def test_the_own_probe_set_is_usable(tiny_model_dir: Path) -> None:
+    probes = load_probes(None, tiny_model_dir)
+    assert len(probes.chats) >= 8
+    assert len(probes.texts) >= 3
+    assert all(s.prompt_token_ids and s.completion_token_ids for s in probes.sequences)
 
 
 @pytest.mark.parametrize(
     "content",
     ["{not json}", '{"prompt": "only a prompt"}', '["a list"]', '{"text": ""}', ""],
 )
-def test_bad_canaries_are_refused_with_what_is_expected(
+def test_bad_probes_are_refused_with_what_is_expected(
     tiny_model_dir: Path, tmp_path: Path, content: str
 ) -> None:
-    path = tmp_path / "canaries.jsonl"
+    path = tmp_path / "probes.jsonl"
     path.write_text(content)
-    with pytest.raises(CanaryError, match="canar"):
-        load_canaries(path, tiny_model_dir)
+    with pytest.raises(ProbesInvalid, match="probe"):
+        load_probes(path, tiny_model_dir)
 
 
-def test_a_missing_canary_file_is_one_clear_line(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(CanaryError, match=r"gate\.canaries"):
-        load_canaries(tmp_path / "none.jsonl", tiny_model_dir)
+def test_a_missing_probe_file_is_one_clear_line(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ProbesInvalid, match=r"gate\.probes"):
+        load_probes(tmp_path / "none.jsonl", tiny_model_dir)

@@ -81,14 +81,14 @@ def test_a_proposal_outside_is_shrunk_until_it_is_inside(policy: Policy, limit: 
     assert len(step.divergences) == 4
     reference = limit.split("_")[0]
     for one in step.divergences:
-        if one.reference == reference:
+        if one.measured_from == reference:
             assert one.mean_kl_nats <= 0.02
     # Measured again by hand, on the adapter that would be released.
     again = measure_divergence(
-        region.logprobs(live, region.canaries),
-        region.logprobs(step.adapter, region.canaries),
+        region.logprobs(live, region.probes),
+        region.logprobs(step.adapter, region.probes),
         "live",
-        "canaries",
+        "probes",
     )
     assert again.mean_kl_nats == pytest.approx(step.divergences[0].mean_kl_nats, rel=1e-3)
 

@@ -1,0 +1,265 @@
+"""How examples end: trained in a release, rejected with a candidate, or not trainable."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import to_json
+
+from moorline.events import Fate, Reason, Release, ReleaseKind, user_digest
+from updater.learning.baselines import Baselines
+from updater.ledger.crashes import conclude
+from updater.ledger.database import LedgerError, set_meta
+from updater.ledger.examples import Claim
+from updater.ledger.fates import Fates
+from updater.ledger.joins import NOT_MEASURABLE
+from updater.ledger.schema import FeedbackState, InteractionState
+
+OF_THE_BATCH = frozenset(
+    {
+        Reason.NO_ADVANTAGE,
+        Reason.OFF_POLICY,
+        Reason.NON_FINITE_UPDATE,
+        Reason.UPDATE_FAILED,
+        Reason.DIVERGENCE_BOUND,
+        Reason.GATE_BLOCKED,
+    }
+)
+"""Reasons that say nothing of the reply itself: later feedback on it is welcome."""
+
+
+_FINAL = (FeedbackState.TRAINED, FeedbackState.REJECTED, FeedbackState.ERASED)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is decided of a set of examples."""
+
+    fate: Fate
+    state: FeedbackState
+    reason: Reason = Reason.NONE
+    decided_by: int | None = None
+
+    @property
+    def makes_untrainable(self) -> bool:
+        """Whether further ratings of these replies are useless too."""
+        of_the_reply = self.fate is Fate.NOT_TRAINABLE and self.reason not in OF_THE_BATCH
+        return of_the_reply or self.reason is Reason.UPDATE_CRASHED
+
+
+_TAUGHT = "INSERT OR IGNORE INTO taught (user, tenant, version) VALUES (?, ?, ?)"
+_OVERRIDDEN = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, Reason.OVERRIDDEN_SIGNAL)
+
+
+class Decisions:
+    """Writes outcomes, inside one transaction."""
+
+    def __init__(self, connection: sqlite3.Connection, fates: Fates) -> None:
+        self._execute = connection.execute
+        self._connection = connection
+        self._fates = fates
+
+    def release(self, release: Release, claims: Mapping[str, Claim]) -> None:
+        """Examples are trained in ``release``, which goes to the outbox and becomes live."""
+        self._execute(
+            "INSERT INTO releases (version, manifest) VALUES (?, ?)",
+            (release.version, release.model_dump_json()),
+        )
+        set_meta(self._connection, "live_version", None)
+        outcome = Outcome(Fate.TRAINED, FeedbackState.TRAINED, decided_by=release.version)
+        self.settle(claims, outcome)
+        for claim in claims.values():
+            self._note_who_taught(claim, release.version)
+
+    def _note_who_taught(self, claim: Claim, version: int) -> None:
+        """So that an erasure knows its releases, also when these rows are long gone."""
+        tenants = {}
+        for reply in (claim.interaction, *claim.over):
+            user, tenants[reply] = self._execute(
+                "SELECT s.user, s.tenant FROM interactions i JOIN subjects s ON s.id = i.subject"
+                " WHERE i.id = ?",
+                (reply,),
+            ).fetchone()
+            self._execute(_TAUGHT, (user, tenants[reply], version))
+        for rating in claim.feedback:
+            (rater,) = self._execute(
+                "SELECT rater FROM feedback WHERE id = ?", (rating,)
+            ).fetchone()
+            self._execute(_TAUGHT, (user_digest(rater), tenants[claim.interaction], version))
+
+    def rejection(
+        self,
+        record: Mapping[str, Any],
+        parent: int,
+        claims: Mapping[str, Claim],
+        reason: Reason,
+        now: float,
+    ) -> int:
+        """Examples end with their candidate.
+
+        Returns:
+            The rejection's number.
+        """
+        (number,) = self._execute(
+            "INSERT INTO rejections (reason, parent, examples, at, record)"
+            " VALUES (?, ?, ?, ?, ?) RETURNING id",
+            (reason, parent, len(claims), now, _json(record)),
+        ).fetchone()
+        self.settle(claims, Outcome(Fate.REJECTED, FeedbackState.REJECTED, reason, number))
+        return int(number)
+
+    def no_update(
+        self,
+        record: Mapping[str, Any],
+        claims: Mapping[str, Claim],
+        reasons: Mapping[str, Reason],
+        now: float,
+    ) -> None:
+        """Examples that taught nothing."""
+        self._execute(
+            "INSERT INTO no_updates (examples, at, record) VALUES (?, ?, ?)",
+            (len(claims), now, _json(record)),
+        )
+        self.set_aside(claims, reasons)
+
+    def set_aside(self, claims: Mapping[str, Claim], reasons: Mapping[str, Reason]) -> None:
+        """Examples of a batch that its candidate did not learn from."""
+        for example_id, claim in claims.items():
+            outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reasons[example_id])
+            self.settle({example_id: claim}, outcome)
+
+    def conclude(self, baselines: Baselines | None) -> None:
+        """At the end of a decision: the update has ended, and this is what the credit knows now."""
+        conclude(self._connection)
+        if baselines is not None:
+            set_meta(self._connection, "baselines", baselines.to_json())
+
+    def settle(self, claims: Mapping[str, Claim], outcome: Outcome) -> None:
+        """Decide these examples.
+
+        Raises:
+            LedgerError: one of them was decided before.
+        """
+        for example_id, claim in claims.items():
+            try:
+                self._execute(
+                    "INSERT INTO decisions (example_id, key, fate, reason, decided_by)"
+                    " VALUES (?, ?, ?, ?, ?)",
+                    (example_id, claim.key, outcome.fate, outcome.reason, outcome.decided_by),
+                )
+            except sqlite3.IntegrityError as error:
+                raise LedgerError(f"example {example_id} was decided before") from error
+            for rating in claim.feedback:
+                self._settle_rating(rating, outcome)
+            for rating in claim.overridden_signals:
+                self._settle_rating(rating, _OVERRIDDEN)
+            self._settle_interaction(claim.interaction, outcome)
+            if outcome.fate is not Fate.NOT_TRAINABLE:
+                for loser in claim.over:
+                    self._decide(loser, outcome)
+
+    def _settle_rating(self, rating: int, outcome: Outcome) -> None:
+        row = self._execute(
+            "SELECT interaction, rater, aspect, position, offset, state, head FROM feedback"
+            " WHERE id = ?",
+            (rating,),
+        ).fetchone()
+        if row is None or row[5] in _FINAL:
+            raise LedgerError("a rating of this batch was decided before: discard the batch")
+        interaction, rater, aspect, position, offset, _, head = row
+        is_head = bool(head)
+        if outcome.fate is Fate.TRAINED and not is_head:
+            # The rater spoke again while the batch was in training: too late for that word.
+            self._close_head(interaction, rater, aspect)
+            is_head = True
+        self._execute(
+            "UPDATE feedback SET state = ?, head = ? WHERE id = ?", (outcome.state, is_head, rating)
+        )
+        if outcome.fate is not Fate.TRAINED:
+            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
+        self._fates.move(position, offset, outcome.fate, outcome.reason, outcome.decided_by)
+
+    def _close_head(self, interaction: int, rater: str, aspect: str) -> None:
+        for identity, position, offset in self._execute(
+            "UPDATE feedback SET head = 0, state = 'closed'"
+            " WHERE interaction = ? AND rater = ? AND aspect = ? AND head = 1"
+            " RETURNING id, position, offset",
+            (interaction, rater, aspect),
+        ).fetchall():
+            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
+            self._fates.move(position, offset, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
+
+    def _settle_interaction(self, identity: int, outcome: Outcome) -> None:
+        if outcome.makes_untrainable:
+            self._mark_untrainable(identity, outcome.reason)
+        self._recount(identity)
+        self._decide(identity, outcome)
+        self._execute("DELETE FROM attempts WHERE interaction = ?", (identity,))
+
+    def _decide(self, identity: int, outcome: Outcome) -> None:
+        """An interaction keeps the first fate that was decided of it."""
+        pending = self._execute(
+            "UPDATE interactions SET state = ? WHERE id = ? AND state = ?"
+            " RETURNING position, offset",
+            (InteractionState.DECIDED, identity, InteractionState.PENDING),
+        ).fetchone()
+        if pending is not None:
+            position, offset = pending
+            self._fates.move(position, offset, outcome.fate, outcome.reason, outcome.decided_by)
+
+    def _mark_untrainable(self, identity: int, reason: Reason) -> None:
+        """Feedback that came since the batch was made shares the reply's fate, and so do
+        preferences over it."""
+        self._execute(
+            "UPDATE interactions SET untrainable = ?, measurable = measurable AND ? WHERE id = ?",
+            (reason, reason not in NOT_MEASURABLE, identity),
+        )
+        for side in ("interaction", "over"):
+            for rating, of, position, offset in self._execute(
+                f"UPDATE feedback SET state = ? WHERE {side} = ? AND head = 1 AND state = 'ready'"
+                " RETURNING id, interaction, position, offset",
+                (FeedbackState.UNUSABLE, identity),
+            ).fetchall():
+                self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
+                self._fates.move(position, offset, Fate.NOT_TRAINABLE, reason)
+                self._recount(of)
+
+    def _recount(self, identity: int) -> None:
+        self._execute(
+            "UPDATE interactions SET open_ratings = (SELECT count(*) FROM feedback"
+            " WHERE interaction = ?1 AND head = 1 AND state = 'ready') WHERE id = ?1",
+            (identity,),
+        )
+
+
+def check_release(
+    release: Release, example_ids: Collection[str], *, next_version: int, live: int, epoch: int
+) -> None:
+    """Refuse a release that does not follow from what the ledger knows.
+
+    Raises:
+        LedgerError: which field is wrong, and what it must be.
+    """
+    if release.kind is ReleaseKind.BASE:
+        if release.version != 0 or next_version != 1 or example_ids:
+            raise LedgerError("the base model is version 0, comes first and has no examples")
+        return
+    expected: dict[str, int] = {
+        "version": next_version,
+        "parent": live,
+        "lease_epoch": epoch,
+        "examples": len(example_ids),
+    }
+    for name, value in expected.items():
+        if getattr(release, name) != value:
+            raise LedgerError(
+                f"release {release.name} has {name} {getattr(release, name)}, "
+                f"the ledger expects {value}: make it anew from the live policy"
+            )
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    return to_json(record, inf_nan_mode="strings").decode()

@@ -1,0 +1,60 @@
+"""Who was erased, as the door asks: is this event older than its subject's erasure?"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Iterable
+
+from moorline.events import Erasure, Feedback, Interaction, user_digest
+
+
+def scopes_of(event: Interaction | Feedback) -> list[str]:
+    """Every scope of an ``Erasure`` that this event alone says it is in."""
+    if isinstance(event, Interaction):
+        scopes = [f"interaction/{event.interaction_id}", f"tenant/{event.tenant}"]
+        if event.user is not None:
+            digest = user_digest(event.user)
+            scopes += [f"user/{digest}", f"user/{digest}/{event.tenant}"]
+        return scopes
+    scopes = [f"interaction/{event.interaction_id}", f"user/{user_digest(event.rater)}"]
+    if event.over_key is not None:
+        scopes.append(f"interaction/{event.over}")
+    return scopes
+
+
+class ErasureMarkers:
+    """Inside one transaction."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._execute = connection.execute
+        # Most ledgers have none, and then nobody's name need be hashed.
+        (last,) = self._execute("SELECT max(scope) FROM tombstones").fetchone()
+        self.any = last is not None
+
+    def put(self, erasure: Erasure) -> None:
+        """From now on. Of one scope the latest moment counts; a reply is gone for ever."""
+        at = erasure.erased_at if erasure.interaction_id is None else math.inf
+        for scope in erasure.scopes:
+            self._execute(
+                "INSERT INTO tombstones VALUES (?, ?)"
+                " ON CONFLICT DO UPDATE SET at = max(at, excluded.at)",
+                (scope, at),
+            )
+        self.any = True
+
+    def cover(self, event: Interaction | Feedback, event_time: float) -> bool:
+        """Whether this event was revoked."""
+        return self.any and self._cover(scopes_of(event), event_time)
+
+    def cover_rater(self, rater: str, tenant: str, event_time: float) -> bool:
+        """Whether somebody withdrew what they said of this tenant's replies."""
+        return self.any and self._cover([f"user/{user_digest(rater)}/{tenant}"], event_time)
+
+    def _cover(self, scopes: Iterable[str], event_time: float) -> bool:
+        scopes = list(scopes)
+        (at,) = self._execute(
+            f"SELECT max(at) FROM tombstones WHERE scope IN ({', '.join('?' * len(scopes))})",
+            scopes,
+        ).fetchone()
+        return at is not None and event_time <= float(at)
