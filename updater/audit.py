@@ -118,10 +118,10 @@ def audit_stream(
     partitions = []
     with Scanner(settings, "audit") as scanner:
         starts = {
-            one.position: scanner.beginning(topic_name(settings, one.topic), one.partition)
+            one.topic_partition: scanner.beginning(topic_name(settings, one.topic), one.partition)
             for one in present
         }
-        total = sum(max(0, one.next_offset - starts[one.position]) for one in present)
+        total = sum(max(0, one.next_offset - starts[one.topic_partition]) for one in present)
         done = 0
         for one in present:
 
@@ -130,7 +130,7 @@ def audit_stream(
                     progress(base + so_far, total)
 
             partitions.append(_audit_partition(settings, scanner, inspector, one, told))
-            done += max(0, one.next_offset - starts[one.position])
+            done += max(0, one.next_offset - starts[one.topic_partition])
     return StreamAudit(partitions, notes + _unreadable(partitions))
 
 
@@ -174,7 +174,9 @@ def _audit_partition(
         start = scanner.beginning(name, one.partition)
         found = PartitionAudit(one.topic, one.partition, start, one.next_offset)
         try:
-            _compare(found, _records(scanner, name, found, progress), inspector, one.position)
+            _compare(
+                found, _records(scanner, name, found, progress), inspector, one.topic_partition
+            )
             break
         except RangeGone:
             if scanner.beginning(name, one.partition) <= start:
@@ -185,10 +187,10 @@ def _audit_partition(
             "can be read: audit with --offline"
         )
     found.unread = max(0, scanner.end(name, one.partition) - max(start, one.next_offset))
-    found.before = inspector.count_events(one.position, start)
+    found.before = inspector.count_events(one.topic_partition, start)
     gaps = inspector.missed(one.topic, one.partition)
     found.missed = sum(max(0, resumed - expected) for expected, resumed in gaps)
-    first = inspector.first_offset(one.position)
+    first = inspector.first_offset(one.topic_partition)
     # What was never expected (retention had passed before the first read) is no gap.
     expected_from = min([first, *(gap[0] for gap in gaps)]) if first is not None else start
     before_start = max(0, min(start, one.next_offset) - expected_from)
@@ -209,10 +211,10 @@ def _records(
 
 
 def _compare(
-    found: PartitionAudit, records: Iterator[int], inspector: LedgerInspector, position: int
+    found: PartitionAudit, records: Iterator[int], inspector: LedgerInspector, topic_partition: int
 ) -> None:
     """Merge two ascending lists of offsets; what is in one only is a difference."""
-    events = inspector.event_offsets(position, found.start, found.stop)
+    events = inspector.event_offsets(topic_partition, found.start, found.stop)
     nothing_left = found.stop
     record, event = next(records, nothing_left), next(events, nothing_left)
     seen = 0

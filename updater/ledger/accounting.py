@@ -72,12 +72,14 @@ def read_accounting(connection: sqlite3.Connection) -> Accounting:
     events: dict[str, dict[Fate, dict[Reason, int]]] = {}
     for topic, fate, reason, n in connection.execute(
         "SELECT p.topic, t.fate, t.reason, sum(t.events) FROM totals t"
-        " JOIN positions p ON p.id = t.position WHERE t.events > 0"
+        " JOIN topic_partitions p ON p.id = t.topic_partition WHERE t.events > 0"
         " GROUP BY p.topic, t.fate, t.reason ORDER BY p.topic, t.fate, t.reason"
     ):
         events.setdefault(topic, {}).setdefault(Fate(fate), {})[Reason(reason)] = n
     consumed = dict(
-        connection.execute("SELECT topic, sum(consumed) FROM positions GROUP BY topic").fetchall()
+        connection.execute(
+            "SELECT topic, sum(consumed) FROM topic_partitions GROUP BY topic"
+        ).fetchall()
     )
     missed = dict(
         connection.execute(
@@ -96,25 +98,26 @@ def audit(connection: sqlite3.Connection) -> list[str]:
     differences = []
     counted = Counter(
         {
-            (position, fate, reason): n
-            for position, fate, reason, n in connection.execute(
-                "SELECT position, fate, reason, count(*) FROM events GROUP BY 1, 2, 3"
+            (topic_partition, fate, reason): n
+            for topic_partition, fate, reason, n in connection.execute(
+                "SELECT topic_partition, fate, reason, count(*) FROM events GROUP BY 1, 2, 3"
             )
         }
     )
     kept = Counter(
         {
-            (position, fate, reason): n
-            for position, fate, reason, n in connection.execute(
-                "SELECT position, fate, reason, events FROM totals"
+            (topic_partition, fate, reason): n
+            for topic_partition, fate, reason, n in connection.execute(
+                "SELECT topic_partition, fate, reason, events FROM totals"
             )
         }
     )
     for name in sorted(counted.keys() | kept.keys()):
         if counted[name] != kept[name]:
-            position, fate, reason = name
+            topic_partition, fate, reason = name
             differences.append(
-                f"position {position} {fate}/{reason}: {counted[name]} rows, total {kept[name]}"
+                f"topic partition {topic_partition} {fate}/{reason}: {counted[name]} rows,"
+                f" total {kept[name]}"
             )
     for question, what in _NEVER:
         (n,) = connection.execute(question).fetchone()
@@ -125,13 +128,13 @@ def audit(connection: sqlite3.Connection) -> list[str]:
 
 _NEVER = (
     (
-        "SELECT count(*) FROM positions p WHERE consumed <>"
-        " (SELECT count(*) FROM events WHERE position = p.id)",
+        "SELECT count(*) FROM topic_partitions p WHERE consumed <>"
+        " (SELECT count(*) FROM events WHERE topic_partition = p.id)",
         "partitions whose consumed records differ from their events",
     ),
     (
         "SELECT count(*) FROM interactions i WHERE open_ratings <> (SELECT count(*) FROM feedback"
-        " WHERE interaction = i.id AND head = 1 AND state = 'ready')",
+        " WHERE interaction = i.id AND latest = 1 AND state = 'ready')",
         "interactions with a wrong number of open ratings",
     ),
     (
@@ -140,12 +143,12 @@ _NEVER = (
         "difference in the number of ready examples",
     ),
     (
-        "SELECT count(*) FROM interactions i JOIN events e ON e.position = i.position"
+        "SELECT count(*) FROM interactions i JOIN events e ON e.topic_partition = i.topic_partition"
         " AND e.offset = i.offset WHERE (e.fate = 'pending') <> (i.state = 'pending')",
         "interactions whose state and fate disagree",
     ),
     (
-        "SELECT count(*) FROM feedback f JOIN events e ON e.position = f.position"
+        "SELECT count(*) FROM feedback f JOIN events e ON e.topic_partition = f.topic_partition"
         " AND e.offset = f.offset WHERE (e.fate = 'pending') <> (f.state IN ('waiting', 'ready'))",
         "ratings whose state and fate disagree",
     ),
@@ -162,7 +165,7 @@ _NEVER = (
         "ratings whose body is missing or was kept too long",
     ),
     (
-        "SELECT count(*) FROM feedback WHERE state = 'ready' AND head = 0",
+        "SELECT count(*) FROM feedback WHERE state = 'ready' AND latest = 0",
         "ready ratings that are not their rater's last word",
     ),
     (
@@ -184,7 +187,7 @@ _NEVER = (
     ),
     (
         "SELECT count(*) FROM interactions WHERE (state = 'erased') <>"
-        " (position IS NOT NULL AND subject IS NULL)",
+        " (topic_partition IS NOT NULL AND subject IS NULL)",
         "interactions that are erased and belong to somebody, or to nobody and are not",
     ),
     (
@@ -193,8 +196,8 @@ _NEVER = (
         "bodies whose key is about to be destroyed",
     ),
     (
-        "SELECT count(*) FROM attempts WHERE interaction NOT IN (SELECT id FROM interactions)",
-        "deaths counted for replies that are not here",
+        "SELECT count(*) FROM crash_counts WHERE interaction NOT IN (SELECT id FROM interactions)",
+        "crashes counted for replies that are not here",
     ),
     (
         "SELECT count(*) FROM (SELECT 1 FROM events WHERE fate = 'trained'"

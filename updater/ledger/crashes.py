@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from moorline import metrics
 from updater.ledger.claims import Claims
 from updater.ledger.database import Database
-from updater.ledger.schema import Attempt
+from updater.ledger.schema import UpdateRole
 
 logger = logging.getLogger("moorline.ledger")
 
@@ -42,9 +42,10 @@ class Crashes:
         """At a start: of whatever is still marked the process before has died."""
         with self._database.transaction("deaths") as connection:
             died = connection.execute(
-                "UPDATE attempts SET deaths = deaths + 1, alone = alone + (under_way = ?),"
-                " under_way = NULL WHERE under_way IS NOT NULL RETURNING deaths",
-                (Attempt.ALONE,),
+                "UPDATE crash_counts SET crash_count = crash_count + 1,"
+                " crash_count_alone = crash_count_alone + (in_update = ?),"
+                " in_update = NULL WHERE in_update IS NOT NULL RETURNING crash_count",
+                (UpdateRole.ALONE,),
             ).fetchall()
         if died:
             logger.error(
@@ -65,13 +66,13 @@ class Crashes:
         replies = [claim.interaction for claim in self._claims.of(example_ids).values()]
         with self._database.transaction("attempt") as connection:
             _forget_marks(connection)
-            _mark(connection, replies, Attempt.ALONE if alone else Attempt.UPDATE)
+            _mark(connection, replies, UpdateRole.ALONE if alone else UpdateRole.WITH_OTHERS)
 
     def measure_on(self, replies: Iterable[int]) -> None:
         """The update under way, if one is, goes on to measure on these (``interactions.id``)."""
         if self._under_way():
             with self._database.transaction("measured") as connection:
-                _mark(connection, replies, Attempt.UPDATE)
+                _mark(connection, replies, UpdateRole.WITH_OTHERS)
 
     def end(self) -> None:
         """Whatever is under way is none of its replies' doing any more: nothing is counted."""
@@ -90,9 +91,9 @@ class Crashes:
         return [
             Suspect(*row)
             for row in self._database.rows(
-                "SELECT i.key, a.deaths FROM attempts a JOIN interactions i"
-                " ON i.id = a.interaction WHERE a.deaths >= ? AND i.open_ratings > 0"
-                " ORDER BY a.deaths DESC, i.event_time, i.key",
+                "SELECT i.key, c.crash_count FROM crash_counts c JOIN interactions i"
+                " ON i.id = c.interaction WHERE c.crash_count >= ? AND i.open_ratings > 0"
+                " ORDER BY c.crash_count DESC, i.event_time, i.key",
                 self._suspect_after_deaths,
             )
         ]
@@ -100,7 +101,8 @@ class Crashes:
     def crashes_alone(self, key: str) -> int:
         """Of this one's deaths, those with nobody else, after another had survived the same."""
         rows = self._database.rows(
-            "SELECT a.alone FROM interactions i JOIN attempts a ON a.interaction = i.id"
+            "SELECT c.crash_count_alone FROM interactions i JOIN crash_counts c ON"
+            " c.interaction = i.id"
             " WHERE i.key = ?",
             key,
         )
@@ -109,17 +111,18 @@ class Crashes:
     def excluded(self) -> set[int]:
         """Replies that nothing is measured on (``interactions.id``): suspects, rated or not."""
         rows = self._database.rows(
-            "SELECT interaction FROM attempts WHERE deaths >= ?", self._suspect_after_deaths
+            "SELECT interaction FROM crash_counts WHERE crash_count >= ?",
+            self._suspect_after_deaths,
         )
         return {interaction for (interaction,) in rows}
 
     def least_suspect(self, but: str, deaths: int) -> str | None:
         """Of the oldest others that wait, the key of the one in the fewest, fewer than so many."""
         found = self._database.rows(
-            "SELECT key FROM (SELECT i.key, i.event_time, coalesce(a.deaths, 0) AS deaths"
+            "SELECT key FROM (SELECT i.key, i.event_time, coalesce(c.crash_count, 0) AS deaths"
             " FROM interactions i INDEXED BY interactions_ready"
-            " LEFT JOIN attempts a ON a.interaction = i.id"
-            " WHERE i.open_ratings > 0 AND i.key <> ? AND coalesce(a.deaths, 0) < ?"
+            " LEFT JOIN crash_counts c ON c.interaction = i.id"
+            " WHERE i.open_ratings > 0 AND i.key <> ? AND coalesce(c.crash_count, 0) < ?"
             " ORDER BY i.event_time, i.key LIMIT ?) ORDER BY deaths, event_time, key LIMIT 1",
             but,
             deaths,
@@ -130,31 +133,32 @@ class Crashes:
     def show(self) -> None:
         """Set the metric."""
         ((deaths,),) = self._database.rows(
-            "SELECT max(a.deaths) FROM attempts a JOIN interactions i ON i.id = a.interaction"
+            "SELECT max(c.crash_count) FROM crash_counts c JOIN interactions i ON i.id ="
+            " c.interaction"
             " WHERE i.open_ratings > 0"
         )
         metrics.UPDATE_CRASHES.set(deaths or 0)
 
     def _under_way(self) -> bool:
         return bool(
-            self._database.rows("SELECT 1 FROM attempts WHERE under_way IS NOT NULL LIMIT 1")
+            self._database.rows("SELECT 1 FROM crash_counts WHERE in_update IS NOT NULL LIMIT 1")
         )
 
 
 def conclude(connection: sqlite3.Connection) -> None:
     """The update under way came to an end: nothing that was in it kills the process."""
-    connection.execute("DELETE FROM attempts WHERE under_way IS NOT NULL")
+    connection.execute("DELETE FROM crash_counts WHERE in_update IS NOT NULL")
 
 
-def _mark(connection: sqlite3.Connection, replies: Iterable[int], how: Attempt) -> None:
+def _mark(connection: sqlite3.Connection, replies: Iterable[int], role: UpdateRole) -> None:
     connection.executemany(
-        "INSERT INTO attempts (interaction, under_way) VALUES (?, ?)"
-        " ON CONFLICT DO UPDATE SET under_way = excluded.under_way",
-        ((reply, how) for reply in replies),
+        "INSERT INTO crash_counts (interaction, in_update) VALUES (?, ?)"
+        " ON CONFLICT DO UPDATE SET in_update = excluded.in_update",
+        ((reply, role) for reply in replies),
     )
 
 
 def _forget_marks(connection: sqlite3.Connection) -> None:
     """As if it had never been begun."""
-    connection.execute("UPDATE attempts SET under_way = NULL WHERE under_way IS NOT NULL")
-    connection.execute("DELETE FROM attempts WHERE deaths = 0")
+    connection.execute("UPDATE crash_counts SET in_update = NULL WHERE in_update IS NOT NULL")
+    connection.execute("DELETE FROM crash_counts WHERE crash_count = 0")

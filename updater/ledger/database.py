@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from moorline.durable import make_directory
 from moorline.failpoints import failpoint
-from updater.ledger.schema import SCHEMA_NUMBER, TABLES
+from updater.ledger.migration import NEWEST_FORMAT, create_tables, migrate, why_unreadable
 
 CACHE_KIB = 64 * 1024
 """Pages held in memory, whatever the file's size."""
@@ -97,7 +97,9 @@ class Database:
     """One connection. Reads see one moment (``snapshot``); writes are whole (``transaction``)."""
 
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
-        """Open, and create or check the tables.
+        """Open, and create, migrate or check the tables.
+
+        Unless ``readonly``, the caller holds the writer lock.
 
         Raises:
             LedgerError: the file is missing (read-only), not a ledger, or of another version.
@@ -132,11 +134,8 @@ class Database:
             if execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise LedgerError(f"{self.path} is not a Moorline ledger: move it away")
             execute("PRAGMA auto_vacuum = INCREMENTAL")
-        elif number != SCHEMA_NUMBER:
-            raise LedgerError(
-                f"{self.path} has ledger format {number}, this Moorline reads {SCHEMA_NUMBER}: "
-                "run the version that wrote it, or start with a new state_dir"
-            )
+        elif (refusal := why_unreadable(self.path, number, readonly=readonly)) is not None:
+            raise LedgerError(refusal)
         if readonly:
             execute("PRAGMA query_only = 1")
             return
@@ -144,9 +143,15 @@ class Database:
         execute("PRAGMA synchronous = FULL")
         execute(f"PRAGMA journal_size_limit = {_WAL_KEPT_BYTES}")
         if number == 0:
-            self._connection.executescript(
-                f"BEGIN IMMEDIATE;\n{TABLES}\nPRAGMA user_version = {SCHEMA_NUMBER};\nCOMMIT;"
-            )
+            create_tables(self._connection)
+        elif number != NEWEST_FORMAT:
+            try:
+                migrate(self._connection, self.path, number)
+            except OSError as error:
+                raise LedgerUnavailable(
+                    f"cannot copy {self.path} before its migration ({error}): check free space "
+                    "and permissions"
+                ) from error
 
     def close(self) -> None:
         """Close the connection."""

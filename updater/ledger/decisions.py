@@ -51,7 +51,7 @@ class Outcome:
 
 
 _TAUGHT = "INSERT OR IGNORE INTO taught (user, tenant, version) VALUES (?, ?, ?)"
-_OVERRIDDEN = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, Reason.OVERRIDDEN_SIGNAL)
+_OVERRIDDEN = Outcome(Fate.NOT_TRAINABLE, FeedbackState.NOT_TRAINABLE, Reason.OVERRIDDEN_SIGNAL)
 
 
 class Decisions:
@@ -128,7 +128,7 @@ class Decisions:
     def set_aside(self, claims: Mapping[str, Claim], reasons: Mapping[str, Reason]) -> None:
         """Examples of a batch that its candidate did not learn from."""
         for example_id, claim in claims.items():
-            outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.SETTLED, reasons[example_id])
+            outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.NOT_TRAINABLE, reasons[example_id])
             self.settle({example_id: claim}, outcome)
 
     def conclude(self, baselines: Baselines | None) -> None:
@@ -163,52 +163,55 @@ class Decisions:
 
     def _settle_rating(self, rating: int, outcome: Outcome) -> None:
         row = self._execute(
-            "SELECT interaction, rater, aspect, position, offset, state, head FROM feedback"
+            "SELECT interaction, rater, aspect, topic_partition, offset, state, latest FROM"
+            " feedback"
             " WHERE id = ?",
             (rating,),
         ).fetchone()
         if row is None or row[5] in _FINAL:
             raise LedgerError("a rating of this batch was decided before: discard the batch")
-        interaction, rater, aspect, position, offset, _, head = row
-        is_head = bool(head)
-        if outcome.fate is Fate.TRAINED and not is_head:
+        interaction, rater, aspect, topic_partition, offset, _, latest = row
+        is_latest = bool(latest)
+        if outcome.fate is Fate.TRAINED and not is_latest:
             # The rater spoke again while the batch was in training: too late for that word.
-            self._close_head(interaction, rater, aspect)
-            is_head = True
+            self._close_latest(interaction, rater, aspect)
+            is_latest = True
         self._execute(
-            "UPDATE feedback SET state = ?, head = ? WHERE id = ?", (outcome.state, is_head, rating)
+            "UPDATE feedback SET state = ?, latest = ? WHERE id = ?",
+            (outcome.state, is_latest, rating),
         )
         if outcome.fate is not Fate.TRAINED:
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
-        self._fates.move(position, offset, outcome.fate, outcome.reason, outcome.decided_by)
+        self._fates.move(topic_partition, offset, outcome.fate, outcome.reason, outcome.decided_by)
 
-    def _close_head(self, interaction: int, rater: str, aspect: str) -> None:
-        for identity, position, offset in self._execute(
-            "UPDATE feedback SET head = 0, state = 'closed'"
-            " WHERE interaction = ? AND rater = ? AND aspect = ? AND head = 1"
-            " RETURNING id, position, offset",
+    def _close_latest(self, interaction: int, rater: str, aspect: str) -> None:
+        for identity, topic_partition, offset in self._execute(
+            "UPDATE feedback SET latest = 0, state = 'closed'"
+            " WHERE interaction = ? AND rater = ? AND aspect = ? AND latest = 1"
+            " RETURNING id, topic_partition, offset",
             (interaction, rater, aspect),
         ).fetchall():
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
-            self._fates.move(position, offset, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
+            self._fates.move(topic_partition, offset, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
 
     def _settle_interaction(self, identity: int, outcome: Outcome) -> None:
         if outcome.makes_untrainable:
             self._mark_untrainable(identity, outcome.reason)
-        self._recount(identity)
         self._decide(identity, outcome)
-        self._execute("DELETE FROM attempts WHERE interaction = ?", (identity,))
+        self._execute("DELETE FROM crash_counts WHERE interaction = ?", (identity,))
 
     def _decide(self, identity: int, outcome: Outcome) -> None:
         """An interaction keeps the first fate that was decided of it."""
         pending = self._execute(
             "UPDATE interactions SET state = ? WHERE id = ? AND state = ?"
-            " RETURNING position, offset",
+            " RETURNING topic_partition, offset",
             (InteractionState.DECIDED, identity, InteractionState.PENDING),
         ).fetchone()
         if pending is not None:
-            position, offset = pending
-            self._fates.move(position, offset, outcome.fate, outcome.reason, outcome.decided_by)
+            topic_partition, offset = pending
+            self._fates.move(
+                topic_partition, offset, outcome.fate, outcome.reason, outcome.decided_by
+            )
 
     def _mark_untrainable(self, identity: int, reason: Reason) -> None:
         """Feedback that came since the batch was made shares the reply's fate, and so do
@@ -218,21 +221,13 @@ class Decisions:
             (reason, reason not in NOT_MEASURABLE, identity),
         )
         for side in ("interaction", "over"):
-            for rating, of, position, offset in self._execute(
-                f"UPDATE feedback SET state = ? WHERE {side} = ? AND head = 1 AND state = 'ready'"
-                " RETURNING id, interaction, position, offset",
+            for rating, topic_partition, offset in self._execute(
+                f"UPDATE feedback SET state = ? WHERE {side} = ? AND latest = 1 AND state = 'ready'"
+                " RETURNING id, topic_partition, offset",
                 (FeedbackState.UNUSABLE, identity),
             ).fetchall():
                 self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
-                self._fates.move(position, offset, Fate.NOT_TRAINABLE, reason)
-                self._recount(of)
-
-    def _recount(self, identity: int) -> None:
-        self._execute(
-            "UPDATE interactions SET open_ratings = (SELECT count(*) FROM feedback"
-            " WHERE interaction = ?1 AND head = 1 AND state = 'ready') WHERE id = ?1",
-            (identity,),
-        )
+                self._fates.move(topic_partition, offset, Fate.NOT_TRAINABLE, reason)
 
 
 def check_release(

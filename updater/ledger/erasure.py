@@ -60,7 +60,7 @@ def concerned(connection: sqlite3.Connection, erasure: Erasure) -> Concerned:
         name = erasure.interaction_id
         interactions = _ids(
             connection,
-            "SELECT id FROM interactions WHERE key >= ? AND key < ? AND position IS NOT NULL"
+            "SELECT id FROM interactions WHERE key >= ? AND key < ? AND topic_partition IS NOT NULL"
             " AND state <> 'erased'",
             (f"{name}/", f"{name}0"),  # "0" follows "/"
         )
@@ -172,7 +172,7 @@ class Eraser:
         self._fates = fates
         self._keys = keys
         self._bodies = Bodies(connection, keys)
-        self._tombstones = erasure_markers
+        self._erasure_markers = erasure_markers
         self._release = release
         self._live = live
         self.carried_out = False
@@ -198,7 +198,7 @@ class Eraser:
             self._retire(subject, key)
         if erasure.interaction_id is None:
             self._drop_names(erasure)
-        self._tombstones.put(erasure)
+        self._erasure_markers.put(erasure)
         self._execute(
             "INSERT INTO erasures (id, request, applied_at, interactions, feedback, releases,"
             " last_clean_version, revoke) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -224,11 +224,11 @@ class Eraser:
 
     def erase_interaction(self, identity: int) -> int:
         """A reply and what was said of it, or by it of others; returns how many words that were."""
-        position, offset, state = self._execute(
-            "SELECT position, offset, state FROM interactions WHERE id = ?", (identity,)
+        topic_partition, offset, state = self._execute(
+            "SELECT topic_partition, offset, state FROM interactions WHERE id = ?", (identity,)
         ).fetchone()
         if state == InteractionState.PENDING:
-            self._fates.move(position, offset, Fate.ERASED)
+            self._fates.move(topic_partition, offset, Fate.ERASED)
         words = _ids(
             self._connection,
             "SELECT id FROM feedback WHERE interaction = ?1 UNION"
@@ -246,22 +246,18 @@ class Eraser:
 
     def erase_rating(self, identity: int) -> int:
         """One word; returns whether it was there still, as a number."""
-        interaction, position, offset, state = self._execute(
-            "SELECT interaction, position, offset, state FROM feedback WHERE id = ?", (identity,)
+        topic_partition, offset, state = self._execute(
+            "SELECT topic_partition, offset, state FROM feedback WHERE id = ?",
+            (identity,),
         ).fetchone()
         if state == FeedbackState.ERASED:
             return 0
         if state in _UNDECIDED:
-            self._fates.move(position, offset, Fate.ERASED)
+            self._fates.move(topic_partition, offset, Fate.ERASED)
         self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
         self._execute(
-            "UPDATE feedback SET state = ?, head = 0, rater = '' WHERE id = ?",
+            "UPDATE feedback SET state = ?, latest = 0, rater = '' WHERE id = ?",
             (FeedbackState.ERASED, identity),
-        )
-        self._execute(
-            "UPDATE interactions SET open_ratings = (SELECT count(*) FROM feedback"
-            " WHERE interaction = ?1 AND head = 1 AND state = 'ready') WHERE id = ?1",
-            (interaction,),
         )
         return 1
 

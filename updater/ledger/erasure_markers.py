@@ -29,7 +29,7 @@ class ErasureMarkers:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._execute = connection.execute
         # Most ledgers have none, and then nobody's name need be hashed.
-        (last,) = self._execute("SELECT max(scope) FROM tombstones").fetchone()
+        (last,) = self._execute("SELECT max(scope) FROM erasure_markers").fetchone()
         self.any = last is not None
 
     def put(self, erasure: Erasure) -> None:
@@ -37,7 +37,7 @@ class ErasureMarkers:
         at = erasure.erased_at if erasure.interaction_id is None else math.inf
         for scope in erasure.scopes:
             self._execute(
-                "INSERT INTO tombstones VALUES (?, ?)"
+                "INSERT INTO erasure_markers VALUES (?, ?)"
                 " ON CONFLICT DO UPDATE SET at = max(at, excluded.at)",
                 (scope, at),
             )
@@ -54,7 +54,7 @@ class ErasureMarkers:
     def _cover(self, scopes: Iterable[str], event_time: float) -> bool:
         scopes = list(scopes)
         (at,) = self._execute(
-            f"SELECT max(at) FROM tombstones WHERE scope IN ({', '.join('?' * len(scopes))})",
+            f"SELECT max(at) FROM erasure_markers WHERE scope IN ({', '.join('?' * len(scopes))})",
             scopes,
         ).fetchone()
         return at is not None and event_time <= float(at)

@@ -121,7 +121,7 @@ def _example(connection: sqlite3.Connection, bodies: Bodies, key: str) -> tuple[
     ).fetchone()
     rows = connection.execute(
         "SELECT f.id, f.over, f.feedback_id, f.event_time FROM feedback f"
-        " WHERE f.interaction = ? AND f.head = 1 AND f.state = 'ready'"
+        " WHERE f.interaction = ? AND f.latest = 1 AND f.state = 'ready'"
         " ORDER BY f.event_time, f.feedback_id LIMIT ?",
         (identity, MOST_FEEDBACK),
     ).fetchall()

@@ -47,21 +47,22 @@ class Expiry:
         interactions, forgotten = self._idle_interactions(before, limit)
         if keep_decided_seconds < horizon_seconds:
             forgotten += self._decided_interactions(watermark - keep_decided_seconds, limit)
-        # One more horizon as a tombstone, so that late feedback is known to be late.
-        pruned = self._tombstones(before - horizon_seconds, limit)
+        # The rows stay one more horizon, so that late feedback is known to be late.
+        pruned = self._expired_rows(before - horizon_seconds, limit)
         return Expired(interactions, feedback, forgotten, pruned)
 
     def _idle_interactions(self, before: float, limit: int) -> tuple[int, int]:
         rows = self._execute(
-            "SELECT id, state, position, offset FROM interactions INDEXED BY interactions_idle"
+            "SELECT id, state, topic_partition, offset FROM interactions INDEXED BY"
+            " interactions_idle"
             " WHERE retained = 1 AND open_ratings = 0 AND open_preferences = 0 AND event_time < ?"
             " ORDER BY event_time LIMIT ?",
             (before, limit),
         ).fetchall()
         expired = 0
-        for identity, state, position, offset in rows:
+        for identity, state, topic_partition, offset in rows:
             if state == InteractionState.PENDING:
-                self._fates.move(position, offset, Fate.EXPIRED, Reason.NO_FEEDBACK)
+                self._fates.move(topic_partition, offset, Fate.EXPIRED, Reason.NO_FEEDBACK)
                 expired += 1
             self._drop_body(identity)
         return expired, len(rows) - expired
@@ -92,19 +93,19 @@ class Expiry:
 
     def _waiting_feedback(self, before: float, limit: int) -> int:
         rows = self._execute(
-            "SELECT id, position, offset FROM feedback INDEXED BY feedback_waiting"
+            "SELECT id, topic_partition, offset FROM feedback INDEXED BY feedback_waiting"
             " WHERE state = 'waiting' AND arrived_at < ? ORDER BY arrived_at LIMIT ?",
             (before, limit),
         ).fetchall()
-        for identity, position, offset in rows:
-            self._fates.move(position, offset, Fate.EXPIRED, Reason.NO_INTERACTION)
+        for identity, topic_partition, offset in rows:
+            self._fates.move(topic_partition, offset, Fate.EXPIRED, Reason.NO_INTERACTION)
             self._execute(
                 "UPDATE feedback SET state = ? WHERE id = ?", (FeedbackState.CLOSED, identity)
             )
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
         return len(rows)
 
-    def _tombstones(self, before: float, limit: int) -> int:
+    def _expired_rows(self, before: float, limit: int) -> int:
         rows = self._execute(
             "SELECT id, subject FROM interactions INDEXED BY interactions_forgotten"
             " WHERE retained = 0 AND open_preferences = 0 AND event_time < ?"

@@ -15,21 +15,22 @@ class Fates:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self.changes: Counter[tuple[int, Fate, Reason]] = Counter()
-        """(position id, fate, reason) -> events that came to it."""
+        """(topic_partition id, fate, reason) -> events that came to it."""
 
     def record(
-        self, position: int, offset: int, fate: Fate, reason: Reason, subject: int | None
+        self, topic_partition: int, offset: int, fate: Fate, reason: Reason, subject: int | None
     ) -> None:
         """A consumed record's first fate."""
         self._connection.execute(
-            "INSERT INTO events (position, offset, fate, reason, subject) VALUES (?, ?, ?, ?, ?)",
-            (position, offset, fate, reason, subject),
+            "INSERT INTO events (topic_partition, offset, fate, reason, subject) VALUES (?, ?,"
+            " ?, ?, ?)",
+            (topic_partition, offset, fate, reason, subject),
         )
-        self.changes[position, fate, reason] += 1
+        self.changes[topic_partition, fate, reason] += 1
 
     def move(
         self,
-        position: int,
+        topic_partition: int,
         offset: int,
         fate: Fate,
         reason: Reason = Reason.NONE,
@@ -38,17 +39,17 @@ class Fates:
         """A later fate of a recorded event."""
         self._connection.execute(
             "UPDATE events SET fate = ?, reason = ?, decided_by = ?"
-            " WHERE position = ? AND offset = ?",
-            (fate, reason, decided_by, position, offset),
+            " WHERE topic_partition = ? AND offset = ?",
+            (fate, reason, decided_by, topic_partition, offset),
         )
-        self.changes[position, fate, reason] += 1
+        self.changes[topic_partition, fate, reason] += 1
 
     def by_topic(self) -> Counter[tuple[str, Fate, Reason]]:
         """The same counts by topic; call it inside the transaction."""
-        topics = dict(self._connection.execute("SELECT id, topic FROM positions").fetchall())
+        topics = dict(self._connection.execute("SELECT id, topic FROM topic_partitions").fetchall())
         summed: Counter[tuple[str, Fate, Reason]] = Counter()
-        for (position, fate, reason), events in self.changes.items():
-            summed[topics[position], fate, reason] += events
+        for (topic_partition, fate, reason), events in self.changes.items():
+            summed[topics[topic_partition], fate, reason] += events
         return summed
 
 

@@ -121,7 +121,7 @@ class Histories(LedgerReader):
             for (feedback_id,) in self._database.rows(
                 "SELECT f.feedback_id FROM interactions i JOIN feedback f ON f.interaction = i.id"
                 " OR f.over = i.id"
-                f" WHERE i.position IS NULL AND {_KEY_MATCHES} ORDER BY f.id",
+                f" WHERE i.topic_partition IS NULL AND {_KEY_MATCHES} ORDER BY f.id",
                 *_key_range(asked),
             )
         ]
@@ -132,7 +132,8 @@ class Histories(LedgerReader):
         if not (topic and _is_number(partition) and _is_number(rest)):
             return []
         return self._places(
-            "SELECT e.position, e.offset FROM positions p JOIN events e ON e.position = p.id"
+            "SELECT e.topic_partition, e.offset FROM topic_partitions p JOIN events e ON"
+            " e.topic_partition = p.id"
             " WHERE p.topic = ? AND p.partition = ? AND e.offset = ? ORDER BY p.id",
             topic,
             int(partition),
@@ -141,25 +142,28 @@ class Histories(LedgerReader):
 
     def _places_of_interaction(self, asked: str) -> list[tuple[int, int]]:
         return self._places(
-            f"SELECT position, offset FROM interactions i WHERE {_KEY_MATCHES}"
-            " AND position IS NOT NULL ORDER BY i.key",
+            f"SELECT topic_partition, offset FROM interactions i WHERE {_KEY_MATCHES}"
+            " AND topic_partition IS NOT NULL ORDER BY i.key",
             *_key_range(asked),
         )
 
     def _places_of_feedback(self, asked: str) -> list[tuple[int, int]]:
         return self._places(
-            "SELECT position, offset FROM feedback WHERE feedback_id = ? ORDER BY id", asked
+            "SELECT topic_partition, offset FROM feedback WHERE feedback_id = ? ORDER BY id", asked
         )
 
     def _places(self, sql: str, *parameters: Any) -> list[tuple[int, int]]:
-        return [(position, offset) for position, offset in self._database.rows(sql, *parameters)]
+        return [
+            (topic_partition, offset)
+            for topic_partition, offset in self._database.rows(sql, *parameters)
+        ]
 
-    def _story(self, position: int, offset: int) -> EventHistory:
+    def _story(self, topic_partition: int, offset: int) -> EventHistory:
         rows = self._database.rows(
             "SELECT p.topic, p.partition, p.topic_id, e.fate, e.reason, e.decided_by, e.subject"
-            " FROM events e JOIN positions p ON p.id = e.position"
-            " WHERE e.position = ? AND e.offset = ?",
-            position,
+            " FROM events e JOIN topic_partitions p ON p.id = e.topic_partition"
+            " WHERE e.topic_partition = ? AND e.offset = ?",
+            topic_partition,
             offset,
         )
         if not rows:
@@ -173,10 +177,10 @@ class Histories(LedgerReader):
         }
         if known["fate"] is Fate.DEAD_LETTERED:
             return EventHistory("dead letter", **known)
-        row = self._subject(topic, subject, position, offset, known["reason"])
+        row = self._subject(topic, subject, topic_partition, offset, known["reason"])
         if row is None:
             return EventHistory("forgotten", **known)
-        if row["place"] != (position, offset):
+        if row["place"] != (topic_partition, offset):
             known["first"] = Place(topic, partition, row["place"][1], topic_id)
         else:
             known["repeats"] = self._repeats(topic, subject, offset)
@@ -194,21 +198,24 @@ class Histories(LedgerReader):
         )
 
     def _subject(
-        self, topic: str, subject: int | None, position: int, offset: int, reason: Reason
+        self, topic: str, subject: int | None, topic_partition: int, offset: int, reason: Reason
     ) -> dict[str, Any] | None:
         """The row that an event belongs to; None when it was pruned."""
         is_reply = topic == Topic.INTERACTIONS
         rows = self._database.rows(
-            "SELECT i.position, i.offset, i.key, i.key, NULL, NULL, i.event_time, i.arrived_at,"
+            "SELECT i.topic_partition, i.offset, i.key, i.key, NULL, NULL, i.event_time,"
+            " i.arrived_at,"
             " i.state, i.id, NULL FROM interactions i WHERE i.id = ?"
             if is_reply
-            else "SELECT f.position, f.offset, i.key, f.feedback_id, f.rater, f.aspect,"
+            else "SELECT f.topic_partition, f.offset, i.key, f.feedback_id, f.rater, f.aspect,"
             " f.event_time, f.arrived_at, f.state, i.id, f.over FROM feedback f JOIN interactions i"
             " ON i.id = f.interaction WHERE f.id = ?",
             subject,
         )
         # A number may have been used again after its row was pruned.
-        if not rows or (rows[0][:2] != (position, offset) and reason != Reason.REPEATED_EVENT):
+        if not rows or (
+            rows[0][:2] != (topic_partition, offset) and reason != Reason.REPEATED_EVENT
+        ):
             return None
         *place, key, name, rater, aspect, event_time, arrived_at, state, reply, over = rows[0]
         return {
@@ -229,7 +236,8 @@ class Histories(LedgerReader):
             Joined(name, rater, aspect, arrived_at, Fate(fate), Reason(reason))
             for name, rater, aspect, arrived_at, fate, reason in self._database.rows(
                 "SELECT f.feedback_id, f.rater, f.aspect, f.arrived_at, e.fate, e.reason"
-                " FROM feedback f JOIN events e ON e.position = f.position AND e.offset = f.offset"
+                " FROM feedback f JOIN events e ON e.topic_partition = f.topic_partition AND"
+                " e.offset = f.offset"
                 " WHERE f.interaction = ?1 OR f.over = ?1 ORDER BY f.arrived_at, f.id",
                 interaction,
             )
@@ -248,7 +256,8 @@ class Histories(LedgerReader):
             )
             for key, arrived_at, fate, reason in self._database.rows(
                 "SELECT i.key, i.arrived_at, e.fate, e.reason FROM interactions i LEFT JOIN events"
-                " e ON e.position = i.position AND e.offset = i.offset WHERE i.id IN (?, ?)"
+                " e ON e.topic_partition = i.topic_partition AND e.offset = i.offset WHERE i.id"
+                " IN (?, ?)"
                 " ORDER BY i.id = ?1 DESC",
                 interaction,
                 over,
@@ -259,8 +268,8 @@ class Histories(LedgerReader):
         return tuple(
             Place(topic, partition, offset, topic_id)
             for partition, offset, topic_id in self._database.rows(
-                "SELECT p.partition, e.offset, p.topic_id FROM positions p JOIN events e"
-                " ON e.position = p.id WHERE p.topic = ? AND e.subject = ? AND e.offset <> ?"
+                "SELECT p.partition, e.offset, p.topic_id FROM topic_partitions p JOIN events e"
+                " ON e.topic_partition = p.id WHERE p.topic = ? AND e.subject = ? AND e.offset <> ?"
                 " AND e.reason = ? ORDER BY p.id, e.offset",
                 topic,
                 subject,

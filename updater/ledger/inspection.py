@@ -22,7 +22,7 @@ _CHUNK = 10_000
 class Consumed:
     """A partition, as far as the ledger has read it."""
 
-    position: int
+    topic_partition: int
     """Its row."""
     topic: Topic
     topic_id: str
@@ -66,19 +66,19 @@ class LedgerInspector(Histories):
         return [
             Consumed(row[0], Topic(row[1]), *row[2:])
             for row in self._database.rows(
-                "SELECT id, topic, topic_id, partition, next_offset, consumed FROM positions"
+                "SELECT id, topic, topic_id, partition, next_offset, consumed FROM topic_partitions"
                 " WHERE topic <> ? ORDER BY id",
                 Topic.ERASURES,  # instructions, compacted by the broker
             )
         ]
 
-    def event_offsets(self, position: int, start: int, stop: int) -> Iterator[int]:
+    def event_offsets(self, topic_partition: int, start: int, stop: int) -> Iterator[int]:
         """Offsets in [start, stop) that have a fate, ascending; holds no lock between chunks."""
         while True:
             rows = self._database.rows(
-                "SELECT offset FROM events WHERE position = ? AND offset >= ? AND offset < ?"
+                "SELECT offset FROM events WHERE topic_partition = ? AND offset >= ? AND offset < ?"
                 " ORDER BY offset LIMIT ?",
-                position,
+                topic_partition,
                 start,
                 stop,
                 _CHUNK,
@@ -88,17 +88,19 @@ class LedgerInspector(Histories):
                 return
             start = rows[-1][0] + 1
 
-    def count_events(self, position: int, stop: int) -> int:
+    def count_events(self, topic_partition: int, stop: int) -> int:
         """Events before ``stop``."""
         ((n,),) = self._database.rows(
-            "SELECT count(*) FROM events WHERE position = ? AND offset < ?", position, stop
+            "SELECT count(*) FROM events WHERE topic_partition = ? AND offset < ?",
+            topic_partition,
+            stop,
         )
         return int(n)
 
-    def first_offset(self, position: int) -> int | None:
+    def first_offset(self, topic_partition: int) -> int | None:
         """The first event's."""
         ((first,),) = self._database.rows(
-            "SELECT min(offset) FROM events WHERE position = ?", position
+            "SELECT min(offset) FROM events WHERE topic_partition = ?", topic_partition
         )
         return None if first is None else int(first)
 
@@ -155,14 +157,16 @@ class LedgerInspector(Histories):
             ancestors.append(parent)
             parent = self.release(parent.parent) if parent.parent else None
         events = self._database.rows(
-            "SELECT p.topic, count(*) FROM events e JOIN positions p ON p.id = e.position"
+            "SELECT p.topic, count(*) FROM events e JOIN topic_partitions p ON p.id ="
+            " e.topic_partition"
             " WHERE e.decided_by = ? AND e.fate = ? GROUP BY p.topic ORDER BY p.topic",
             version,
             Fate.TRAINED,
         )
         ((raters,),) = self._database.rows(
-            "SELECT count(DISTINCT f.rater) FROM events e JOIN positions p ON p.id = e.position"
-            " JOIN feedback f ON f.id = e.subject AND f.position = e.position"
+            "SELECT count(DISTINCT f.rater) FROM events e JOIN topic_partitions p ON p.id ="
+            " e.topic_partition"
+            " JOIN feedback f ON f.id = e.subject AND f.topic_partition = e.topic_partition"
             " AND f.offset = e.offset WHERE e.decided_by = ? AND e.fate = ? AND p.topic = ?"
             " AND f.rater <> ''",
             version,

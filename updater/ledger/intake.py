@@ -1,4 +1,4 @@
-"""Consumed records: each once, by position, with its join and its partition's next offset."""
+"""Consumed records: each once, by offset, with its join and its partition's next offset."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class Intake:
             new += 1
         for cursor in self._cursors.values():
             self._execute(
-                "UPDATE positions SET next_offset = ?, consumed = consumed + ?, arrived_at = ?"
+                "UPDATE topic_partitions SET next_offset = ?, consumed = consumed + ?,"
+                " arrived_at = ?"
                 " WHERE id = ?",
                 (
                     max([cursor.start, *(offset + 1 for offset in cursor.seen)]),
@@ -89,8 +90,8 @@ class Intake:
             if gap.cause is GapCause.RETENTION:
                 # Else the next start would meet the same gap, wider by then, and count it twice.
                 self._execute(
-                    "UPDATE positions SET next_offset = max(next_offset, ?) WHERE id ="
-                    " (SELECT max(id) FROM positions WHERE topic = ? AND partition = ?)",
+                    "UPDATE topic_partitions SET next_offset = max(next_offset, ?) WHERE id ="
+                    " (SELECT max(id) FROM topic_partitions WHERE topic = ? AND partition = ?)",
                     (gap.resumed_offset, gap.topic, gap.partition),
                 )
             self._execute(
@@ -105,12 +106,12 @@ class Intake:
         if known is not None:
             return known
         self._execute(
-            "INSERT INTO positions (topic, topic_id, partition) VALUES (?, ?, ?)"
+            "INSERT INTO topic_partitions (topic, topic_id, partition) VALUES (?, ?, ?)"
             " ON CONFLICT DO NOTHING",
             place,
         )
         row = self._execute(
-            "SELECT id, next_offset, arrived_at FROM positions"
+            "SELECT id, next_offset, arrived_at FROM topic_partitions"
             " WHERE topic = ? AND topic_id = ? AND partition = ?",
             place,
         ).fetchone()

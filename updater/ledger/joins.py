@@ -49,7 +49,7 @@ class Joins:
         self._fates = fates
         self._keys = keys
         self._bodies = Bodies(connection, keys)
-        self._tombstones = erasure_markers
+        self._erasure_markers = erasure_markers
         self._horizon_seconds = horizon_seconds
 
     def take(self, parsed: Parsed, arrival: Arrival) -> None:
@@ -59,7 +59,7 @@ class Joins:
                 raise TypeError("an erasure is an instruction, not an event: see Intake")
             case None:
                 self._fates.record(
-                    arrival.position, arrival.offset, Fate.DEAD_LETTERED, parsed.reason, None
+                    arrival.topic_partition, arrival.offset, Fate.DEAD_LETTERED, parsed.reason, None
                 )
             case Interaction():
                 self._take_interaction(parsed.event, parsed, arrival)
@@ -71,11 +71,9 @@ class Joins:
             "SELECT id, state FROM interactions WHERE key = ?", (event.key,)
         ).fetchone()
         if row is not None and row[1] != _AWAITED:
-            self._fates.record(
-                arrival.position, arrival.offset, Fate.DUPLICATE, Reason.REPEATED_EVENT, row[0]
-            )
+            self._record_repeat(arrival, row[0])
             return
-        erased = self._tombstones.cover(event, min(event.created_at, arrival.at))
+        erased = self._erasure_markers.cover(event, min(event.created_at, arrival.at))
         subject, key = (None, 0) if erased else self._subject(event)
         identity = self._write_interaction(event, parsed, arrival, subject)
         fate, reason = Fate.ERASED, Reason.NONE
@@ -83,10 +81,15 @@ class Joins:
             self._bodies.keep("interaction", identity, parsed.record.value or b"", key)
             fate = Fate.PENDING if parsed.reason is Reason.NONE else Fate.NOT_TRAINABLE
             reason = parsed.reason
-        self._fates.record(arrival.position, arrival.offset, fate, reason, identity)
+        self._fates.record(arrival.topic_partition, arrival.offset, fate, reason, identity)
         if row is not None:
             for rating in self._waiting(identity):
                 self._admit_if_known(rating)
+
+    def _record_repeat(self, arrival: Arrival, first: int) -> None:
+        self._fates.record(
+            arrival.topic_partition, arrival.offset, Fate.DUPLICATE, Reason.REPEATED_EVENT, first
+        )
 
     def _subject(self, event: Interaction) -> tuple[int, int]:
         """Its row of ``subjects``, and the key for its body: the user's, or one of its own."""
@@ -119,7 +122,7 @@ class Joins:
         row = {
             "key": event.key,
             "subject": subject,
-            "position": arrival.position,
+            "topic_partition": arrival.topic_partition,
             "offset": arrival.offset,
             "state": InteractionState.ERASED if erased else state,
             "untrainable": None if trainable or erased else parsed.reason,
@@ -148,7 +151,7 @@ class Joins:
         of = self._known_or_awaited(event.key, arrival)
         over = None if event.over_key is None else self._known_or_awaited(event.over_key, arrival)
         event_time = min(event.created_at, arrival.at)
-        if self._tombstones.cover(event, event_time):
+        if self._erasure_markers.cover(event, event_time):
             state, fate, reason = FeedbackState.ERASED, Fate.ERASED, Reason.NONE
         elif parsed.reason is Reason.NONE:
             state, fate, reason = FeedbackState.WAITING, Fate.PENDING, Reason.NONE
@@ -160,14 +163,15 @@ class Joins:
             event.feedback_id,
             "" if state is FeedbackState.ERASED else event.rater,
             event.aspect,
-            arrival.position,
+            arrival.topic_partition,
             arrival.offset,
             event_time,
             arrival.at,
             state,
         )
         inserted = self._execute(
-            "INSERT INTO feedback (interaction, over, feedback_id, rater, aspect, position, offset,"
+            "INSERT INTO feedback (interaction, over, feedback_id, rater, aspect,"
+            " topic_partition, offset,"
             " event_time, arrived_at, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (interaction, feedback_id) DO NOTHING RETURNING id",
             row,
@@ -177,12 +181,10 @@ class Joins:
                 "SELECT id FROM feedback WHERE interaction = ? AND feedback_id = ?",
                 (of.id, event.feedback_id),
             ).fetchone()
-            self._fates.record(
-                arrival.position, arrival.offset, Fate.DUPLICATE, Reason.REPEATED_EVENT, first
-            )
+            self._record_repeat(arrival, first)
             return
         (identity,) = inserted
-        self._fates.record(arrival.position, arrival.offset, fate, reason, identity)
+        self._fates.record(arrival.topic_partition, arrival.offset, fate, reason, identity)
         if state is not FeedbackState.WAITING:
             return
         self._bodies.keep("feedback", identity, parsed.record.value or b"", self._keys.new())
@@ -201,30 +203,26 @@ class Joins:
         if len(named) < len(names):
             return
         of, over = named[0], named[1] if len(named) > 1 else None
-        head = self._head(rating)
-        ruling = rule(rating, of, over, head, self._horizon_seconds)
+        latest = self._latest(rating)
+        ruling = rule(rating, of, over, latest, self._horizon_seconds)
         if self._erased_for_its_tenant(rating):
             ruling = _ERASED
         if ruling.state is FeedbackState.ERASED:
             self._execute("UPDATE feedback SET rater = '' WHERE id = ?", (rating.id,))
-        if ruling.is_head and head is not None:
-            self._supersede(head)
+        if ruling.is_latest and latest is not None:
+            self._supersede(latest)
         self._execute(
-            "UPDATE feedback SET state = ?, head = ? WHERE id = ?",
-            (ruling.state, ruling.is_head, rating.id),
+            "UPDATE feedback SET state = ?, latest = ? WHERE id = ?",
+            (ruling.state, ruling.is_latest, rating.id),
         )
         if ruling.fate is not Fate.PENDING:
-            self._fates.move(rating.position, rating.offset, ruling.fate, ruling.reason)
-        if ruling.state is FeedbackState.READY:
-            self._execute(
-                "UPDATE interactions SET open_ratings = open_ratings + 1 WHERE id = ?", (of.id,)
-            )
-        else:
+            self._fates.move(rating.topic_partition, rating.offset, ruling.fate, ruling.reason)
+        if ruling.state is not FeedbackState.READY:
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating.id,))
 
     def _erased_for_its_tenant(self, rating: Rating) -> bool:
         """Whose reply it is, and so of which tenant a rater speaks, is known only now."""
-        if not self._tombstones.any:
+        if not self._erasure_markers.any:
             return False
         tenants = self._execute(
             "SELECT s.tenant FROM interactions i JOIN subjects s ON s.id = i.subject"
@@ -232,25 +230,24 @@ class Joins:
             (rating.interaction,),
         )
         return any(
-            self._tombstones.cover_rater(rating.rater, tenant, rating.event_time)
+            self._erasure_markers.cover_rater(rating.rater, tenant, rating.event_time)
             for (tenant,) in tenants.fetchall()
         )
 
-    def _supersede(self, head: Rating) -> None:
-        """A later rating takes the head's place; what was decided of the old one stays."""
-        if head.state not in (FeedbackState.READY, FeedbackState.UNUSABLE):
-            self._execute("UPDATE feedback SET head = 0 WHERE id = ?", (head.id,))
+    def _supersede(self, latest: Rating) -> None:
+        """A later rating takes the latest's place; what was decided of the old one stays."""
+        if latest.state not in (FeedbackState.READY, FeedbackState.UNUSABLE):
+            self._execute("UPDATE feedback SET latest = 0 WHERE id = ?", (latest.id,))
             return
         self._execute(
-            "UPDATE feedback SET head = 0, state = ? WHERE id = ?", (FeedbackState.CLOSED, head.id)
+            "UPDATE feedback SET latest = 0, state = ? WHERE id = ?",
+            (FeedbackState.CLOSED, latest.id),
         )
-        self._fates.move(head.position, head.offset, Fate.DUPLICATE, Reason.SUPERSEDED_RATING)
-        if head.state is FeedbackState.READY:
-            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (head.id,))
-            self._execute(
-                "UPDATE interactions SET open_ratings = open_ratings - 1 WHERE id = ?",
-                (head.interaction,),
-            )
+        self._fates.move(
+            latest.topic_partition, latest.offset, Fate.DUPLICATE, Reason.SUPERSEDED_RATING
+        )
+        if latest.state is FeedbackState.READY:
+            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (latest.id,))
 
     def _known_or_awaited(self, key: str, arrival: Arrival) -> Known:
         """An interaction, or a row that feedback can wait at until it is read."""
@@ -290,9 +287,9 @@ class Joins:
             *self._ratings("over = ? AND state = 'waiting'", (interaction,)),
         ]
 
-    def _head(self, rating: Rating) -> Rating | None:
+    def _latest(self, rating: Rating) -> Rating | None:
         found = self._ratings(
-            "interaction = ? AND rater = ? AND aspect = ? AND head = 1",
+            "interaction = ? AND rater = ? AND aspect = ? AND latest = 1",
             (rating.interaction, rating.rater, rating.aspect),
         )
         return found[0] if found else None

@@ -53,7 +53,7 @@ class LedgerReader:
         return [
             (topic, partition, topic_id, next_offset)
             for topic, partition, topic_id, next_offset, _ in self._database.rows(
-                "SELECT topic, partition, topic_id, next_offset, max(id) FROM positions"
+                "SELECT topic, partition, topic_id, next_offset, max(id) FROM topic_partitions"
                 " GROUP BY topic, partition"
             )
         ]

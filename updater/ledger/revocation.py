@@ -65,18 +65,18 @@ class Revocation:
         after = release.revokes_after
         # Words before replies: a reply that waits again may be asked for by its words.
         for topic in (Topic.FEEDBACK, Topic.INTERACTIONS):
-            for position, offset, subject in self._execute(
-                "SELECT e.position, e.offset, e.subject FROM events e"
-                " JOIN positions p ON p.id = e.position"
+            for topic_partition, offset, subject in self._execute(
+                "SELECT e.topic_partition, e.offset, e.subject FROM events e"
+                " JOIN topic_partitions p ON p.id = e.topic_partition"
                 " WHERE e.decided_by > ? AND e.fate = 'trained' AND p.topic = ?",
                 (after, topic),
             ).fetchall():
                 back = self._word if topic is Topic.FEEDBACK else self._reply
-                fate = back(subject, position, offset)
+                fate = back(subject, topic_partition, offset)
                 reason = Reason.NONE
                 if fate is Fate.NOT_TRAINABLE:
                     reason = Reason.RELEASE_REVOKED
-                self._fates.move(position, offset, fate, reason)
+                self._fates.move(topic_partition, offset, fate, reason)
         self._execute("DELETE FROM decisions WHERE fate = 'trained' AND decided_by > ?", (after,))
         self._execute("DELETE FROM taught WHERE version > ?", (after,))
         self._execute("UPDATE releases SET revoked = 1 WHERE version > ?", (after,))
@@ -93,36 +93,34 @@ class Revocation:
             (release.version,),
         )
 
-    def _word(self, identity: int, position: int, offset: int) -> Fate:
+    def _word(self, identity: int, topic_partition: int, offset: int) -> Fate:
         """What a trained word comes to."""
         row = self._execute(
-            "SELECT f.state, f.interaction, i.retained = 1 AND i.untrainable IS NULL AND EXISTS"
+            "SELECT f.state, i.retained = 1 AND i.untrainable IS NULL AND EXISTS"
             " (SELECT 1 FROM feedback_bodies WHERE id = f.id) AND (f.over IS NULL OR EXISTS"
             " (SELECT 1 FROM interactions WHERE id = f.over AND retained = 1))"
             " FROM feedback f JOIN interactions i ON i.id = f.interaction"
-            " WHERE f.id = ? AND f.position = ? AND f.offset = ?",
-            (identity, position, offset),
+            " WHERE f.id = ? AND f.topic_partition = ? AND f.offset = ?",
+            (identity, topic_partition, offset),
         ).fetchone()
         if row is None:  # pruned long ago
             return Fate.NOT_TRAINABLE
-        state, interaction, readable = row
+        state, readable = row
         if state == FeedbackState.ERASED:
             return Fate.ERASED
-        new = FeedbackState.READY if readable else FeedbackState.SETTLED
+        new = FeedbackState.READY if readable else FeedbackState.NOT_TRAINABLE
         self._execute("UPDATE feedback SET state = ? WHERE id = ?", (new, identity))
         if not readable:
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
             return Fate.NOT_TRAINABLE
-        self._execute(
-            "UPDATE interactions SET open_ratings = open_ratings + 1 WHERE id = ?", (interaction,)
-        )
         return Fate.PENDING
 
-    def _reply(self, identity: int, position: int, offset: int) -> Fate:
+    def _reply(self, identity: int, topic_partition: int, offset: int) -> Fate:
         """What a trained reply comes to."""
         row = self._execute(
-            "SELECT state, retained FROM interactions WHERE id = ? AND position = ? AND offset = ?",
-            (identity, position, offset),
+            "SELECT state, retained FROM interactions WHERE id = ? AND topic_partition = ? AND"
+            " offset = ?",
+            (identity, topic_partition, offset),
         ).fetchone()
         if row is None:
             return Fate.NOT_TRAINABLE

@@ -45,16 +45,16 @@ class Parsed:
 class Arrival:
     """Where and when a record came in."""
 
-    position: int
+    topic_partition: int
     offset: int
     at: float
     """When the broker got it, Unix seconds; never after now."""
 
     @classmethod
-    def of(cls, record: Record, position: int, now: float) -> Arrival:
+    def of(cls, record: Record, topic_partition: int, now: float) -> Arrival:
         """A record without a timestamp, or with one in the future, arrived now."""
         stamped = record.timestamp_ms / 1000 if record.timestamp_ms > 0 else now
-        return cls(position, record.offset, min(stamped, now))
+        return cls(topic_partition, record.offset, min(stamped, now))
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Rating:
     feedback_id: str
     rater: str
     aspect: str
-    position: int
+    topic_partition: int
     offset: int
     event_time: float
     arrived_at: float
@@ -102,7 +102,7 @@ class Ruling:
     reason: Reason
 
     @property
-    def is_head(self) -> bool:
+    def is_latest(self) -> bool:
         return self.state in (FeedbackState.READY, FeedbackState.UNUSABLE)
 
 
@@ -112,13 +112,13 @@ def prompt_digest(token_ids: Sequence[int]) -> bytes:
 
 
 def rule(
-    rating: Rating, of: Known, over: Known | None, head: Rating | None, horizon_seconds: float
+    rating: Rating, of: Known, over: Known | None, latest: Rating | None, horizon_seconds: float
 ) -> Ruling:
     """What becomes of ``rating`` once every interaction that it names is known.
 
     Args:
         over: of a preference: the reply that lost.
-        head: the same rater's word on the same aspect so far, if any.
+        latest: the same rater's word on the same aspect so far, if any.
     """
     closed = FeedbackState.CLOSED
     named = (of,) if over is None else (of, over)
@@ -130,9 +130,9 @@ def rule(
         not one.retained or rating.arrived_at > one.event_time + horizon_seconds for one in named
     ):
         return Ruling(closed, Fate.LATE, Reason.NONE)
-    if head is not None and head.state is FeedbackState.TRAINED:
+    if latest is not None and latest.state is FeedbackState.TRAINED:
         return Ruling(closed, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
-    if head is not None and rating.order < head.order:
+    if latest is not None and rating.order < latest.order:
         return Ruling(closed, Fate.DUPLICATE, Reason.SUPERSEDED_RATING)
     unusable = next((one.untrainable for one in named if one.untrainable is not None), None)
     if unusable is None and over is not None and over.prompt != of.prompt:

@@ -26,7 +26,7 @@ class Watermark:
         read_until: dict[tuple[str, int], float] = {
             (topic, partition): float(arrived_at)
             for topic, partition, arrived_at, _ in self._database.rows(
-                "SELECT topic, partition, arrived_at, max(id) FROM positions"
+                "SELECT topic, partition, arrived_at, max(id) FROM topic_partitions"
                 " GROUP BY topic, partition"
             )
         }

@@ -136,7 +136,7 @@ def outcome(path: Path, outbox: Path) -> dict[str, Any]:
         assert reader.audit() == []
         assert reader.unpublished() == []
         assert reader._database.rows("SELECT key FROM doomed_keys") == []
-        assert reader._database.rows("SELECT 1 FROM attempts WHERE under_way IS NOT NULL") == []
+        assert reader._database.rows("SELECT 1 FROM crash_counts WHERE in_update IS NOT NULL") == []
         return {
             "accounting": reader.accounting().as_dict(),
             "offsets": sorted(map(repr, reader.offsets().items())),

@@ -773,7 +773,7 @@ def test_no_step_of_a_cycle_reads_a_whole_table(ledger: Ledger) -> None:
     ledger.expire(NOW + 3 * HORIZON)
     connection.set_trace_callback(None)
     # A row for each partition, fate, gap; keys are destroyed in every cycle, attempts end.
-    small = ("positions", "p", "t", "gaps", "meta", "doomed_keys", "attempts")
+    small = ("topic_partitions", "p", "t", "gaps", "meta", "doomed_keys", "crash_counts")
     asked = [sql for sql in statements if sql.startswith(("SELECT", "UPDATE", "DELETE"))]
     assert len(asked) > 20
     for sql in asked:
@@ -781,7 +781,7 @@ def test_no_step_of_a_cycle_reads_a_whole_table(ledger: Ledger) -> None:
             if step.startswith("SCAN"):
                 assert "INDEX" in step or step.split()[1] in small, f"{step}: {sql}"
             if "TEMP B-TREE" in step:  # sorting is for few rows: partitions, one reply's ratings
-                assert "positions" in sql or "f.interaction =" in sql, f"{step}: {sql}"
+                assert "topic_partitions" in sql or "f.interaction =" in sql, f"{step}: {sql}"
 
 
 def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ class Updater(RuleBasedStateMachine):
     def attempted(self, condition: str) -> dict[str, int]:
         return dict(
             self.ledger._database.rows(
-                "SELECT i.key, a.deaths FROM attempts a JOIN interactions i"
+                "SELECT i.key, a.crash_count FROM crash_counts a JOIN interactions i"
                 f" ON i.id = a.interaction WHERE {condition}"
             )
         )
