@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moorline.adapter_format import TARGET_MODULES
 from moorline.base_model import check_model_dir, model_digest
 from moorline.http import base_url, port_problem
 from moorline.settings import Settings
@@ -50,10 +51,6 @@ MEMORY_BESIDE_WEIGHTS_BYTES = 1.5 * 2**30
 """Two Python processes with torch and vLLM, measured on CPU."""
 PUBLISHER_CLOSE_SECONDS = 5.0
 """To deliver the last events; what is left stays in the spool."""
-ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What Moorline's adapters change; the parity check catches one that changes more. Without the list
-vLLM also wraps the output head, which on CPU costs most of the speed, and a request for prompt
-logprobs beside any other request then kills the engine (einsum in ``punica_cpu``)."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -112,7 +109,10 @@ def vllm_arguments(settings: Settings, model_dir: Path, port: int, mode: str) ->
     if mode == "adapter":
         rank = next(rank for rank in LORA_RANKS if rank >= settings.learning.lora_rank)
         words += ["--enable-lora", f"--max-loras={serving.max_loras}", f"--max-lora-rank={rank}"]
-        words += ["--lora-target-modules", *ADAPTED_MODULES]
+        # The parity check catches an adapter that changes more. Without this list vLLM also wraps
+        # the output head: on CPU that costs most of the speed, and a request for prompt logprobs
+        # beside any other request then kills the engine (einsum in ``punica_cpu``).
+        words += ["--lora-target-modules", *TARGET_MODULES]
     if serving.api_key is not None:
         words.append(f"--api-key={serving.api_key.get_secret_value()}")
     return [*words, *serving.vllm_args]

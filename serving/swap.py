@@ -20,14 +20,23 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from moorline import metrics
+from moorline.adapter_format import ParityBatch
 from moorline.events import Release, ReleaseKind
 from moorline.failpoints import failpoint
 from moorline.logs import describe
 from moorline.store import ArtifactStore, Pin, PinInvalid, RevokedReleases, StoreError
-from serving.parity import Generate, Logprobs, ParityBatch, ParityError, compare, score
+from serving.parity import (
+    Logprobs,
+    ParityError,
+    candidate_logprobs,
+    compare,
+    parent_logprobs,
+    read_parity,
+)
 from serving.store_reader import StoreReader
 from serving.strategies import EngineInvalid, Mechanism, PolicyInvalid
 from serving.vllm.models import LivePolicy, Policy
+from serving.vllm.scoring import Generate, score
 
 logger = logging.getLogger("moorline.serving.swap")
 
@@ -222,16 +231,16 @@ class SwapController:
     ) -> tuple[ParityBatch | None, Logprobs | None, Logprobs | None]:
         """The sequences, the target's logprobs, and those of the policy that is live now."""
         if policy.directory is not None:
-            batch = await self.reader.read(ParityBatch.from_release, policy.directory)
+            batch = await self.reader.read(read_parity, policy.directory)
             if policy.release is not None and policy.release.parent == self._live.version:
-                return batch, batch.candidate, batch.parent
-            return batch, batch.candidate, await self._score_live(batch)
+                return batch, candidate_logprobs(batch), parent_logprobs(batch)
+            return batch, candidate_logprobs(batch), await self._score_live(batch)
         # The base model has no file of its own; its first child knows the logprobs of its parent.
         child = await self.reader.read(self._child_of_base)
         if child is None or child.directory is None:
             return None, None, None
-        batch = await self.reader.read(ParityBatch.from_release, child.directory)
-        return batch, batch.parent, await self._score_live(batch)
+        batch = await self.reader.read(read_parity, child.directory)
+        return batch, parent_logprobs(batch), await self._score_live(batch)
 
     async def _score_live(self, batch: ParityBatch) -> Logprobs:
         return await self._score(batch, self._mechanism.live_adapter)

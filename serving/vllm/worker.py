@@ -45,10 +45,10 @@ class WorkerExtension:
         Raises:
             AdapterInvalid: nothing was changed.
         """
-        from serving.vllm.merge import check_fits, read_adapter
+        from serving.vllm.merge import check_shapes, read_adapter
 
         changes = {} if adapter_dir is None else read_adapter(Path(adapter_dir))
-        check_fits(changes, Path(base_dir))
+        check_shapes(changes, Path(base_dir))
         self._moorline_prepared = (base_dir, changes)
         return len(changes)
 
