@@ -19,8 +19,8 @@ from moorline import metrics
 
 logger = logging.getLogger("moorline.serving.store")
 
-SILENT_SECONDS = 5.0
-"""A read that takes so long is said to wait."""
+SLOW_READ_SECONDS = 5.0
+"""A read that takes longer than this is logged."""
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -61,9 +61,21 @@ class StoreReader:
         self._since = time.monotonic()
         threading.Thread(target=run, name="moorline-store", daemon=True).start()
         answer = asyncio.wrap_future(outcome)
-        done, _ = await asyncio.wait({answer}, timeout=SILENT_SECONDS)
+        done, _ = await asyncio.wait({answer}, timeout=SLOW_READ_SECONDS)
         if not done:
-            logger.error("store_silent", extra={"reading": work.__name__})
+            started = time.monotonic() - SLOW_READ_SECONDS
+            logger.error(
+                "the release store does not answer: replies go on, no swap or rollback until it "
+                "does",
+                extra={"event": "store_not_answering", "phase": work.__name__},
+            )
             await asyncio.wait({answer})
-            logger.warning("store_answers_again", extra={"reading": work.__name__})
+            logger.warning(
+                "the release store answers again",
+                extra={
+                    "event": "store_answers_again",
+                    "phase": work.__name__,
+                    "seconds": round(time.monotonic() - started, 1),
+                },
+            )
         return answer.result()
