@@ -1,4 +1,4 @@
-"""What a request says about itself, and which policy answered it.
+"""The context of a request: its labels and opt-out, and which policy answered it.
 
 vLLM's handlers pass neither headers nor unknown body fields down to the engine, so a middleware
 (innermost, behind authentication) reads them once and leaves them in a context variable, where the
@@ -34,12 +34,12 @@ _NOT_GENERATING = frozenset({"/v1/feedback", "/v1/models", "/v1/moorline/status"
 
 @dataclass
 class RequestContext:
-    """One HTTP request, as far as learning is concerned."""
+    """What learning needs to know of one HTTP request."""
 
     scope: Scope
     tenant: str = DEFAULT_TENANT
     task: str = DEFAULT_TASK
-    """What kind of request it is, in the client's words; never guessed from the prompt."""
+    """The kind of request, as its header says; never guessed from the prompt."""
     user: str | None = None
     """A pseudonym: keyed hash of the body's `user`."""
     opted_out: bool = False

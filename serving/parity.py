@@ -1,4 +1,4 @@
-"""Is the policy that the engine serves the one that the trainer made? Measured, not assumed.
+"""Checks by measurement that the engine serves the policy that the trainer made.
 
 A release carries ``parity.json``: token sequences with the raw logprobs that the trainer computed
 for their completions, under the candidate and under its parent. The server scores the same

@@ -1,4 +1,4 @@
-"""Engine-level capture: what was sampled, with which probability, by which policy.
+"""Records every reply at the engine: what was sampled, with which probability, by which policy.
 
 ``Recorder.generate`` stands in for the engine client's ``generate``, so every route that samples
 (chat, completions, responses, streaming or not, n > 1) is recorded in one place. The client sees
@@ -44,7 +44,7 @@ Publish = Callable[[Interaction], bool]
 
 @dataclass
 class _Choice:
-    """What one choice of one request has said so far."""
+    """The tokens so far of one choice of one request."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
@@ -238,7 +238,7 @@ class _Recording:
     choices: dict[int, _Choice] = field(default_factory=dict)
     states: dict[int, Any] = field(default_factory=dict)
     broken: bool = False
-    """An error in here; the reply goes on, the recording does not."""
+    """Whether recording failed: the reply goes on without being recorded."""
 
     @property
     def only_recorder_asks(self) -> bool:

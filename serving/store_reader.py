@@ -1,4 +1,4 @@
-"""The release store, read beside the event loop: a volume that blocks holds up no reply.
+"""Reads the release store beside the event loop, so that a volume that blocks delays no reply.
 
 A read of a shared volume can block for as long as the volume likes, and nothing can interrupt it.
 So each read has a daemon thread of its own, which a stop of the process does not wait for.
@@ -27,14 +27,14 @@ Arguments = ParamSpec("Arguments")
 
 
 class StoreReader:
-    """Runs one read at a time; for one task."""
+    """Runs one read at a time in a thread. Only one task may use an instance."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         metrics.STORE_WAIT_SECONDS.set_function(self.waiting_seconds)
 
     def waiting_seconds(self) -> float:
-        """For how long the read that is under way has been waiting; 0 when there is none."""
+        """How long the running read has been waiting; 0 when there is none."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -44,7 +44,7 @@ class StoreReader:
         *arguments: Arguments.args,
         **options: Arguments.kwargs,
     ) -> Result:
-        """What ``work`` returns or raises, whenever that is; a long wait is logged and measured."""
+        """Return or raise what ``work`` does, however long it takes; a long wait is logged."""
         outcome: Future[Result] = Future()
 
         def run() -> None:

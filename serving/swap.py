@@ -52,13 +52,13 @@ class SwapOutcome(StrEnum):
     CORRUPT = "corrupt"
     """Files or manifest are missing or changed; nothing was loaded."""
     REFUSED = "refused"
-    """Of another base model, or an adapter that cannot be served here."""
+    """It was trained on another base model, or its adapter cannot be served here."""
     FAILED = "failed"
     """The engine broke; the process restarts."""
 
 
 class SwapRecord(BaseModel):
-    """One line of the status."""
+    """One swap that was tried, as the status shows it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -160,7 +160,7 @@ class SwapController:
         return self._store.pinned(self._alias), kept
 
     def _wanted(self, pin: Pin | None, versions: list[int]) -> Iterator[int]:
-        """Versions to try, best first; the base model closes the list."""
+        """Versions to try, best first; the base model comes last."""
         newest_first = reversed(versions)
         if pin is not None:
             if pin.version not in self.refused:

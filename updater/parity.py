@@ -1,4 +1,4 @@
-"""What a server must compute after a swap: the release's own logprobs on the probes."""
+"""Writes the logprobs that a server must compute after a swap, on the gate's probes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parity_bytes(
     candidate: Sequence[Tensor],  # one [completion tokens, V] per sequence, nats, untempered
     parent: Sequence[Tensor],  # likewise, of the policy before it
 ) -> bytes:
-    """The file that a server compares itself with; the parent's numbers show what must not be."""
+    """The content of ``parity.json``; the parent's logprobs show what must *not* be served."""
     batch = ParityBatch(
         sequences=tuple(
             ParitySequence(

@@ -1,4 +1,4 @@
-"""Which policy is live, and how vLLM's handlers name it.
+"""The live policy, and the names by which vLLM's handlers know it.
 
 vLLM asks its ``OpenAIServingModels`` twice: is this model name served, and what goes into the
 reply's `model` field. This subclass answers both from the live policy, in either swap mode:
@@ -31,7 +31,7 @@ class ServedPolicy:
 
 
 class LivePolicy:
-    """The one mutable fact of this process: which policy new requests get."""
+    """Which policy new requests get. Only a swap changes it."""
 
     def __init__(self, alias: str) -> None:
         self.alias = alias

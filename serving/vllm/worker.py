@@ -1,4 +1,4 @@
-"""What runs inside the vLLM worker: the sampler that serves two logprob conventions, and reload.
+"""Code that runs inside the vLLM worker: it installs the sampler and reloads weights.
 
 ``WorkerExtension`` is mixed into vLLM's worker class; its methods are called by name through
 ``engine.collective_rpc``. The module must stay cheap to import: the API process reads
