@@ -1,1 +1,1 @@
-"""The process that answers: vLLM's own OpenAI server, with recording and hot swap."""
+"""The serving process: vLLM's own OpenAI server, with recording and hot swap."""

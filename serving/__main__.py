@@ -36,7 +36,7 @@ def main() -> int:
         print(f"moorline serve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before anything was started
-        logger.info("stopped", extra={"while": "starting"})
+        logger.info("stopped while starting", extra={"event": "stopped", "phase": "starting"})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a request says about itself, and which policy answered it.
+"""The context of a request: its labels and opt-out, and which policy answered it.
 
 vLLM's handlers pass neither headers nor unknown body fields down to the engine, so a middleware
 (innermost, behind authentication) reads them once and leaves them in a context variable, where the
@@ -34,12 +34,12 @@ _NOT_GENERATING = frozenset({"/v1/feedback", "/v1/models", "/v1/moorline/status"
 
 @dataclass
 class RequestContext:
-    """One HTTP request, as far as learning is concerned."""
+    """What learning needs to know of one HTTP request."""
 
     scope: Scope
     tenant: str = DEFAULT_TENANT
     task: str = DEFAULT_TASK
-    """What kind of request it is, in the client's words; never guessed from the prompt."""
+    """The kind of request, as its header says; never guessed from the prompt."""
     user: str | None = None
     """A pseudonym: keyed hash of the body's `user`."""
     opted_out: bool = False
@@ -68,7 +68,7 @@ def current_request() -> RequestContext | None:
 
 
 class Admission:
-    """Counts requests, and can hold new ones at the door while weights are exchanged.
+    """Counts running requests, and can hold new ones back while weights are exchanged.
 
     A request that came in during the exchange would be named after the old policy and answered by
     the new one; held for that fraction of a second, it is named right.
@@ -79,13 +79,16 @@ class Admission:
         self._open = asyncio.Event()
         self._open.set()
 
-    def close(self) -> None:
+    def hold(self) -> None:
+        """Let new requests wait until ``resume``."""
         self._open.clear()
 
-    def open(self) -> None:
+    def resume(self) -> None:
+        """Let new requests in, and those that waited."""
         self._open.set()
 
-    async def wait(self) -> None:
+    async def admitted(self) -> None:
+        """Return when a new request may go on."""
         await self._open.wait()
 
 
@@ -118,7 +121,7 @@ class RequestMiddleware:
                 MutableHeaders(scope=message)[VERSION_HEADER] = str(context.policy_version)
             await send(message)
 
-        await self._admission.wait()
+        await self._admission.admitted()
         token = _current.set(context)
         self._admission.in_flight += 1
         try:
@@ -137,7 +140,7 @@ class RequestMiddleware:
         )
 
     def _read_fields(self, body: bytes, context: RequestContext) -> None:
-        """Take `store`, `user` and `stream`; anything unreadable is vLLM's to refuse."""
+        """Take `store`, `user` and `stream`; vLLM rejects a body that cannot be read."""
         try:
             fields = json.loads(body)
         except ValueError:

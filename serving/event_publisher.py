@@ -1,4 +1,4 @@
-"""The server's way out to the stream: typed events in, bytes to the publisher, never blocking."""
+"""Publishes typed events to the stream as bytes; never blocks the event loop."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class EventPublisher:
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
 
-    def interaction(self, event: Interaction) -> bool:
+    def publish_interaction(self, event: Interaction) -> bool:
         """False when the event is larger than the stream takes, or queue and spool are full."""
         return self._publisher.publish(Topic.INTERACTIONS, event.key, event.to_bytes())
 
-    async def feedback(self, event: Feedback) -> bool:
-        """Wait until a broker or the disk has it: the sender is told so. False when neither can."""
+    async def publish_feedback(self, event: Feedback) -> bool:
+        """Wait until a broker or the disk has the event; False when neither can take it."""
         kept = self._publisher.publish_durably(Topic.FEEDBACK, event.key, event.to_bytes())
         return await asyncio.wrap_future(kept)
 

@@ -1,6 +1,6 @@
-"""POST /v1/feedback: what somebody said of a reply, into the same stream as everything else.
+"""POST /v1/feedback: publishes a rating of a reply to the feedback topic.
 
-Any Kafka client may produce the same event to the feedback topic; this is the door for those who
+Any Kafka client may produce the same event to the feedback topic; this route is for clients that
 only speak HTTP. vLLM's own middleware has checked the API key before a request gets here.
 """
 

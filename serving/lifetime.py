@@ -1,4 +1,4 @@
-"""Nothing of a server outlives it, however it ends: no process, no shared memory, no file.
+"""Makes sure that nothing of a server outlives it: no process, no shared memory, no file.
 
 *Processes*: each one that vLLM spawns runs this file first, before anything of vLLM is imported,
 and has the kernel kill it when the one that spawned it ends: the engine with the server, the worker
@@ -36,7 +36,9 @@ class TemporaryFolderUnavailable(RuntimeError):
 
 @contextlib.contextmanager
 def nothing_outlives_this_process() -> Iterator[None]:
-    """For as long as children are started. Only in the main thread: they live as long as it does.
+    """Tie children and temporary files that come into being inside the block to this process.
+
+    Only in the main thread: the kernel ends a child with the *thread* that started it.
 
     Raises:
         TemporaryFolderUnavailable: there is no place for temporary files.

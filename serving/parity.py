@@ -1,4 +1,4 @@
-"""Is the policy that the engine serves the one that the trainer made? Measured, not assumed.
+"""Checks by measurement that the engine serves the policy that the trainer made.
 
 A release carries ``parity.json``: token sequences with the raw logprobs that the trainer computed
 for their completions, under the candidate and under its parent. The server scores the same
@@ -10,20 +10,16 @@ load that silently did nothing fails, however small the step).
 from __future__ import annotations
 
 import itertools
-import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from vllm.inputs.engine import tokens_input
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from pydantic import ValidationError
 
+from moorline.adapter_format import PARITY_FILE, ParityBatch
 from moorline.logs import describe
 
-PARITY_FILE = "parity.json"
 Logprobs = NDArray[np.float64]  # (completion tokens of all sequences,) nats
 
 UNDECIDED_STANDARD_ERRORS = 3.0
@@ -34,62 +30,33 @@ class ParityError(RuntimeError):
     """The engine does not serve what the release says (or the release does not say it)."""
 
 
-class ParitySequence(BaseModel):
-    """One prompt with its completion, as the trainer scored it."""
+def read_parity(directory: Path) -> ParityBatch:
+    """The sequences and reference logprobs of a release.
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    prompt_token_ids: tuple[int, ...]
-    completion_token_ids: tuple[int, ...]
-    candidate_logprobs: tuple[float, ...]
-    parent_logprobs: tuple[float, ...]
-
-    @model_validator(mode="after")
-    def _lengths_agree(self) -> ParitySequence:
-        lengths = {
-            len(self.completion_token_ids),
-            len(self.candidate_logprobs),
-            len(self.parent_logprobs),
-        }
-        if len(lengths) != 1 or not self.prompt_token_ids:
-            raise ValueError("lengths of tokens and logprobs differ, or the prompt is empty")
-        return self
+    Raises:
+        ParityError: the file is missing, unreadable, or holds no token.
+    """
+    try:
+        batch = ParityBatch.model_validate_json((directory / PARITY_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ParityError(f"the release has no usable {PARITY_FILE} ({describe(error)})") from None
+    if not any(sequence.completion_token_ids for sequence in batch.sequences):
+        raise ParityError(f"the release's {PARITY_FILE} holds no completion token")
+    return batch
 
 
-class ParityBatch(BaseModel):
-    """What the trainer computed."""
-
-    model_config = ConfigDict(frozen=True)
-
-    sequences: tuple[ParitySequence, ...]
-
-    @classmethod
-    def from_release(cls, directory: Path) -> ParityBatch:
-        """Read a release's file.
-
-        Raises:
-            ParityError: it is missing, unreadable, or holds no token.
-        """
-        try:
-            batch = cls.model_validate_json((directory / PARITY_FILE).read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ParityError(
-                f"the release has no usable {PARITY_FILE} ({describe(error)})"
-            ) from None
-        if not any(sequence.completion_token_ids for sequence in batch.sequences):
-            raise ParityError(f"the release's {PARITY_FILE} holds no completion token")
-        return batch
-
-    @property
-    def candidate(self) -> Logprobs:
-        return _joined(sequence.candidate_logprobs for sequence in self.sequences)
-
-    @property
-    def parent(self) -> Logprobs:
-        return _joined(sequence.parent_logprobs for sequence in self.sequences)
+def candidate_logprobs(batch: ParityBatch) -> Logprobs:
+    """What the trainer computed under the release itself."""
+    return joined(sequence.candidate_logprobs for sequence in batch.sequences)
 
 
-def _joined(parts: Any) -> Logprobs:
+def parent_logprobs(batch: ParityBatch) -> Logprobs:
+    """What the trainer computed under the release's parent."""
+    return joined(sequence.parent_logprobs for sequence in batch.sequences)
+
+
+def joined(parts: Iterable[Iterable[float]]) -> Logprobs:
+    """The values of all sequences, end to end."""
     return np.array(list(itertools.chain.from_iterable(parts)), dtype=np.float64)
 
 
@@ -124,40 +91,3 @@ def compare(
                 f"the served policy is still the one before (moved {share:.2f} of the way)"
             )
     return mean_nats
-
-
-Generate = Callable[..., AsyncGenerator[Any, None]]
-
-
-async def score(generate: Generate, batch: ParityBatch, lora_request: Any = None) -> Logprobs:
-    """Raw logprobs of the batch's completion tokens under what the engine serves now, nats."""
-    scored = [  # one by one: each is a piece of prefill that running replies wait for
-        await _score_one(
-            generate, sequence.prompt_token_ids, sequence.completion_token_ids, lora_request
-        )
-        for sequence in batch.sequences
-    ]
-    return _joined(scored)
-
-
-async def _score_one(
-    generate: Generate, prompt: Sequence[int], completion: Sequence[int], lora_request: Any
-) -> list[float]:
-    params = SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        prompt_logprobs=0,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-    tokens = [*prompt, *completion]
-    final: Any = None
-    async for output in generate(
-        tokens_input(tokens),
-        params,
-        f"moorline-parity-{uuid.uuid4().hex}",
-        lora_request=lora_request,
-    ):
-        final = output
-    positions = final.prompt_logprobs[len(prompt) :]
-    return [float(entry[token].logprob) for token, entry in zip(completion, positions, strict=True)]

@@ -1,4 +1,4 @@
-"""Engine-level capture: what was sampled, with which probability, by which policy.
+"""Records every reply at the engine: what was sampled, with which probability, by which policy.
 
 ``Recorder.generate`` stands in for the engine client's ``generate``, so every route that samples
 (chat, completions, responses, streaming or not, n > 1) is recorded in one place. The client sees
@@ -12,7 +12,6 @@ these are what is recorded, and named so.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -20,20 +19,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from moorline import metrics
-from moorline.events import (
-    GREEDY_BELOW,
-    Interaction,
-    LogprobConvention,
-    PolicySpan,
-    SamplingSettings,
-)
+from moorline.events import Interaction, LogprobConvention, PolicySpan
 from moorline.logs import describe
 from serving.context import RequestContext, current_request
 from serving.vllm.models import version_of
-from serving.vllm.worker import PROCESSED_ROW
+from serving.vllm.sampling import (
+    SamplingParams,
+    asks_for_logprobs,
+    gives_deltas,
+    logprobs_of_tokens,
+    sampling_settings,
+    spans_of_cut_reply,
+    states_by_choice,
+    with_recorder_logprobs,
+)
 
 logger = logging.getLogger("moorline.serving.recorder")
 
@@ -43,7 +44,7 @@ Publish = Callable[[Interaction], bool]
 
 @dataclass
 class _Choice:
-    """What one choice of one request has said so far."""
+    """The tokens so far of one choice of one request."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
@@ -144,14 +145,14 @@ class Recorder:
             recording.strip(output)
             return
         if not recording.states:
-            recording.states = self._engine_states(request_id)
+            recording.states = states_by_choice(self._engine, request_id)
         if output.prompt_token_ids is not None:
             recording.prompt_token_ids = output.prompt_token_ids
         for completion in output.outputs:
             choice = recording.choices.setdefault(completion.index, _Choice())
             token_ids = list(completion.token_ids)
-            logprobs = sampled_logprobs(token_ids, completion.logprobs)
-            if recording.asked.output_kind is RequestOutputKind.DELTA:
+            logprobs = logprobs_of_tokens(token_ids, completion.logprobs)
+            if gives_deltas(recording.asked):
                 choice.token_ids += token_ids
                 choice.logprobs += logprobs
             else:
@@ -165,15 +166,6 @@ class Recorder:
                 self._finish(recording, completion.index)
         recording.strip(output)
 
-    def _engine_states(self, request_id: str) -> dict[int, Any]:
-        """The engine's bookkeeping per choice; it knows the weight versions of a cut reply."""
-        processor = self._engine.output_processor
-        states = (
-            processor.request_states.get(internal)
-            for internal in processor.external_req_ids.get(request_id, ())
-        )
-        return {state.request_index: state for state in states if state is not None}
-
     def _close(self, recording: _Recording) -> None:
         """The request is over; choices that did not finish were cut by the client or a fault."""
         try:
@@ -184,8 +176,7 @@ class Recorder:
                 choice = recording.choices[index]
                 choice.finish_reason = "abort"
                 state = recording.states.get(index)
-                starts = [] if state is None else list(state.weight_version_starts)
-                choice.weight_versions = spans_of(starts, len(choice.token_ids))
+                choice.weight_versions = spans_of_cut_reply(state, len(choice.token_ids))
                 self._finish(recording, index)
         except Exception as error:
             _failed(error)
@@ -247,82 +238,36 @@ class _Recording:
     choices: dict[int, _Choice] = field(default_factory=dict)
     states: dict[int, Any] = field(default_factory=dict)
     broken: bool = False
-    """An error in here; the reply goes on, the recording does not."""
+    """Whether recording failed: the reply goes on without being recorded."""
 
     @property
-    def ours(self) -> bool:
+    def only_recorder_asks(self) -> bool:
         """Whether only the recorder wants logprobs."""
-        return self.asked.logprobs is None and self.asked.logprob_token_ids is None
+        return not asks_for_logprobs(self.asked)
 
     @property
     def params(self) -> SamplingParams:
         """The client's, plus what the recorder needs."""
-        if not self.ours:
-            return self.asked
-        params = copy.copy(self.asked)
-        params.logprobs = 0  # the sampled token's only
-        params.extra_args = {**(params.extra_args or {}), PROCESSED_ROW: True}
-        return params
+        return with_recorder_logprobs(self.asked) if self.only_recorder_asks else self.asked
 
     @property
     def convention(self) -> LogprobConvention:
         plain = sampling_settings(self.asked)
         same = plain.temperature == 1.0 and not plain.truncated and not plain.altered_by
-        processed = self.ours or same
+        processed = self.only_recorder_asks or same
         return LogprobConvention.PROCESSED if processed else LogprobConvention.RAW
 
     def strip(self, output: Any) -> None:
         """Remove what the client did not ask for: handlers get what plain vLLM gives them."""
-        if self.ours:
+        if self.only_recorder_asks:
             for completion in output.outputs:
                 completion.logprobs = None
                 completion.cumulative_logprob = None
 
 
-def spans_of(starts: list[tuple[str, int]], length: int) -> list[tuple[str, int, int]]:
-    """(version, start, end) over the first ``length`` tokens, from where each version began."""
-    ends = [*(start for _, start in starts), length][1:]
-    return [
-        (version, start, min(end, length))
-        for (version, start), end in zip(starts, ends, strict=True)
-        if start < length
-    ]
-
-
-def sampled_logprobs(token_ids: list[int], logprobs: Any) -> list[float | None]:
-    """The logprob (nats) of each sampled token; None where vLLM gave none."""
-    if not logprobs:
-        return [None] * len(token_ids)
-    found: list[float | None] = []
-    for token_id, position in zip(token_ids, logprobs, strict=True):
-        entry = position.get(token_id) if position else None
-        found.append(None if entry is None else float(entry.logprob))
-    return found
-
-
-def sampling_settings(params: SamplingParams) -> SamplingSettings:
-    """What shaped the distribution, in our vocabulary."""
-    altered = {
-        "presence_penalty": params.presence_penalty != 0.0,
-        "frequency_penalty": params.frequency_penalty != 0.0,
-        "repetition_penalty": params.repetition_penalty != 1.0,
-        "min_tokens": params.min_tokens > 0,
-        "logit_bias": bool(params.logit_bias),
-        "allowed_token_ids": bool(params.allowed_token_ids),
-        "bad_words": bool(params.bad_words),
-        "structured_outputs": params.structured_outputs is not None,
-        "thinking_token_budget": params.thinking_token_budget is not None,
-        "watermarking": bool(params.watermarking),
-    }
-    return SamplingSettings(
-        temperature=0.0 if params.temperature < GREEDY_BELOW else params.temperature,
-        top_p=params.top_p,
-        top_k=max(params.top_k, 0),
-        min_p=params.min_p,
-        altered_by=tuple(name for name, differs in altered.items() if differs),
-    )
-
-
 def _failed(error: Exception) -> None:
     metrics.INTERACTIONS.labels("failed").inc()
-    logger.error("recording_failed", extra={"cause": describe(error)})
+    logger.error(
+        "a reply was not recorded and cannot be learned from; its client saw nothing of it",
+        extra={"event": "recording_failed", "error": describe(error)},
+    )

@@ -1,4 +1,4 @@
-"""Which routes of this port exist: an allow-list in front of vLLM's app.
+"""An allow-list of routes in front of vLLM's app.
 
 vLLM registers routes that its API key does not guard and that answer prompts (``/invocations``) or
 change the engine (``/scale_elastic_ep``, and more in development mode). Whatever is not named here
@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 GUARDED_PREFIX = "/v1/"
 """Behind the API key, if there is one."""
 OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/metrics", "/ping", "/version"})
-"""For probes and monitoring; nothing here shows or takes anybody's words."""
+"""Routes for probes and monitoring, without a key; none shows or takes a prompt or a reply."""
 
 
 class RouteAllowlist:

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moorline.adapter_format import TARGET_MODULES
 from moorline.base_model import check_model_dir, model_digest
 from moorline.http import base_url, port_problem
 from moorline.settings import Settings
@@ -50,10 +51,6 @@ MEMORY_BESIDE_WEIGHTS_BYTES = 1.5 * 2**30
 """Two Python processes with torch and vLLM, measured on CPU."""
 PUBLISHER_CLOSE_SECONDS = 5.0
 """To deliver the last events; what is left stays in the spool."""
-ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What Moorline's adapters change; the parity check catches one that changes more. Without the list
-vLLM also wraps the output head, which on CPU costs most of the speed, and a request for prompt
-logprobs beside any other request then kills the engine (einsum in ``punica_cpu``)."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -112,7 +109,10 @@ def vllm_arguments(settings: Settings, model_dir: Path, port: int, mode: str) ->
     if mode == "adapter":
         rank = next(rank for rank in LORA_RANKS if rank >= settings.learning.lora_rank)
         words += ["--enable-lora", f"--max-loras={serving.max_loras}", f"--max-lora-rank={rank}"]
-        words += ["--lora-target-modules", *ADAPTED_MODULES]
+        # The parity check catches an adapter that changes more. Without this list vLLM also wraps
+        # the output head: on CPU that costs most of the speed, and a request for prompt logprobs
+        # beside any other request then kills the engine (einsum in ``punica_cpu``).
+        words += ["--lora-target-modules", *TARGET_MODULES]
     if serving.api_key is not None:
         words.append(f"--api-key={serving.api_key.get_secret_value()}")
     return [*words, *serving.vllm_args]
@@ -193,7 +193,7 @@ async def serve(settings: Settings) -> None:
     finally:
         bound.close()
         await asyncio.to_thread(publisher.close, PUBLISHER_CLOSE_SECONDS)
-    logger.info("stopped")
+    logger.info("the server has stopped", extra={"event": "stopped"})
 
 
 def _abandon_start(*_: object) -> None:
@@ -205,7 +205,7 @@ def _abandon_start(*_: object) -> None:
     """
     for child in multiprocessing.active_children():
         child.kill()
-    logger.info("stopped", extra={"while": "starting"})
+    logger.info("stopped while starting", extra={"event": "stopped", "phase": "starting"})
     os._exit(0)
 
 
@@ -219,7 +219,7 @@ async def _engine(words: list[str]) -> AsyncIterator[tuple[Any, Any]]:
     parser = make_arg_parser(FlexibleArgumentParser())
     args = parser.parse_args(words)
     validate_parsed_serve_args(args)
-    logger.info("engine_starting")
+    logger.info("starting vLLM's engine", extra={"event": "engine_starting"})
     async with build_async_engine_client(args) as engine:
         yield engine, args
 
@@ -233,7 +233,6 @@ async def _serve_engine(
     bound: socket.socket,
     publisher: Publisher,
 ) -> None:
-    from serving.announcements import announcements
     from serving.event_publisher import EventPublisher
     from serving.vllm.app import assemble
 
@@ -245,21 +244,22 @@ async def _serve_engine(
         mode=mode,
         model_dir=model_dir,
         base_model_digest=await asyncio.to_thread(model_digest, model_dir),
-        outbox=EventPublisher(publisher),
+        events=EventPublisher(publisher),
     )
     await warm_up(parts.recorder.plain_generate)
     following = asyncio.create_task(parts.swaps.follow())
-    while not parts.swaps.looked:
+    while not parts.swaps.first_poll_done:
         if following.done():
             raise _engine_broke(following.exception())
         if parts.swaps.reader.waiting_seconds() > settings.serving.store_wait_seconds:
-            logger.error("serving_without_the_store", extra={"policy": parts.live.name})
+            logger.error(
+                "the release store does not answer: serving the base model until it does",
+                extra={"event": "serving_without_the_store", "version": parts.live.version},
+            )
             break
         await asyncio.sleep(0.02)
     parts.readiness.why_not = None
-
-    with announcements(settings, parts.swaps.wake):
-        await _listen(parts, bound, engine, following, settings.serving.drain_seconds)
+    await _listen(parts, bound, engine, following, settings.serving.drain_seconds)
 
 
 async def _listen(
@@ -288,7 +288,9 @@ async def _listen(
     while not (server.started or http.done()):
         await asyncio.sleep(0.01)
     url = base_url(*bound.getsockname()[:2])
-    logger.info("listening", extra={"url": url, "policy": parts.live.name})
+    logger.info(
+        "listening", extra={"event": "listening", "url": url, "version": parts.live.version}
+    )
     print(f"moorline serving {parts.live.name} on {url}", flush=True)
     watchers = [
         asyncio.create_task(stopping.wait()),
@@ -298,7 +300,10 @@ async def _listen(
     done, _ = await asyncio.wait([http, *watchers], return_when=asyncio.FIRST_COMPLETED)
     failure = next((error for task in done if (error := task.exception())), None)
     parts.readiness.why_not = "stopping"
-    logger.info("stopping", extra={"requests_in_flight": parts.admission.in_flight})
+    logger.info(
+        "stopping: running replies may end",
+        extra={"event": "stopping", "count": parts.admission.in_flight},
+    )
     server.should_exit = True
     if failure is not None:
         server.config.timeout_graceful_shutdown = 1

@@ -1,4 +1,4 @@
-"""What the server says about itself: /healthz, /readyz and /v1/moorline/status.
+"""Routes that report the server's state: /healthz, /readyz and /v1/moorline/status.
 
 ``/metrics`` needs nothing here: vLLM exposes the process's default Prometheus registry, and
 ``moorline.metrics`` lives in it too.
@@ -20,7 +20,7 @@ from serving.vllm.models import LivePolicy
 
 @dataclass
 class Readiness:
-    """Why this server should get no traffic; None when it should."""
+    """Whether this server should get traffic; ``why_not`` is None when it should."""
 
     why_not: str | None = "starting"
 

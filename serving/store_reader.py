@@ -1,4 +1,4 @@
-"""The release store, read beside the event loop: a volume that blocks holds up no reply.
+"""Reads the release store beside the event loop, so that a volume that blocks delays no reply.
 
 A read of a shared volume can block for as long as the volume likes, and nothing can interrupt it.
 So each read has a daemon thread of its own, which a stop of the process does not wait for.
@@ -19,22 +19,22 @@ from moorline import metrics
 
 logger = logging.getLogger("moorline.serving.store")
 
-SILENT_SECONDS = 5.0
-"""A read that takes so long is said to wait."""
+SLOW_READ_SECONDS = 5.0
+"""A read that takes longer than this is logged."""
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
 class StoreReader:
-    """Runs one read at a time; for one task."""
+    """Runs one read at a time in a thread. Only one task may use an instance."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         metrics.STORE_WAIT_SECONDS.set_function(self.waiting_seconds)
 
     def waiting_seconds(self) -> float:
-        """For how long the read that is under way has been waiting; 0 when there is none."""
+        """How long the running read has been waiting; 0 when there is none."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -44,7 +44,7 @@ class StoreReader:
         *arguments: Arguments.args,
         **options: Arguments.kwargs,
     ) -> Result:
-        """What ``work`` returns or raises, whenever that is; a long wait is logged and measured."""
+        """Return or raise what ``work`` does, however long it takes; a long wait is logged."""
         outcome: Future[Result] = Future()
 
         def run() -> None:
@@ -61,9 +61,21 @@ class StoreReader:
         self._since = time.monotonic()
         threading.Thread(target=run, name="moorline-store", daemon=True).start()
         answer = asyncio.wrap_future(outcome)
-        done, _ = await asyncio.wait({answer}, timeout=SILENT_SECONDS)
+        done, _ = await asyncio.wait({answer}, timeout=SLOW_READ_SECONDS)
         if not done:
-            logger.error("store_silent", extra={"reading": work.__name__})
+            started = time.monotonic() - SLOW_READ_SECONDS
+            logger.error(
+                "the release store does not answer: replies go on, no swap or rollback until it "
+                "does",
+                extra={"event": "store_not_answering", "phase": work.__name__},
+            )
             await asyncio.wait({answer})
-            logger.warning("store_answers_again", extra={"reading": work.__name__})
+            logger.warning(
+                "the release store answers again",
+                extra={
+                    "event": "store_answers_again",
+                    "phase": work.__name__,
+                    "seconds": round(time.monotonic() - started, 1),
+                },
+            )
         return answer.result()

@@ -1,7 +1,7 @@
 """The two ways to change the policy of a running engine.
 
 *Adapter flip*: the new LoRA adapter is loaded beside the old one, scored, and one assignment gives
-it to new requests; running replies finish on theirs. *Weight reload*: generation is held still for
+it to new requests; running replies finish on theirs. *Weight reload*: generation is paused for
 a moment, base + adapter are loaded in place, and running replies go on with the new weights (their
 tokens are attributed by spans).
 
@@ -20,17 +20,22 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from vllm.lora.request import LoRARequest
-
+from moorline.events import policy_name
 from moorline.failpoints import failpoint
 from serving.context import Admission
 from serving.parity import ParityError
-from serving.vllm.models import LivePolicy, Policy, PolicyModels
+from serving.vllm.models import (
+    LivePolicy,
+    LoRARequest,
+    PolicyModels,
+    ServedPolicy,
+    adapter_request,
+)
 
 logger = logging.getLogger("moorline.serving.swap")
 
 NAMED_TO_SUBMITTED_SECONDS = 0.05
-"""Between the door and the engine a request is rendered; those that were named get through."""
+"""Time for a request that was given its policy's name to be rendered and reach the engine."""
 
 Check = Callable[[LoRARequest | None], Awaitable[None]]
 """Scores what the engine serves; raises ParityError."""
@@ -44,7 +49,7 @@ class PolicyInvalid(RuntimeError):
     """The engine refused these files before anything changed."""
 
 
-class Mechanism(Protocol):
+class SwapStrategy(Protocol):
     """One way to swap."""
 
     mode: str
@@ -54,7 +59,7 @@ class Mechanism(Protocol):
         """What a request must carry to be answered by the live policy."""
         ...
 
-    async def swap(self, target: Policy, check: Check) -> float:
+    async def swap(self, target: ServedPolicy, check: Check) -> float:
         """Make ``target`` live. Returns the pause of running replies, seconds.
 
         Raises:
@@ -64,7 +69,7 @@ class Mechanism(Protocol):
         ...
 
 
-class AdapterFlip:
+class AdapterFlip(SwapStrategy):
     """LoRA adapters side by side, each under a name, an integer id and a path of its own."""
 
     mode = "adapter"
@@ -75,8 +80,8 @@ class AdapterFlip:
         self._live = live
         self._max_loras = max_loras
         self._next_id = 1
-        self._loaded: dict[int, str] = {}
-        """Integer id -> name of every adapter in the engine."""
+        self._loaded: dict[int, int] = {}
+        """Integer id -> version of every adapter in the engine."""
         self._users: Counter[int] = Counter()
         self._serving_id: int | None = None
         self._removals: set[asyncio.Task[None]] = set()
@@ -91,22 +96,21 @@ class AdapterFlip:
         if self._users[adapter_id] <= 0 and adapter_id != self._serving_id:
             self._remove_soon(adapter_id)
 
-    async def swap(self, target: Policy, check: Check) -> float:
+    async def swap(self, target: ServedPolicy, check: Check) -> float:
         if target.directory is None:
             await check(None)
             self._flip(target, None)
             return 0.0
         while len(self._loaded) >= self._max_loras:
             await asyncio.sleep(0.1)  # a slot is free as soon as the oldest replies have ended
-        request = LoRARequest(
-            f"{self._live.alias}@v{target.version:06d}", self._next_id, str(target.directory)
-        )
+        name = policy_name(self._live.alias, target.version)
+        request = adapter_request(name, self._next_id, target.directory)
         self._next_id += 1
         try:
             await self._engine.add_lora(request)
         except Exception as error:
             raise PolicyInvalid(f"vLLM refused the adapter ({type(error).__name__})") from error
-        self._loaded[request.lora_int_id] = request.lora_name
+        self._loaded[request.lora_int_id] = target.version
         failpoint("swap.adapter_loaded")
         try:
             await check(request)
@@ -116,7 +120,7 @@ class AdapterFlip:
         self._flip(target, request)
         return 0.0
 
-    def _flip(self, target: Policy, request: LoRARequest | None) -> None:
+    def _flip(self, target: ServedPolicy, request: LoRARequest | None) -> None:
         before, self._serving_id = self._serving_id, request.lora_int_id if request else None
         self._live.policy = target
         self._models.serve_adapter(request)
@@ -133,15 +137,18 @@ class AdapterFlip:
         await asyncio.sleep(NAMED_TO_SUBMITTED_SECONDS)  # requests that were given it before
         if self._users[adapter_id] > 0 or adapter_id == self._serving_id:
             return  # the last of those will come back here
-        name = self._loaded.pop(adapter_id, None)
-        if name is not None:
+        version = self._loaded.pop(adapter_id, None)
+        if version is not None:
             self._users.pop(adapter_id, None)
             await self._engine.remove_lora(adapter_id)
-            logger.info("adapter_removed", extra={"policy": name})
+            logger.info(
+                "no reply uses the adapter any more: removed it from the engine",
+                extra={"event": "adapter_removed", "version": version},
+            )
 
 
-class WeightReload:
-    """Base + adapter into the engine's own weights, while it holds still."""
+class WeightReload(SwapStrategy):
+    """Base + adapter are loaded into the engine's own weights, while generation is paused."""
 
     mode = "reload"
 
@@ -163,13 +170,16 @@ class WeightReload:
     def live_adapter(self) -> None:
         return None
 
-    async def swap(self, target: Policy, check: Check) -> float:
+    async def swap(self, target: ServedPolicy, check: Check) -> float:
         before = self._live.policy
         pause_seconds = await self._load(target)
         try:
             await check(None)
         except ParityError:
-            logger.error("swap_taken_back", extra={"version": target.version})
+            logger.error(
+                "the engine does not serve what the release says: loading the policy before again",
+                extra={"event": "swap_taken_back", "version": target.version},
+            )
             try:
                 await self._load(before)
             except PolicyInvalid as error:
@@ -177,22 +187,22 @@ class WeightReload:
             raise
         return pause_seconds
 
-    async def _load(self, target: Policy) -> float:
+    async def _load(self, target: ServedPolicy) -> float:
         adapter_dir = None if target.directory is None else str(target.directory)
         try:
             await self._call("moorline_prepare", str(self._base_dir), adapter_dir)
         except Exception as error:
             raise PolicyInvalid(f"the adapter cannot be merged: {error}") from error
-        self._admission.close()
+        self._admission.hold()
         try:
             await asyncio.sleep(NAMED_TO_SUBMITTED_SECONDS)
             return await self._load_paused(target)
         except Exception as error:  # the engine is paused, or its weights are half of each
             raise EngineInvalid(f"a weight reload broke off: {error}") from error
         finally:
-            self._admission.open()
+            self._admission.resume()
 
-    async def _load_paused(self, target: Policy) -> float:
+    async def _load_paused(self, target: ServedPolicy) -> float:
         start = time.monotonic()
         await self._engine.pause_generation(mode="keep", clear_cache=True)
         failpoint("swap.paused")

@@ -1,10 +1,9 @@
-"""Which release is served, and how it came to be: the store is followed, every byte is checked.
+"""Polls the store each second and brings the wanted release live, after checking every byte.
 
 The artifact store is the truth: a pin if an operator set one, else the newest release that was not
-refused. Kafka's releases topic only wakes this loop early, so swapping needs neither Kafka nor the
-updater. A release that is corrupt, unusable or fails parity is refused until this process restarts,
-and the next older one is tried, but none that was revoked for an erasure. A store that does not
-answer is waited for; what is live stays.
+refused. So swapping needs neither Kafka nor the updater. A release that is corrupt, unusable or
+fails parity is refused until this process restarts, and the next older one is tried, but none that
+was revoked for an erasure. While the store does not answer, the live policy goes on.
 """
 
 from __future__ import annotations
@@ -20,14 +19,23 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from moorline import metrics
+from moorline.adapter_format import ParityBatch
 from moorline.events import Release, ReleaseKind
 from moorline.failpoints import failpoint
 from moorline.logs import describe
 from moorline.store import ArtifactStore, Pin, PinInvalid, RevokedReleases, StoreError
-from serving.parity import Generate, Logprobs, ParityBatch, ParityError, compare, score
+from serving.parity import (
+    Logprobs,
+    ParityError,
+    candidate_logprobs,
+    compare,
+    parent_logprobs,
+    read_parity,
+)
 from serving.store_reader import StoreReader
-from serving.strategies import EngineInvalid, Mechanism, PolicyInvalid
-from serving.vllm.models import LivePolicy, Policy
+from serving.strategies import EngineInvalid, PolicyInvalid, SwapStrategy
+from serving.vllm.models import LivePolicy, ServedPolicy
+from serving.vllm.scoring import Generate, score
 
 logger = logging.getLogger("moorline.serving.swap")
 
@@ -44,13 +52,13 @@ class SwapOutcome(StrEnum):
     CORRUPT = "corrupt"
     """Files or manifest are missing or changed; nothing was loaded."""
     REFUSED = "refused"
-    """Of another base model, or an adapter that cannot be served here."""
+    """It was trained on another base model, or its adapter cannot be served here."""
     FAILED = "failed"
     """The engine broke; the process restarts."""
 
 
 class SwapRecord(BaseModel):
-    """One line of the status."""
+    """One swap that was tried, as the status shows it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,7 +74,7 @@ class SwapRecord(BaseModel):
 
 
 class SwapController:
-    """Follows the store and drives one mechanism. One instance, one task."""
+    """Polls the store and swaps by one strategy. One instance, one task."""
 
     def __init__(
         self,
@@ -74,7 +82,7 @@ class SwapController:
         alias: str,
         store: ArtifactStore,
         live: LivePolicy,
-        mechanism: Mechanism,
+        strategy: SwapStrategy,
         generate: Generate,
         base_model_digest: str,
         parity_tolerance_nats: float,
@@ -83,25 +91,20 @@ class SwapController:
         self._store = store
         self._revoked = RevokedReleases(store)
         self._live = live
-        self._mechanism = mechanism
+        self._strategy = strategy
         self._generate = generate
         self._base_model_digest = base_model_digest
         self._tolerance_nats = parity_tolerance_nats
-        self._wake = asyncio.Event()
-        self._trouble = ""
+        self._logged_error = ""
         self.refused: dict[int, SwapOutcome] = {}
         self.history: deque[SwapRecord] = deque(maxlen=REMEMBERED_SWAPS)
         self.pinned_version: int | None = None
-        self.settled = False
+        self.first_policy_live = False
         """Whether the policy that should be live at start was found and is live."""
-        self.looked = False
-        """Whether a first look at the store came to an end, good or bad."""
+        self.first_poll_done = False
+        """Whether the store was polled once, with success or without."""
         self.reader = StoreReader()
         metrics.POLICY_VERSION.labels("serving").set(live.version)
-
-    def wake(self) -> None:
-        """Look at the store now. Only from the event loop's thread."""
-        self._wake.set()
 
     async def follow(self) -> None:
         """Swap whenever the store says so, until cancelled.
@@ -110,23 +113,28 @@ class SwapController:
             EngineInvalid: the process must restart.
         """
         while True:
-            self._wake.clear()
             try:
-                await self.settle()
-                self._trouble = ""
+                await self.serve_wanted()
+                self._log_recovery()
             except EngineInvalid:
                 raise
             except PinInvalid as error:  # an operator wanted something: nothing changes
-                self._say("pin_invalid", error)
+                self._log_once(
+                    "pin_invalid",
+                    "the pin cannot be read, so the wanted version is unknown: "
+                    "keeping the live policy",
+                    error,
+                )
             except Exception as error:  # a store that cannot be listed, for instance: serve on
-                self._say("swap_loop_failed", error)
-            self.looked = True
-            try:
-                await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
-            except TimeoutError:
-                continue
+                self._log_once(
+                    "swap_loop_failed",
+                    "cannot find out or load the wanted policy: keeping the live one, trying again",
+                    error,
+                )
+            self.first_poll_done = True
+            await asyncio.sleep(POLL_SECONDS)
 
-    async def settle(self) -> None:
+    async def serve_wanted(self) -> None:
         """Bring the wanted policy live: the first of the candidates that can be served.
 
         Raises:
@@ -134,48 +142,57 @@ class SwapController:
             OSError: the store cannot be read.
             EngineInvalid: the process must restart.
         """
-        pin, versions = await self.reader.read(self._look)
+        pin, versions = await self.reader.read(self._pin_and_versions)
         self.pinned_version = None if pin is None else pin.version
         metrics.PINNED.set(pin is not None)
         metrics.STORE_NEWEST_VERSION.set(versions[-1] if versions else 0)
         for version in self._wanted(pin, versions):
             if version == self._live.version or await self._swap_to(version):
                 break
-        self.settled = True
+        self.first_policy_live = True
         metrics.POLICY_VERSION.labels("serving").set(self._live.version)
 
-    def _look(self) -> tuple[Pin | None, list[int]]:
+    def _pin_and_versions(self) -> tuple[Pin | None, list[int]]:
+        """The pin, and the versions that may be served, oldest first."""
         versions = self._store.versions(self._alias)
         revoked = self._revoked.among(self._alias, versions)
         kept = [version for version in versions if version not in revoked]
         return self._store.pinned(self._alias), kept
 
     def _wanted(self, pin: Pin | None, versions: list[int]) -> Iterator[int]:
-        """Versions to try, best first; the base model closes the list."""
+        """Versions to try, best first; the base model comes last."""
         newest_first = reversed(versions)
         if pin is not None:
             if pin.version not in self.refused:
                 yield pin.version
-            if self.settled:
+            if self.first_policy_live:
                 return  # the pinned one cannot be served: stay
             newest_first = (version for version in newest_first if version < pin.version)
         for version in (*newest_first, 0):
             if version not in self.refused:
                 yield version
 
-    def _say(self, what: str, error: Exception) -> None:
-        """Once, not at every look."""
-        if describe(error) != self._trouble:
-            self._trouble = describe(error)
-            logger.error(what, exc_info=error)
+    def _log_once(self, event: str, message: str, error: Exception) -> None:
+        """Log an error when it is new, not at every poll."""
+        if describe(error) != self._logged_error:
+            self._logged_error = describe(error)
+            logger.error(message, extra={"event": event}, exc_info=error)
+
+    def _log_recovery(self) -> None:
+        if self._logged_error:
+            self._logged_error = ""
+            logger.warning(
+                "the store and its pin can be read again: following them",
+                extra={"event": "swap_loop_recovered", "version": self._live.version},
+            )
 
     async def _swap_to(self, version: int) -> bool:
         start = time.monotonic()
-        record: dict[str, Any] = {"version": version, "mode": self._mechanism.mode}
+        record: dict[str, Any] = {"version": version, "mode": self._strategy.mode}
         try:
-            policy = await self.reader.read(self._open, version)
+            policy = await self.reader.read(self._verified_policy, version)
             failpoint("swap.verified")
-            record |= await self._change(policy)
+            record |= await self._swap_checked(policy)
             record["outcome"] = SwapOutcome.SWAPPED
         except StoreError as error:
             record |= {"outcome": SwapOutcome.CORRUPT, "detail": str(error)}
@@ -184,15 +201,17 @@ class SwapController:
         except ParityError as error:
             record |= {"outcome": SwapOutcome.PARITY_FAILED, "detail": str(error)}
         except Exception as error:
-            self._note(record | {"outcome": SwapOutcome.FAILED, "detail": describe(error)}, start)
+            self._record_swap(
+                record | {"outcome": SwapOutcome.FAILED, "detail": describe(error)}, start
+            )
             raise
-        self._note(record, start)
+        self._record_swap(record, start)
         return record["outcome"] is SwapOutcome.SWAPPED
 
-    def _open(self, version: int) -> Policy:
+    def _verified_policy(self, version: int) -> ServedPolicy:
         """Read and verify everything that can be verified without the engine."""
         if version == 0:
-            return Policy(0)
+            return ServedPolicy(0)
         release = self._store.release(self._alias, version)
         if release.base_model_digest != self._base_model_digest:
             raise PolicyInvalid(
@@ -200,13 +219,13 @@ class SwapController:
                 f"({release.base_model_digest[:12]}, served: {self._base_model_digest[:12]})"
             )
         if release.kind is ReleaseKind.BASE:
-            return Policy(version, release)
+            return ServedPolicy(version, release)
         directory = self._store.open(release.artifact_digest or "", release.files)
-        return Policy(version, release, directory)
+        return ServedPolicy(version, release, directory)
 
-    async def _change(self, policy: Policy) -> dict[str, float | None]:
+    async def _swap_checked(self, policy: ServedPolicy) -> dict[str, float | None]:
         measured: dict[str, float | None] = {"parity_nats": None}
-        batch, expected, before = await self._references(policy)
+        batch, expected, before = await self._reference_logprobs(policy)
 
         async def check(lora_request: Any) -> None:
             if batch is None or expected is None or before is None:
@@ -214,27 +233,27 @@ class SwapController:
             served = await self._score(batch, lora_request)
             measured["parity_nats"] = compare(served, expected, before, self._tolerance_nats)
 
-        measured["pause_seconds"] = await self._mechanism.swap(policy, check)
+        measured["pause_seconds"] = await self._strategy.swap(policy, check)
         return measured
 
-    async def _references(
-        self, policy: Policy
+    async def _reference_logprobs(
+        self, policy: ServedPolicy
     ) -> tuple[ParityBatch | None, Logprobs | None, Logprobs | None]:
         """The sequences, the target's logprobs, and those of the policy that is live now."""
         if policy.directory is not None:
-            batch = await self.reader.read(ParityBatch.from_release, policy.directory)
+            batch = await self.reader.read(read_parity, policy.directory)
             if policy.release is not None and policy.release.parent == self._live.version:
-                return batch, batch.candidate, batch.parent
-            return batch, batch.candidate, await self._score_live(batch)
+                return batch, candidate_logprobs(batch), parent_logprobs(batch)
+            return batch, candidate_logprobs(batch), await self._score_live(batch)
         # The base model has no file of its own; its first child knows the logprobs of its parent.
         child = await self.reader.read(self._child_of_base)
         if child is None or child.directory is None:
             return None, None, None
-        batch = await self.reader.read(ParityBatch.from_release, child.directory)
-        return batch, batch.parent, await self._score_live(batch)
+        batch = await self.reader.read(read_parity, child.directory)
+        return batch, parent_logprobs(batch), await self._score_live(batch)
 
     async def _score_live(self, batch: ParityBatch) -> Logprobs:
-        return await self._score(batch, self._mechanism.live_adapter)
+        return await self._score(batch, self._strategy.live_adapter)
 
     async def _score(self, batch: ParityBatch, lora_request: Any) -> Logprobs:
         try:
@@ -242,27 +261,39 @@ class SwapController:
         except Exception as error:  # too long a sequence, a token that the model does not have
             raise ParityError(f"the parity batch cannot be scored ({describe(error)})") from error
 
-    def _child_of_base(self) -> Policy | None:
+    def _child_of_base(self) -> ServedPolicy | None:
         for version in self._store.versions(self._alias):
             try:
                 release: Release = self._store.release(self._alias, version)
                 if release.parent == 0:
-                    return self._open(version)
+                    return self._verified_policy(version)
             except (StoreError, PolicyInvalid):
                 continue
         return None
 
-    def _note(self, record: dict[str, Any], start: float) -> None:
+    def _record_swap(self, record: dict[str, Any], start: float) -> None:
         entry = SwapRecord(**record, seconds=time.monotonic() - start, at=time.time())
         self.history.append(entry)
         metrics.SWAPS.labels(entry.mode, entry.outcome).inc()
-        fields = entry.model_dump(exclude={"at"}, exclude_defaults=True)
+        fields = {
+            "version": entry.version,
+            "mode": entry.mode,
+            "outcome": entry.outcome,
+            "seconds": entry.seconds,
+        }
         if entry.outcome is not SwapOutcome.SWAPPED:
             self.refused[entry.version] = entry.outcome
-            logger.error("release_not_served", extra=fields)
+            logger.error(
+                "release not served: it is refused until this server restarts",
+                extra={"event": "release_not_served", "error": entry.detail} | fields,
+            )
             return
         metrics.SWAP_SECONDS.labels(entry.mode).observe(entry.seconds)
         metrics.SWAP_PAUSE_SECONDS.observe(entry.pause_seconds)
         if entry.parity_nats is not None:
             metrics.PARITY_NATS.set(entry.parity_nats)
-        logger.info("policy_swapped", extra=fields)
+        logger.info(
+            "policy swapped; running replies paused for %.2f s",
+            entry.pause_seconds,
+            extra={"event": "policy_swapped", "measured": entry.parity_nats} | fields,
+        )

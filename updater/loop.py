@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from moorline import metrics
+from moorline.adapter_format import OPTIMIZER_STATE, PARITY_FILE
 from moorline.events import ArtifactFile, Decision, Divergence, Reason, Release, Verdict
 from moorline.failpoints import failpoint
 from moorline.settings import Settings
@@ -23,7 +24,7 @@ from updater.learning.advantages import assign_credit
 from updater.learning.baselines import Baselines
 from updater.learning.behaviour import behaviour_policies_unavailable
 from updater.learning.diagnostics import show, show_divergences
-from updater.learning.policy import OPTIMIZER_STATE, Policy, check_fits
+from updater.learning.policy import Policy, check_continues
 from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import (
     NonFiniteUpdate,
@@ -33,7 +34,7 @@ from updater.learning.trainer import (
     optimizer_bytes,
 )
 from updater.ledger import Ledger, LedgerUnavailable
-from updater.parity import PARITY_FILE, parity_bytes
+from updater.parity import parity_bytes
 from updater.progress import Phase, Progress
 from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
 from updater.releases import Manifests
@@ -98,7 +99,7 @@ class Loop:
         if release is not None and release.artifact_digest is not None:
             directory = self._store.open(release.artifact_digest, release.files)
             adapter = self._policy.read_adapter(directory)
-            check_fits(release, adapter, self._base_model_digest, self._trainer.live_adapter)
+            check_continues(release, adapter, self._base_model_digest, self._trainer.live_adapter)
             self._trainer.resume(adapter, (directory / OPTIMIZER_STATE).read_bytes())
         else:
             self._trainer.resume(self._base_adapter, None)

@@ -1,16 +1,14 @@
-"""What a server must compute after a swap: the release's own logprobs on the probes."""
+"""Writes the logprobs that a server must compute after a swap, on the gate's probes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from moorline.adapter_format import ParityBatch, ParitySequence
 from updater.values import TokenSequence
-
-PARITY_FILE = "parity.json"
 
 
 def parity_bytes(
@@ -18,20 +16,21 @@ def parity_bytes(
     candidate: Sequence[Tensor],  # one [completion tokens, V] per sequence, nats, untempered
     parent: Sequence[Tensor],  # likewise, of the policy before it
 ) -> bytes:
-    """The file that a server compares itself with; the parent's numbers show what must not be."""
-    rows = [
-        {
-            "prompt_token_ids": sequence.prompt_token_ids,
-            "completion_token_ids": sequence.completion_token_ids,
-            "candidate_logprobs": _chosen(ours, sequence.completion_token_ids),
-            "parent_logprobs": _chosen(theirs, sequence.completion_token_ids),
-        }
-        for sequence, ours, theirs in zip(sequences, candidate, parent, strict=True)
-    ]
-    return json.dumps({"sequences": rows}).encode()
+    """The content of ``parity.json``; the parent's logprobs show what must *not* be served."""
+    batch = ParityBatch(
+        sequences=tuple(
+            ParitySequence(
+                prompt_token_ids=tuple(sequence.prompt_token_ids),
+                completion_token_ids=tuple(sequence.completion_token_ids),
+                candidate_logprobs=_chosen(ours, sequence.completion_token_ids),
+                parent_logprobs=_chosen(theirs, sequence.completion_token_ids),
+            )
+            for sequence, ours, theirs in zip(sequences, candidate, parent, strict=True)
+        )
+    )
+    return batch.model_dump_json().encode()
 
 
-def _chosen(logprobs: Tensor, token_ids: Sequence[int]) -> list[float]:
+def _chosen(logprobs: Tensor, token_ids: Sequence[int]) -> tuple[float, ...]:
     index = torch.tensor(token_ids, device=logprobs.device).unsqueeze(-1)
-    values: list[float] = logprobs.gather(-1, index).squeeze(-1).tolist()
-    return values
+    return tuple(logprobs.gather(-1, index).squeeze(-1).tolist())

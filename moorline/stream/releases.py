@@ -1,6 +1,6 @@
-"""Releases on their compacted topic: written by the updater's outbox, followed by every server.
+"""Releases on their compacted topic: written by the updater's outbox, for whoever follows them.
 
-The artifact store is the truth of what is released; this topic tells servers early.
+The artifact store is the truth of what is released, and servers read it alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def publish_release(settings: StreamSettings, release: Release) -> None:
 class ReleaseFollower:
     """Reads the releases topic from its start, and then on. One thread.
 
-    Never raises for Kafka's sake: a server works without it. ``connected`` and the log say how it
+    Never raises for Kafka's sake. ``connected`` and the log say how it
     is; a release can be told more than once.
 
     Args:

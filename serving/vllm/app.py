@@ -1,4 +1,4 @@
-"""vLLM's app with our parts in their places. What each part does is in its own module."""
+"""Assembles vLLM's app with Moorline's parts. What each part does is in its own module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serving.feedback import feedback_router
 from serving.recorder import Recorder
 from serving.route_allowlist import RouteAllowlist
 from serving.status import Readiness, status_router
-from serving.strategies import AdapterFlip, Mechanism, WeightReload
+from serving.strategies import AdapterFlip, SwapStrategy, WeightReload
 from serving.swap import SwapController
 from serving.vllm.models import LivePolicy, PolicyModels
 
@@ -46,7 +46,7 @@ async def assemble(
     mode: str,
     model_dir: Path,
     base_model_digest: str,
-    outbox: EventPublisher,
+    events: EventPublisher,
 ) -> Parts:
     """Build the app around a started engine; nothing listens yet."""
     live, admission, readiness = LivePolicy(settings.alias), Admission(), Readiness()
@@ -63,27 +63,29 @@ async def assemble(
     )
     app.user_middleware.insert(0, Middleware(RouteAllowlist))
     app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
-    recorder = Recorder(engine, settings.alias, outbox.interaction, lambda: live.version)
+    recorder = Recorder(engine, settings.alias, events.publish_interaction, lambda: live.version)
     recorder.install()
     models = await _init_state(engine, app, args, tasks, live)
-    mechanism: Mechanism
+    strategy: SwapStrategy
     if mode == "adapter":
-        mechanism = AdapterFlip(engine, models, live, settings.serving.max_loras)
-        recorder.on_adapter = mechanism.on_use
+        strategy = AdapterFlip(engine, models, live, settings.serving.max_loras)
+        recorder.on_adapter = strategy.on_use
     else:
         timeout = settings.serving.swap_timeout_seconds
-        mechanism = WeightReload(engine, live, model_dir, admission, timeout)
+        strategy = WeightReload(engine, live, model_dir, admission, timeout)
     await engine.update_weight_version(live.name)
     swaps = SwapController(
         alias=settings.alias,
         store=ArtifactStore(settings.store_dir),
         live=live,
-        mechanism=mechanism,
+        strategy=strategy,
         generate=recorder.plain_generate,
         base_model_digest=base_model_digest,
         parity_tolerance_nats=settings.serving.parity_tolerance_nats,
     )
-    app.include_router(feedback_router(outbox.feedback, settings.serving.feedback_max_bytes))
+    app.include_router(
+        feedback_router(events.publish_feedback, settings.serving.feedback_max_bytes)
+    )
     app.include_router(
         status_router(
             alias=settings.alias,
@@ -92,7 +94,7 @@ async def assemble(
             mode=mode,
             admission=admission,
             readiness=readiness,
-            publisher_stats=outbox.stats,
+            publisher_stats=events.stats,
         )
     )
     return Parts(app, live, recorder, swaps, admission, readiness)

@@ -17,9 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-_PEFT_PREFIX = "base_model.model."
+from moorline.adapter_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, AdapterConfig
 
 
 class AdapterInvalid(ValueError):
@@ -45,7 +43,9 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
     Raises:
         AdapterInvalid: on anything but plain LoRA on linear layers.
     """
-    config = json.loads((directory / ADAPTER_CONFIG).read_text())
+    content = (directory / ADAPTER_CONFIG).read_bytes()
+    relied_on = AdapterConfig.model_validate_json(content)
+    config = json.loads(content)
     for option in (
         "use_dora",
         "modules_to_save",
@@ -57,16 +57,16 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
             raise AdapterInvalid(f"the adapter uses {option}, which cannot be merged here")
     if config.get("bias", "none") != "none":
         raise AdapterInvalid("the adapter trains biases, which cannot be merged here")
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    divisor = math.sqrt(relied_on.r) if config.get("use_rslora") else relied_on.r
+    scale = relied_on.lora_alpha / divisor
 
     tensors = load_file(directory / ADAPTER_WEIGHTS)
     changes: dict[str, LowRank] = {}
     for name in sorted(tensors):
-        module, _, part = name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
-        if part == "B.weight" and f"{_PEFT_PREFIX}{module}.lora_A.weight" in tensors:
+        module, _, part = name.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        if part == "B.weight" and f"{PEFT_PREFIX}{module}.lora_A.weight" in tensors:
             continue
-        partner = f"{_PEFT_PREFIX}{module}.lora_B.weight"
+        partner = f"{PEFT_PREFIX}{module}.lora_B.weight"
         if part != "A.weight" or partner not in tensors:
             raise AdapterInvalid(f"the adapter holds {name}, which is not half of a LoRA pair")
         changes[f"{module}.weight"] = LowRank(
@@ -75,7 +75,7 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
     return changes
 
 
-def check_fits(changes: dict[str, LowRank], base_dir: Path) -> None:
+def check_shapes(changes: dict[str, LowRank], base_dir: Path) -> None:
     """Refuse before anything is touched: every target exists in the base, with this shape.
 
     Raises:

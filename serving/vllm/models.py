@@ -1,4 +1,4 @@
-"""Which policy is live, and how vLLM's handlers name it.
+"""The live policy, and the names by which vLLM's handlers know it.
 
 vLLM asks its ``OpenAIServingModels`` twice: is this model name served, and what goes into the
 reply's `model` field. This subclass answers both from the live policy, in either swap mode:
@@ -13,29 +13,29 @@ from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
-from vllm.lora.request import LoRARequest
+from vllm.lora.request import LoRARequest as LoRARequest
 
 from moorline.events import Release, policy_name
 from serving.context import current_request
 
 
 @dataclass(frozen=True)
-class Policy:
+class ServedPolicy:
     """One version that can be served."""
 
     version: int
     release: Release | None = None
-    """None: the base model, version 0."""
+    """None for the base model, version 0."""
     directory: Path | None = None
     """The verified artifact; None for the base model."""
 
 
 class LivePolicy:
-    """The one mutable fact of this process: which policy new requests get."""
+    """Which policy new requests get. Only a swap changes it."""
 
     def __init__(self, alias: str) -> None:
         self.alias = alias
-        self.policy = Policy(0)
+        self.policy = ServedPolicy(0)
 
     @property
     def version(self) -> int:
@@ -50,6 +50,11 @@ def version_of(name: str) -> int | None:
     """``assistant@v000042`` -> 42; None for a name that is not a policy's."""
     _, separator, digits = name.rpartition("@v")
     return int(digits) if separator and digits.isdecimal() else None
+
+
+def adapter_request(name: str, adapter_id: int, directory: Path) -> LoRARequest:
+    """What vLLM calls an adapter: a name, an integer id and a directory, each used once."""
+    return LoRARequest(name, adapter_id, str(directory))
 
 
 class PolicyModels(OpenAIServingModels):  # type: ignore[misc]  # vLLM is not typed for us

@@ -1,4 +1,4 @@
-"""What runs inside the vLLM worker: the sampler that serves two logprob conventions, and reload.
+"""Code that runs inside the vLLM worker: it installs the sampler and reloads weights.
 
 ``WorkerExtension`` is mixed into vLLM's worker class; its methods are called by name through
 ``engine.collective_rpc``. The module must stay cheap to import: the API process reads
@@ -45,10 +45,10 @@ class WorkerExtension:
         Raises:
             AdapterInvalid: nothing was changed.
         """
-        from serving.vllm.merge import check_fits, read_adapter
+        from serving.vllm.merge import check_shapes, read_adapter
 
         changes = {} if adapter_dir is None else read_adapter(Path(adapter_dir))
-        check_fits(changes, Path(base_dir))
+        check_shapes(changes, Path(base_dir))
         self._moorline_prepared = (base_dir, changes)
         return len(changes)
 

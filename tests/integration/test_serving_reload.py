@@ -151,7 +151,7 @@ def test_a_store_that_hangs_holds_up_no_reply(reload_server: Served, lineage: Li
     pin = server.store.root / "releases" / "assistant" / "pin.json"
     os.mkfifo(pin)  # whoever opens it waits for a writer, as on a volume that does not answer
     version = lineage.announce(prepared)
-    wait_for(lambda: "store_silent" in server.log.read_text(errors="replace"))
+    wait_for(lambda: "store_not_answering" in server.log.read_text(errors="replace"))
     assert server.status()["store_wait_seconds"] > 5
     assert server.metric("moorline_store_wait_seconds") > 5
     for _ in range(3):

@@ -87,7 +87,7 @@ def serves(server: ServerProcess, version: int) -> bool:
     }
     assert server.status()["policy_name"] == name
     listening = [line for line in server.log.read_text().splitlines() if "listening" in line]
-    return any(f"policy={name}" in line for line in listening)
+    return any(f"version={version}" in line for line in listening)
 
 
 def is_held(server: ServerProcess) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Leftovers:
-    """Of everything that was started with ``TMPDIR`` set to ``folder`` (or a folder in it)."""
+    """Finds what was left by processes whose ``TMPDIR`` was ``folder`` or a folder in it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -32,7 +32,7 @@ class Leftovers:
         return [path for path in self._shared_memory if path.exists()]
 
     def files(self) -> list[Path]:
-        """Without torch's cache, which is there to stay."""
+        """Temporary files, but for torch's cache, which is kept on purpose."""
         return [one for one in self._folder.iterdir() if "torchinductor" not in one.name]
 
     def none(self) -> bool:

@@ -13,11 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from moorline.adapter_format import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PARITY_FILE,
+    TARGET_MODULES,
+)
 from moorline.base_model import model_digest
 from moorline.events import Check, Decision, Release, ReleaseKind, Verdict
 from moorline.store import ArtifactStore
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TokenPair = tuple[list[int], list[int]]
 """Prompt and completion, as token ids."""
 
@@ -31,9 +36,11 @@ def random_adapter(model_dir: Path, directory: Path, seed: int, size: float = 0.
     """A LoRA adapter of rank 8 with normal random values of this standard deviation."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=list(TARGET_MODULES), task_type="CAUSAL_LM"
+    )
     get_peft_model(model, config).save_pretrained(directory)
-    weights = directory / "adapter_model.safetensors"
+    weights = directory / ADAPTER_WEIGHTS
     noise = {name: torch.randn_like(tensor) * size for name, tensor in load_file(weights).items()}
     save_file(noise, weights)
     return directory
@@ -101,9 +108,9 @@ def make_release(
         )
     digest, files = store.put(
         {
-            "adapter_model.safetensors": adapter_dir / "adapter_model.safetensors",
-            "adapter_config.json": adapter_dir / "adapter_config.json",
-            "parity.json": parity,
+            ADAPTER_WEIGHTS: adapter_dir / ADAPTER_WEIGHTS,
+            ADAPTER_CONFIG: adapter_dir / ADAPTER_CONFIG,
+            PARITY_FILE: parity,
         }
     )
     return Release(

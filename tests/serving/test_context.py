@@ -106,12 +106,12 @@ async def test_a_body_that_is_no_object_is_the_handlers_to_refuse() -> None:
 
 async def test_a_closed_door_holds_new_requests_until_it_opens() -> None:
     admission = Admission()
-    admission.close()
+    admission.hold()
     seen: list[RequestContext | None] = []
     waiting = asyncio.create_task(post(app_with(seen, admission), {}))
     await asyncio.sleep(0.05)
     assert not seen
-    admission.open()
+    admission.resume()
     assert (await waiting).status_code == 200
     assert admission.in_flight == 0
 

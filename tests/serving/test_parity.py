@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.parity import ParityBatch, ParityError, compare
+from serving.parity import ParityError, compare, read_parity
 
 TOKENS = 64
 TOLERANCE_NATS = 0.1
@@ -87,4 +87,4 @@ def test_a_release_without_usable_references_is_refused(
     if content is not None:
         (tmp_path / "parity.json").write_bytes(content)
     with pytest.raises(ParityError, match=r"parity\.json"):
-        ParityBatch.from_release(tmp_path)
+        read_parity(tmp_path)

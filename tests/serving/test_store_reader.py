@@ -24,10 +24,10 @@ def silent_path(tmp_path: Path) -> Path:
 async def test_a_read_that_blocks_holds_up_nothing_and_is_seen(
     silent_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store_reader, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(store_reader, "SLOW_READ_SECONDS", 0.05)
     reader = StoreReader()
     reading = asyncio.create_task(reader.read(silent_path.read_bytes))
-    while "store_silent" not in caplog.text:
+    while "store_not_answering" not in [getattr(r, "event", "") for r in caplog.records]:
         await asyncio.sleep(0.01)
     assert not reading.done()
     assert reader.waiting_seconds() >= 0.05

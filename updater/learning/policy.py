@@ -22,25 +22,19 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from moorline.adapter_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGET_MODULES, AdapterConfig
 from moorline.base_model import check_model_dir
 from moorline.events import Release
 from updater.values import TokenSequence
 
 AdapterState = dict[str, Tensor]
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-OPTIMIZER_STATE = "optimizer.safetensors"
-
-# Every linear layer of the usual decoder; vLLM serves adapters on all of them.
-ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 class ReleaseInvalid(RuntimeError):
     """A release cannot be continued from with this model or rank; one line says what to do."""
 
 
-def check_fits(
+def check_continues(
     release: Release, adapter: AdapterState, base_model_digest: str, own: AdapterState
 ) -> None:
     """Check that ``adapter``, of ``release``, continues on this base model as ``own`` would.
@@ -77,7 +71,7 @@ class Policy:
             model_dir, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
         self._lora = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=list(ADAPTED_LAYERS), task_type="CAUSAL_LM"
+            r=rank, lora_alpha=alpha, target_modules=list(TARGET_MODULES), task_type="CAUSAL_LM"
         )
         self._model = get_peft_model(base, self._lora)
         self._model.train()  # no dropout anywhere; kept in train mode for uniform numerics
@@ -121,6 +115,7 @@ class Policy:
             key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
         }
         settings.update(inference_mode=True, base_model_name_or_path=None)
+        AdapterConfig.model_validate(settings)  # what a server will read, whatever PEFT adds
         contiguous = {name: tensor.contiguous() for name, tensor in sorted(state.items())}
         return {
             ADAPTER_WEIGHTS: safetensors_save(contiguous, metadata={"format": "pt"}),

@@ -11,7 +11,7 @@ from moorline.events import Release, ReleaseKind
 from moorline.store import ArtifactStore, RevokedReleases
 from serving.strategies import PolicyInvalid
 from serving.swap import SwapController
-from serving.vllm.models import LivePolicy, Policy
+from serving.vllm.models import LivePolicy, ServedPolicy
 
 ALIAS = "assistant"
 BASE = "0" * 64
@@ -43,7 +43,7 @@ class Flip:
         self._live = live
         self._unusable = unusable
 
-    async def swap(self, target: Policy, check: Any) -> float:
+    async def swap(self, target: ServedPolicy, check: Any) -> float:
         if target.version == self._unusable:
             raise PolicyInvalid("not this one")
         await check(None)
@@ -57,7 +57,7 @@ def controller(store: ArtifactStore, unusable: int | None = None) -> SwapControl
         alias=ALIAS,
         store=store,
         live=live,
-        mechanism=Flip(live, unusable),  # type: ignore[arg-type]
+        strategy=Flip(live, unusable),  # type: ignore[arg-type]
         generate=None,  # type: ignore[arg-type]
         base_model_digest=BASE,
         parity_tolerance_nats=0.1,
@@ -72,10 +72,10 @@ async def test_what_was_withdrawn_is_not_fallen_back_to(
     for version in (1, 2, 3, 4):
         release(store, version)
     swaps = controller(store, unusable)
-    await swaps.settle()
+    await swaps.serve_wanted()
     assert swaps._live.version == 4
     release(store, 5, revokes_after=1)
-    await swaps.settle()
+    await swaps.serve_wanted()
     assert swaps._live.version == served
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from serving.vllm.merge import AdapterInvalid, check_fits, merged_weights, read_adapter
+from moorline.adapter_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from serving.vllm.merge import AdapterInvalid, check_shapes, merged_weights, read_adapter
 from tests.serving.make_release import completion_logits, random_adapter, reference_model
 
 
@@ -38,7 +39,7 @@ def adapter_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_the_merged_model_gives_pefts_logits(base_dir: Path, adapter_dir: Path) -> None:
     changes = read_adapter(adapter_dir)
-    check_fits(changes, base_dir)
+    check_shapes(changes, base_dir)
     merged = LlamaForCausalLM(LlamaForCausalLM.config_class.from_pretrained(base_dir))
     weights = dict(merged_weights(base_dir, changes, torch.float32))
     missing, unexpected = merged.load_state_dict(weights, strict=False)
@@ -70,19 +71,17 @@ def test_without_an_adapter_the_base_is_unchanged(base_dir: Path) -> None:
 def test_what_is_not_plain_lora_is_refused(
     adapter_dir: Path, tmp_path: Path, option: str, value: object
 ) -> None:
-    config = json.loads((adapter_dir / "adapter_config.json").read_text()) | {option: value}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    config = json.loads((adapter_dir / ADAPTER_CONFIG).read_text()) | {option: value}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config))
     with pytest.raises(AdapterInvalid):
         read_adapter(tmp_path)
 
 
 def test_half_a_pair_is_refused(adapter_dir: Path, tmp_path: Path) -> None:
-    weights = load_file(adapter_dir / "adapter_model.safetensors")
+    weights = load_file(adapter_dir / ADAPTER_WEIGHTS)
     weights.pop(sorted(weights)[0])
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_bytes(
-        (adapter_dir / "adapter_config.json").read_bytes()
-    )
+    save_file(weights, tmp_path / ADAPTER_WEIGHTS)
+    (tmp_path / ADAPTER_CONFIG).write_bytes((adapter_dir / ADAPTER_CONFIG).read_bytes())
     with pytest.raises(AdapterInvalid, match="half of a LoRA pair"):
         read_adapter(tmp_path)
 
@@ -95,4 +94,4 @@ def test_an_adapter_of_another_shape_is_refused_before_anything_is_loaded(
     wrong = changes[name]
     changes[name] = type(wrong)(a=wrong.a[:, :-1], b=wrong.b, scale=wrong.scale)
     with pytest.raises(AdapterInvalid, match="in the base model"):
-        check_fits(changes, base_dir)
+        check_shapes(changes, base_dir)

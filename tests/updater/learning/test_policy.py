@@ -8,15 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moorline.adapter_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moorline.base_model import ModelInvalid, model_digest
 from tests.updater.learning.fixtures import some_sequences
-from updater.learning.policy import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    Policy,
-    interpolate,
-    micro_batches,
-)
+from updater.learning.policy import Policy, interpolate, micro_batches
 
 
 @pytest.fixture(scope="module")
