@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from moorline.errors import MoorlineError
 from moorline.logs import describe
 
 PARITY_FILE = "parity.json"
@@ -30,7 +31,7 @@ UNDECIDED_STANDARD_ERRORS = 3.0
 """Closer to the half-way point than this, the batch cannot tell the two policies apart."""
 
 
-class ParityError(RuntimeError):
+class ParityError(MoorlineError):
     """The engine does not serve what the release says (or the release does not say it)."""
 
 

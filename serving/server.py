@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moorline.base_model import check_model_dir, model_digest
+from moorline.errors import MoorlineError
 from moorline.http import base_url, port_problem
 from moorline.settings import Settings
 from moorline.stream import Publisher, SpoolLocked
@@ -57,7 +58,7 @@ logprobs beside any other request then kills the engine (einsum in ``punica_cpu`
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-class ServerError(RuntimeError):
+class ServerError(MoorlineError):
     """The server cannot start, or had to stop; one line with the remedy."""
 
 

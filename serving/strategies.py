@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from vllm.lora.request import LoRARequest
 
+from moorline.errors import MoorlineError
 from moorline.failpoints import failpoint
 from serving.context import Admission
 from serving.parity import ParityError
@@ -36,11 +37,11 @@ Check = Callable[[LoRARequest | None], Awaitable[None]]
 """Scores what the engine serves; raises ParityError."""
 
 
-class EngineInvalid(RuntimeError):
+class EngineInvalid(MoorlineError):
     """A load broke off half-way: the weights are no policy at all, the process must restart."""
 
 
-class PolicyInvalid(RuntimeError):
+class PolicyInvalid(MoorlineError):
     """The engine refused these files before anything changed."""
 
 

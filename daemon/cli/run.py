@@ -29,7 +29,7 @@ from daemon.cli.common import (
     settings_from,
 )
 from daemon.supervise import Notice, NoticeKind, RestartPolicy, Supervisor
-from moorline.base_model import check_model_dir
+from moorline.base_model import ModelInvalid, check_model_dir
 from moorline.logs import setup_logging
 from moorline.settings import Settings, child_environment
 from moorline.systemd import Notifier
@@ -221,7 +221,7 @@ def _only_one(state_dir: Path) -> Iterator[None]:
 def _check_model(settings: Settings) -> None:
     try:
         check_model_dir(settings.model.path)
-    except ValueError as error:
+    except ModelInvalid as error:
         hint = " (--model DIR)" if settings.model.path is None else ""
         raise CommandError(f"{error}{hint}") from None
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moorline.errors import MoorlineError
 from moorline.failpoints import failpoint
 
 logger = logging.getLogger("moorline.spool")
@@ -29,11 +30,11 @@ _LOCK = "lock"
 _LARGEST_SEGMENT_BYTES = 8 * 2**20
 
 
-class SpoolLocked(RuntimeError):
+class SpoolLocked(MoorlineError):
     """Another process uses this directory; the message says which directory and what to do."""
 
 
-class SpoolNotSynced(OSError):
+class SpoolNotSynced(MoorlineError, OSError):
     """Frames are in the queue of which it cannot be said that they are on the disk."""
 
 

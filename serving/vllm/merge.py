@@ -17,12 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moorline.errors import MoorlineError
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 
 
-class AdapterInvalid(ValueError):
+class AdapterInvalid(MoorlineError):
     """The adapter cannot be folded into this base model; nothing was changed."""
 
 

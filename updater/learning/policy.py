@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moorline.base_model import check_model_dir
+from moorline.errors import MoorlineError
 from moorline.events import Release
 from updater.values import TokenSequence
 
@@ -36,7 +37,7 @@ OPTIMIZER_STATE = "optimizer.safetensors"
 ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class ReleaseInvalid(RuntimeError):
+class ReleaseInvalid(MoorlineError):
     """A release cannot be continued from with this model or rank; one line says what to do."""
 
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 from moorline.durable import make_directory
+from moorline.errors import MoorlineError
 from moorline.failpoints import failpoint
 from updater.ledger.schema import SCHEMA_NUMBER, TABLES
 
@@ -37,7 +38,7 @@ _OF_THE_DISK = {
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
-class LedgerError(RuntimeError):
+class LedgerError(MoorlineError):
     """The ledger cannot do this; the message says what happened and what to do."""
 
 
