@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from moorline.errors import MoorlineError
+
 _PR_SET_PDEATHSIG = 1
 _NOT_SETTINGS_OF_THE_BROKER = (
     "CLUSTER_ID",
@@ -32,7 +34,7 @@ _NOT_SETTINGS_OF_THE_BROKER = (
 )
 
 
-class BrokerError(RuntimeError):
+class BrokerError(MoorlineError):
     """The broker cannot run; the message is one line with the remedy."""
 
 

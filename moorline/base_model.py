@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from moorline.errors import MoorlineError
+
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-class ModelInvalid(ValueError):
+class ModelInvalid(MoorlineError):
     """A model directory is missing, incomplete, or holds pickled weights only."""
 
 

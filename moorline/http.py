@@ -24,15 +24,16 @@ from urllib.parse import urlsplit
 import httpx
 
 from moorline import metrics
+from moorline.errors import MoorlineError
 
 logger = logging.getLogger("moorline.http")
 
 
-class PortUnavailable(RuntimeError):
+class PortUnavailable(MoorlineError):
     """The address cannot be listened on; the line says which and what to do."""
 
 
-class ServerUnavailable(RuntimeError):
+class ServerUnavailable(MoorlineError):
     """Nothing useful answers at an address; the line says where and why.
 
     Attributes:

@@ -21,6 +21,8 @@ from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationErr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
 
+from moorline.errors import MoorlineError
+
 ENVIRONMENT_PREFIX = "MOORLINE_"
 CONFIG_VARIABLE = "MOORLINE_CONFIG"
 NESTING = "__"
@@ -39,7 +41,7 @@ _KUBERNETES_SERVICE = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|U
 _KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
-class SettingsError(ValueError):
+class SettingsError(MoorlineError, ValueError):
     """A setting is unknown or has a bad value; the one line says which and what is allowed."""
 
 

@@ -6,11 +6,10 @@ import asyncio
 import logging
 import sys
 
-from moorline.base_model import ModelInvalid
+from moorline.errors import MoorlineError
 from moorline.logs import setup_logging
-from moorline.settings import SettingsError, load_settings
-from serving.lifetime import TemporaryFolderUnavailable
-from serving.server import ServerError, prepare_environment
+from moorline.settings import load_settings
+from serving.server import prepare_environment
 
 logger = logging.getLogger("moorline.serving")
 
@@ -32,7 +31,7 @@ def main() -> int:
         from serving.server import serve
 
         asyncio.run(serve(settings))
-    except (SettingsError, ServerError, ModelInvalid, TemporaryFolderUnavailable) as error:
+    except MoorlineError as error:
         print(f"moorline serve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before anything was started

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from moorline.errors import MoorlineError
 from moorline.launch import die_with_parent
 
 _SPAWNED_BY = "MOORLINE_SPAWNED_BY"
@@ -30,7 +31,7 @@ rm -rf -- "$1"
 """
 
 
-class TemporaryFolderUnavailable(RuntimeError):
+class TemporaryFolderUnavailable(MoorlineError):
     """One line with the remedy."""
 
 

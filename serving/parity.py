@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from moorline.adapter_format import PARITY_FILE, ParityBatch
+from moorline.errors import MoorlineError
 from moorline.logs import describe
 
 Logprobs = NDArray[np.float64]  # (completion tokens of all sequences,) nats
@@ -26,7 +27,7 @@ UNDECIDED_STANDARD_ERRORS = 3.0
 """Closer to the half-way point than this, the batch cannot tell the two policies apart."""
 
 
-class ParityError(RuntimeError):
+class ParityError(MoorlineError):
     """The engine does not serve what the release says (or the release does not say it)."""
 
 

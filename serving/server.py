@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from moorline.adapter_format import TARGET_MODULES
 from moorline.base_model import check_model_dir, model_digest
+from moorline.errors import MoorlineError
 from moorline.http import base_url, port_problem
 from moorline.settings import Settings
 from moorline.stream import Publisher, SpoolLocked
@@ -54,7 +55,7 @@ PUBLISHER_CLOSE_SECONDS = 5.0
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-class ServerError(RuntimeError):
+class ServerError(MoorlineError):
     """The server cannot start, or had to stop; one line with the remedy."""
 
 

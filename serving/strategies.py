@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from moorline.errors import MoorlineError
 from moorline.events import policy_name
 from moorline.failpoints import failpoint
 from serving.context import Admission
@@ -41,11 +42,11 @@ Check = Callable[[LoRARequest | None], Awaitable[None]]
 """Scores what the engine serves; raises ParityError."""
 
 
-class EngineInvalid(RuntimeError):
+class EngineInvalid(MoorlineError):
     """A load broke off half-way: the weights are no policy at all, the process must restart."""
 
 
-class PolicyInvalid(RuntimeError):
+class PolicyInvalid(MoorlineError):
     """The engine refused these files before anything changed."""
 
 

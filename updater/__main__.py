@@ -6,17 +6,10 @@ import os
 import signal
 import sys
 
-from moorline.base_model import ModelInvalid
-from moorline.http import PortUnavailable
+from moorline.errors import MoorlineError
 from moorline.logs import setup_logging
-from moorline.settings import SettingsError, load_settings
-from moorline.store import StoreError
-from moorline.stream import StreamInvalid
-from updater.learning.policy import ReleaseInvalid
-from updater.learning.trainer import ObjectiveInvalid
-from updater.ledger import LedgerError
+from moorline.settings import load_settings
 from updater.process import Updater
-from updater.safety import ProbesInvalid
 
 
 def main() -> int:
@@ -29,17 +22,7 @@ def main() -> int:
         setup_logging(settings, "updater")
         os.nice(settings.updater.niceness)
         Updater(settings).run()
-    except (
-        SettingsError,
-        StoreError,
-        ModelInvalid,
-        PortUnavailable,
-        StreamInvalid,
-        ProbesInvalid,
-        LedgerError,
-        ObjectiveInvalid,
-        ReleaseInvalid,
-    ) as error:
+    except MoorlineError as error:
         print(f"moorline update: {error}", file=sys.stderr)
         return 1
     return 0

@@ -11,12 +11,8 @@ from typing import Annotated
 import typer
 
 from daemon.cli import doctor, inspect, ledger, operate, redrive, run
-from daemon.cli.common import CommandError, err
-from moorline.http import PortUnavailable, ServerUnavailable
-from moorline.settings import SettingsError
-from moorline.store import StoreError
-
-EXPECTED = (CommandError, SettingsError, StoreError, ServerUnavailable, PortUnavailable)
+from daemon.cli.common import err
+from moorline.errors import MoorlineError
 
 app = typer.Typer(
     name="moorline",
@@ -62,7 +58,7 @@ def main() -> None:
     logging.getLogger().addHandler(logging.NullHandler())  # verbs speak for themselves
     try:
         app(prog_name="moorline")
-    except EXPECTED as error:
+    except MoorlineError as error:
         err.print("[bold red]moorline:[/]", end=" ")
         err.print(" ".join(str(error).split()), markup=False, soft_wrap=True)
         raise SystemExit(1) from None

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
 from moorline.durable import write_file
+from moorline.errors import MoorlineError
 from moorline.http import base_url
 from moorline.settings import Settings, load_settings
 
@@ -24,7 +25,7 @@ RUN_FILE = "run.json"
 _PANEL = "Settings"
 
 
-class CommandError(RuntimeError):
+class CommandError(MoorlineError):
     """A verb cannot do what was asked: one line, "what happened: remedy"."""
 
 

@@ -29,7 +29,7 @@ from daemon.cli.common import (
 )
 from daemon.cli.run import BootstrapOption, ModelOption
 from daemon.cli.status_page import size
-from moorline.base_model import check_model_dir
+from moorline.base_model import ModelInvalid, check_model_dir
 from moorline.http import PortUnavailable
 from moorline.settings import Settings
 
@@ -151,7 +151,7 @@ def _torch_companions(settings: Settings) -> Iterator[Finding]:
 def _model(settings: Settings) -> Iterator[Finding]:
     try:
         path = check_model_dir(settings.model.path)
-    except ValueError as error:
+    except ModelInvalid as error:
         detail, _, remedy = str(error).partition(": ")
         yield Finding("model", Health.FAIL, detail, remedy or "give --model DIR")
         return

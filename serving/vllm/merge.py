@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moorline.adapter_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, AdapterConfig
+from moorline.errors import MoorlineError
 
 
-class AdapterInvalid(ValueError):
+class AdapterInvalid(MoorlineError):
     """The adapter cannot be folded into this base model; nothing was changed."""
 
 

@@ -354,7 +354,7 @@ def test_second_up_on_a_state_directory_is_one_line(state: Path, model: Path) ->
         fcntl.flock(lock, fcntl.LOCK_EX)
         arguments = ["--model", str(model), "--bootstrap", "127.0.0.1:1", "--port", "0"]
         text = refusal("up", *arguments, state=state)
-    assert "another `moorline up` runs on" in text
+    assert "another `moorline up` (pid unknown) runs on" in text
 
 
 def test_update_without_a_broker_is_one_line(state: Path, model: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moorline.errors import MoorlineError
 from moorline.events import Interaction, PolicySpan, Release, ReleaseKind, SamplingSettings
 from moorline.store import ArtifactMissing, ArtifactStore, StoreError
 from updater.learning import divergence
@@ -46,7 +47,7 @@ Fallbacks = Mapping[tuple[int, Fallback], int]
 """Of one reply: tokens whose policy could not be run again, by its version and why."""
 
 
-class BehaviourUnavailable(RuntimeError):
+class BehaviourUnavailable(MoorlineError):
     """A behaviour policy cannot be run again; ``why`` is counted."""
 
     def __init__(self, version: int, why: Fallback) -> None:

@@ -24,13 +24,14 @@ from transformers import AutoModelForCausalLM
 
 from moorline.adapter_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGET_MODULES, AdapterConfig
 from moorline.base_model import check_model_dir
+from moorline.errors import MoorlineError
 from moorline.events import Release
 from updater.values import TokenSequence
 
 AdapterState = dict[str, Tensor]
 
 
-class ReleaseInvalid(RuntimeError):
+class ReleaseInvalid(MoorlineError):
     """A release cannot be continued from with this model or rank; one line says what to do."""
 
 

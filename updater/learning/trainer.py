@@ -19,6 +19,7 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from moorline.errors import MoorlineError
 from moorline.settings import LearningSettings
 from updater.learning import divergence
 from updater.learning.behaviour import Archive, BehaviourPolicies, Rerun, token_divergence
@@ -34,16 +35,16 @@ from updater.values import Batch, CreditedExample, Example, TokenSequence, as_se
 OptimizerState = dict[str, Tensor]
 
 
-class ObjectiveInvalid(ValueError):
+class ObjectiveInvalid(MoorlineError):
     """`learning.objective` names no objective."""
 
 
-class NonFiniteUpdate(ArithmeticError):
+class NonFiniteUpdate(MoorlineError):
     """A number of the batch, its loss or its gradient is no number to learn from; the policy was
     left as it was."""
 
 
-class NothingToLearn(ValueError):
+class NothingToLearn(MoorlineError):
     """Nothing in the batch would move the policy: not a rating, a correction or a preference."""
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import quote
 
 from moorline.durable import make_directory
+from moorline.errors import MoorlineError
 from moorline.failpoints import failpoint
+from moorline.locks import FileLock, LockHeld
 from updater.ledger.migration import NEWEST_FORMAT, create_tables, migrate, why_unreadable
 
 CACHE_KIB = 64 * 1024
@@ -37,7 +37,7 @@ _OF_THE_DISK = {
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
-class LedgerError(RuntimeError):
+class LedgerError(MoorlineError):
     """The ledger cannot do this; the message says what happened and what to do."""
 
 
@@ -53,44 +53,24 @@ class LedgerUnavailable(LedgerError):
     """The disk refused (full, read-only, failing). Nothing changed; the call may be repeated."""
 
 
-class WriterLock:
-    """An exclusive lock beside the ledger, held until ``close`` or the death of the process."""
+def lock_for_writing(path: Path) -> FileLock:
+    """Take the one writer's lock, a file beside the ledger.
 
-    def __init__(self, path: Path) -> None:
-        """Take the lock.
-
-        Raises:
-            LedgerLocked: somebody has it.
-            LedgerUnavailable: the lock file cannot be made.
-        """
-        self._path = path
-        self._file: TextIO | None = None
-        try:
-            file = path.open("a+")
-        except OSError as error:
-            raise LedgerUnavailable(
-                f"cannot open {path}: {error.strerror}: make the state directory writable"
-            ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            raise LedgerLocked(
-                f"another updater{f' (pid {holder})' if holder else ''} is using {path.parent}: "
-                "stop it, or give this one its own state_dir"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        self._file = file
-
-    def close(self) -> None:
-        """Give the lock back."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    Raises:
+        LedgerLocked: somebody has it.
+        LedgerUnavailable: the lock file cannot be made.
+    """
+    try:
+        return FileLock(path)
+    except LockHeld as error:
+        raise LedgerLocked(
+            f"another updater ({error.holder}) is using {path.parent}: stop it, or give this one "
+            "its own state_dir"
+        ) from error
+    except OSError as error:
+        raise LedgerUnavailable(
+            f"cannot open {path}: {error.strerror}: make the state directory writable"
+        ) from error
 
 
 class Database:

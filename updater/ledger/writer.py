@@ -24,7 +24,7 @@ from updater.learning.baselines import Baselines
 from updater.ledger.bodies import Bodies, BodyErased
 from updater.ledger.claims import Claims
 from updater.ledger.crashes import Crashes
-from updater.ledger.database import Database, LedgerError, WriterLock, make_home, set_meta
+from updater.ledger.database import Database, LedgerError, lock_for_writing, make_home, set_meta
 from updater.ledger.decisions import Decisions, check_release
 from updater.ledger.erasure import Eraser, Forgotten
 from updater.ledger.erasure_markers import ErasureMarkers
@@ -72,7 +72,7 @@ class Ledger(LedgerReader):
         """
         make_home(path)
         with ExitStack() as opened:
-            self._lock = WriterLock(path.with_name(f"{path.name}.lock"))
+            self._lock = lock_for_writing(path.with_name(f"{path.name}.lock"))
             opened.callback(self._lock.close)
             super().__init__(Database(path))
             opened.callback(self._database.close)

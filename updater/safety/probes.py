@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from moorline.errors import MoorlineError
 from updater.values import TokenSequence
 
 _OWN_SET = "probes.jsonl"
 
 
-class ProbesInvalid(ValueError):
+class ProbesInvalid(MoorlineError):
     """A probe file cannot be used; the message names the line and what it must hold."""
 
 
