@@ -16,18 +16,15 @@ from rich.text import Text
 from daemon.cli import status_page
 from daemon.cli.common import (
     CommandError,
-    ConfigOption,
     JsonOption,
-    SetOption,
-    StateDirOption,
     api_key,
     endpoints,
     out,
     print_json,
     running_tree,
     say,
-    settings_from,
 )
+from daemon.cli.options import with_settings
 from moorline.events import json_schemas, policy_name
 from moorline.http import ServerUnavailable, request_json
 from moorline.settings import Settings
@@ -50,14 +47,13 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel=panel)(schemas)
 
 
+@with_settings()
 def status(
+    settings: Settings,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until Ctrl-C.")] = False,
     as_json: JsonOption = False,
     server: ServerOption = None,
     updater: UpdaterOption = None,
-    config_file: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """What is served, what is being learned, and where every event ended.
 
@@ -69,7 +65,6 @@ def status(
       moorline status --watch
       moorline status --json | jq .server.policy_version
     """
-    settings = settings_from(config_file, assignments, state_dir=state_dir)
     if as_json:
         seen = _look(settings, server, updater)
         print_json(seen)
@@ -136,13 +131,12 @@ def _render(seen: dict[str, Any]) -> Any:
     return status_page.page(**{key: value for key, value in seen.items() if key != "alias"})
 
 
+@with_settings()
 def releases(
+    settings: Settings,
     as_json: JsonOption = False,
     limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
     server: ServerOption = None,
-    config_file: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Every release in the store: its measured divergences, its gate, its size.
 
@@ -152,7 +146,6 @@ def releases(
       moorline releases --limit 5
       moorline releases --json | jq '.[-1].verdict.checks'
     """
-    settings = settings_from(config_file, assignments, state_dir=state_dir)
     store = ArtifactStore(settings.store_dir)
     found = store.releases(settings.alias)
     if as_json:
@@ -181,12 +174,11 @@ def releases(
         say(f"and {len(found) - limit} older: --limit {len(found)}", style="dim")
 
 
+@with_settings()
 def config(
+    settings: Settings,
     as_json: JsonOption = False,
     changed: Annotated[bool, typer.Option("--changed", help="Only what somebody has set.")] = False,
-    config_file: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Every setting, its value and who set it. Secrets are never printed.
 
@@ -196,7 +188,6 @@ def config(
       moorline config --changed
       MOORLINE_SERVING__PORT=9000 moorline config --json | jq '."serving.port"'
     """
-    settings = settings_from(config_file, assignments, state_dir=state_dir)
     rows = {
         name: (_shown(settings, name), settings.origin_of(name)) for name, _ in leaves(Settings)
     }

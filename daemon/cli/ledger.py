@@ -13,20 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from daemon.cli.common import (
-    CommandError,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    StateDirOption,
-    endpoints,
-    err,
-    out,
-    print_json,
-    say,
-    settings_from,
-)
+from daemon.cli.common import CommandError, JsonOption, endpoints, err, out, print_json, say
 from daemon.cli.forget import forget
+from daemon.cli.options import with_settings
 from moorline.settings import Settings
 
 if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
@@ -42,14 +31,13 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Operate")(forget)
 
 
+@with_settings()
 def audit(
+    settings: Settings,
     offline: Annotated[
         bool, typer.Option("--offline", help="Only the ledger: recount it, ask no broker.")
     ] = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Do the books balance: read the stream again, and compare it with the ledger.
 
@@ -64,7 +52,6 @@ def audit(
     """
     from daemon.cli import ledger_pages as pages
 
-    settings = settings_from(config, assignments, state_dir=state_dir)
     with _inspector(settings) as inspector:
         stream = None if offline else _stream_audit(settings, inspector, quiet=as_json)
         recount = inspector.audit()
@@ -116,7 +103,9 @@ def _stream_audit(settings: Settings, inspector: LedgerInspector, *, quiet: bool
             raise CommandError(f"{error}; or audit the ledger alone: --offline") from None
 
 
+@with_settings()
 def explain(
+    settings: Settings,
     event_id: Annotated[
         str,
         typer.Argument(
@@ -125,9 +114,6 @@ def explain(
         ),
     ],
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """One event's story: when it was read, what it joined, where it ended and why.
 
@@ -141,7 +127,6 @@ def explain(
     """
     from daemon.cli import ledger_pages as pages
 
-    settings = settings_from(config, assignments, state_dir=state_dir)
     with _inspector(settings) as inspector:
         histories = inspector.histories(event_id)
         waiting = inspector.awaiting(event_id)
@@ -167,15 +152,14 @@ def explain(
         say(line)
 
 
+@with_settings()
 def lineage(
+    settings: Settings,
     version: Annotated[
         str, typer.Argument(metavar="VERSION", help="42, v000042 or assistant@v000042.")
     ],
     every: Annotated[bool, typer.Option("--all", help="List every example.")] = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """What is behind a release: its examples, its raters, its parents back to the base model.
 
@@ -187,7 +171,6 @@ def lineage(
     """
     from daemon.cli import ledger_pages as pages
 
-    settings = settings_from(config, assignments, state_dir=state_dir)
     number = _number(version)
     if number == 0:
         raise CommandError("version 0 is the base model: nothing of the stream is in it")

@@ -18,45 +18,14 @@ from rich.status import Status
 
 from daemon import tree
 from daemon.broker import BrokerError, broker_binary
-from daemon.cli.common import (
-    RUN_FILE,
-    CommandError,
-    ConfigOption,
-    RunFile,
-    SetOption,
-    StateDirOption,
-    out,
-    settings_from,
-)
+from daemon.cli.common import RUN_FILE, CommandError, RunFile, out
+from daemon.cli.options import BOOTSTRAP, MODEL, SERVING_PORT, UPDATER_PORT, with_settings
 from daemon.supervise import Notice, NoticeKind, RestartPolicy, Supervisor
 from moorline.base_model import check_model_dir
 from moorline.logs import setup_logging
 from moorline.settings import Settings, child_environment
 from moorline.systemd import Notifier
 
-ModelOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="DIR",
-        help="The base model: config.json, tokenizer, *.safetensors.",
-        rich_help_panel="Settings",
-    ),
-]
-BootstrapOption = Annotated[
-    str | None,
-    typer.Option(
-        "--bootstrap",
-        metavar="HOST:PORT",
-        help="Kafka; without it `up` starts an embedded broker (development: all in memory).",
-        rich_help_panel="Settings",
-    ),
-]
-PortOption = Annotated[
-    int | None,
-    typer.Option("--port", help="Where to listen; 0: any free port.", rich_help_panel="Settings"),
-]
 _STYLES = {
     NoticeKind.READY: "green",
     NoticeKind.CRASHED: "yellow",
@@ -78,16 +47,12 @@ def register(app: typer.Typer) -> None:
     )(demo)
 
 
+@with_settings(MODEL, SERVING_PORT, BOOTSTRAP)
 def up(
-    model: ModelOption = None,
-    port: PortOption = None,
-    bootstrap: BootstrapOption = None,
+    settings: Settings,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also show what the processes log.")
     ] = False,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Run everything on this machine: broker, server and updater, as one tree.
 
@@ -100,14 +65,6 @@ def up(
       moorline up --model models/mine --bootstrap kafka1:9092,kafka2:9092
       moorline up -c moorline.toml --set learning.batch_examples=12 --verbose
     """
-    settings = settings_from(
-        config,
-        assignments,
-        model__path=model,
-        serving__port=port,
-        stream__bootstrap=bootstrap,
-        state_dir=state_dir,
-    )
     _check_model(settings)
     if settings.stream.bootstrap is None:
         _check_embedded_broker()
@@ -248,14 +205,8 @@ def _check_embedded_broker() -> None:
         raise CommandError(str(error)) from None
 
 
-def serve(
-    model: ModelOption = None,
-    port: PortOption = None,
-    bootstrap: BootstrapOption = None,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
-) -> None:
+@with_settings(MODEL, SERVING_PORT, BOOTSTRAP)
+def serve(settings: Settings) -> None:
     """Run the server alone: the OpenAI API, on the newest or the pinned release.
 
     [bold]Examples[/]
@@ -263,26 +214,12 @@ def serve(
       moorline serve --model models/mine --bootstrap kafka1:9092
       moorline serve -c /etc/moorline/moorline.toml
     """
-    settings = settings_from(
-        config,
-        assignments,
-        model__path=model,
-        serving__port=port,
-        stream__bootstrap=bootstrap,
-        state_dir=state_dir,
-    )
     _check_model(settings)
     _run_alone(settings, "server", "serving")
 
 
-def update(
-    model: ModelOption = None,
-    port: PortOption = None,
-    bootstrap: BootstrapOption = None,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
-) -> None:
+@with_settings(MODEL, UPDATER_PORT, BOOTSTRAP)
+def update(settings: Settings) -> None:
     """Run the updater alone: consume the stream, learn, gate, release.
 
     [bold]Examples[/]
@@ -290,14 +227,6 @@ def update(
       moorline update --model models/mine --bootstrap kafka1:9092
       moorline update -c /etc/moorline/moorline.toml
     """
-    settings = settings_from(
-        config,
-        assignments,
-        model__path=model,
-        updater__port=port,
-        stream__bootstrap=bootstrap,
-        state_dir=state_dir,
-    )
     _check_model(settings)
     if settings.stream.bootstrap is None:
         raise CommandError(
