@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +17,9 @@ from rich.console import Console
 from moorline.durable import write_file
 from moorline.http import base_url
 from moorline.settings import Settings
+
+if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
+    from updater.ledger.inspection import LedgerInspector
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -103,3 +108,20 @@ def say(text: str, style: str | None = None) -> None:
 def print_json(value: Any) -> None:
     """Plain JSON on stdout, whatever the terminal."""
     typer.echo(json.dumps(value, indent=2, default=str))
+
+
+@contextmanager
+def ledger_inspector(settings: Settings) -> Iterator[LedgerInspector]:
+    """The ledger, read-only: the updater may be running or stopped.
+
+    Raises:
+        CommandError: there is no ledger, or it cannot be read.
+    """
+    from updater.ledger import LedgerError
+    from updater.ledger.inspection import LedgerInspector
+
+    try:
+        with closing(LedgerInspector(settings.ledger_path)) as inspector:
+            yield inspector
+    except LedgerError as error:
+        raise CommandError(str(error)) from None

@@ -19,7 +19,7 @@ from rich.text import Text
 from daemon import tree
 from daemon.cli.common import JsonOption, out, print_json, running_tree
 from daemon.cli.options import BOOTSTRAP, MODEL, with_settings
-from daemon.cli.status_page import size
+from daemon.cli.text import size
 from moorline.base_model import check_model_dir
 from moorline.http import PortUnavailable
 from moorline.settings import Settings
@@ -45,10 +45,6 @@ class Finding:
     health: Health
     detail: str
     remedy: str = ""
-
-
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Inspect")(doctor)
 
 
 @with_settings(MODEL, BOOTSTRAP)

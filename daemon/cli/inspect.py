@@ -29,7 +29,7 @@ from moorline.events import json_schemas, policy_name
 from moorline.http import ServerUnavailable, request_json
 from moorline.settings import Settings
 from moorline.settings_sources import leaves
-from moorline.store import ArtifactStore, StoreError
+from moorline.store import ArtifactStore, RevokedReleases, StoreError
 
 ServerOption = Annotated[
     str | None, typer.Option("--server", metavar="URL", help="Where the server listens.")
@@ -37,14 +37,6 @@ ServerOption = Annotated[
 UpdaterOption = Annotated[
     str | None, typer.Option("--updater", metavar="URL", help="Where the updater listens.")
 ]
-
-
-def register(app: typer.Typer) -> None:
-    panel = "Inspect"
-    app.command(rich_help_panel=panel)(status)
-    app.command(rich_help_panel=panel)(releases)
-    app.command(rich_help_panel=panel)(config)
-    app.command(rich_help_panel=panel)(schemas)
 
 
 @with_settings()
@@ -140,6 +132,8 @@ def releases(
 ) -> None:
     """Every release in the store: its measured divergences, its gate, its size.
 
+    A revoked release had learned from somebody who was erased: its weights are deleted.
+
     [bold]Examples[/]
 
       moorline releases
@@ -148,10 +142,17 @@ def releases(
     """
     store = ArtifactStore(settings.store_dir)
     found = store.releases(settings.alias)
+    versions = store.versions(settings.alias)
+    revoked = RevokedReleases(store).among(settings.alias, versions)
     if as_json:
-        print_json([release.model_dump(mode="json") for release in found[-limit:]])
+        print_json(
+            [
+                release.model_dump(mode="json") | {"revoked": release.version in revoked}
+                for release in found[-limit:]
+            ]
+        )
         return
-    unreadable = set(store.versions(settings.alias)) - {release.version for release in found}
+    unreadable = set(versions) - {release.version for release in found}
     if not found and not unreadable:
         say(
             f"No release of {settings.alias!r} in {settings.store_dir} yet: "
@@ -167,7 +168,11 @@ def releases(
     pin = store.pinned(settings.alias)
     out.print(
         status_page.releases_table(
-            found[-limit:], sorted(unreadable), served, pin.version if pin else None
+            found[-limit:],
+            unreadable=sorted(unreadable),
+            revoked=revoked,
+            served=served,
+            pinned=pin.version if pin else None,
         )
     )
     if len(found) > limit:

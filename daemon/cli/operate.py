@@ -20,13 +20,6 @@ from moorline.store import ArtifactStore, RevokedReleases
 _ASK_SECONDS = 0.5
 
 
-def register(app: typer.Typer) -> None:
-    panel = "Operate"
-    app.command(rich_help_panel=panel)(rollback)
-    app.command(rich_help_panel=panel)(resume)
-    app.command(rich_help_panel=panel)(feedback)
-
-
 @with_settings()
 def rollback(
     settings: Settings,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from daemon.cli.common import CommandError, JsonOption, endpoints, out, print_json, say
 from daemon.cli.options import with_settings
-from daemon.cli.status_page import ago, size
+from daemon.cli.text import ago, size
 from moorline.events import Reason
 from moorline.settings import Settings
 
@@ -25,10 +25,6 @@ if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _READY = "ready"
 _REDRIVEN = "redriven"
-
-
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Operate")(redrive)
 
 
 @with_settings()

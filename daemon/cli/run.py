@@ -35,18 +35,6 @@ _STYLES = {
 _WORDS = {NoticeKind.GAVE_UP: "gave up", NoticeKind.CRASHED: "crashed"}
 
 
-def register(app: typer.Typer) -> None:
-    panel = "Run"
-    app.command(rich_help_panel=panel)(up)
-    app.command(rich_help_panel=panel)(serve)
-    app.command(rich_help_panel=panel)(update)
-    app.command(
-        rich_help_panel=panel,
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-        add_help_option=False,
-    )(demo)
-
-
 @with_settings(MODEL, SERVING_PORT, BOOTSTRAP)
 def up(
     settings: Settings,
