@@ -79,27 +79,6 @@ def plan(settings: Settings) -> Tree:
     return Tree(tuple(children), server, updater, bootstrap, embedded)
 
 
-def alone(settings: Settings, name: str) -> Child:
-    """The server or the updater as the only child, for a service manager.
-
-    Raises:
-        ValueError: no such process.
-    """
-    module = {"server": "serving", "updater": "updater"}[name]
-    where = settings.serving if name == "server" else settings.updater
-    base = base_url(where.host, where.port)
-    drain = settings.serving.drain_seconds if name == "server" else _UPDATE_TO_END_SECONDS
-    return Child(
-        name=name,
-        argv=(sys.executable, "-m", module),
-        environment=child_environment(settings),
-        ready_url=f"{base}/readyz",
-        alive_url=f"{base}/healthz",
-        grace_seconds=drain + _STOP_MARGIN_SECONDS,
-        may_wait=name == "updater",
-    )
-
-
 def _broker(settings: Settings, port: int) -> Child:
     return Child(
         name="broker",

@@ -24,6 +24,7 @@ from moorline.base_model import check_model_dir, model_digest
 from moorline.http import base_url, port_problem
 from moorline.settings import Settings
 from moorline.stream import Publisher, SpoolLocked
+from moorline.systemd import Notifier
 from serving.lifetime import nothing_outlives_this_process
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 """What Moorline's adapters change; the parity check catches one that changes more. Without the list
 vLLM also wraps the output head, which on CPU costs most of the speed, and a request for prompt
 logprobs beside any other request then kills the engine (einsum in ``punica_cpu``)."""
+_NOTIFY_SECONDS = 1.0
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -290,6 +292,9 @@ async def _listen(
     url = base_url(*bound.getsockname()[:2])
     logger.info("listening", extra={"url": url, "policy": parts.live.name})
     print(f"moorline serving {parts.live.name} on {url}", flush=True)
+    notifier = Notifier()
+    notifier.ready(f"serving {parts.live.name} on {url}")
+    notifying = asyncio.create_task(_notify(notifier, parts, url))
     watchers = [
         asyncio.create_task(stopping.wait()),
         following,
@@ -297,13 +302,14 @@ async def _listen(
     ]
     done, _ = await asyncio.wait([http, *watchers], return_when=asyncio.FIRST_COMPLETED)
     failure = next((error for task in done if (error := task.exception())), None)
+    notifier.stopping()
     parts.readiness.why_not = "stopping"
     logger.info("stopping", extra={"requests_in_flight": parts.admission.in_flight})
     server.should_exit = True
     if failure is not None:
         server.config.timeout_graceful_shutdown = 1
     await asyncio.wait([http], timeout=drain_seconds + 2)
-    for task in (http, *watchers):
+    for task in (http, notifying, *watchers):
         task.cancel()
     if failure is not None:
         raise _engine_broke(failure)
@@ -311,6 +317,15 @@ async def _listen(
 
 def _engine_broke(error: BaseException | None) -> ServerError:
     return ServerError(f"the engine cannot go on ({error}): restarting is the remedy")
+
+
+async def _notify(notifier: Notifier, parts: Parts, url: str) -> None:
+    """Tell the service manager that the event loop turns, and what is served."""
+    while True:
+        notifier.ping()
+        if parts.readiness.why_not is None:
+            notifier.status(f"serving {parts.live.name} on {url}")
+        await asyncio.sleep(_NOTIFY_SECONDS)
 
 
 async def _until_broken(engine: Any) -> None:

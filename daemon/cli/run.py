@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -20,11 +20,10 @@ from daemon import tree
 from daemon.broker import BrokerError, broker_binary
 from daemon.cli.common import RUN_FILE, CommandError, RunFile, out
 from daemon.cli.options import BOOTSTRAP, MODEL, SERVING_PORT, UPDATER_PORT, with_settings
-from daemon.supervise import Notice, NoticeKind, RestartPolicy, Supervisor
+from daemon.supervise import Notice, NoticeKind, Supervisor
 from moorline.base_model import check_model_dir
 from moorline.logs import setup_logging
 from moorline.settings import Settings, child_environment
-from moorline.systemd import Notifier
 
 _STYLES = {
     NoticeKind.READY: "green",
@@ -203,7 +202,7 @@ def serve(settings: Settings) -> None:
       moorline serve -c /etc/moorline/moorline.toml
     """
     _check_model(settings)
-    _run_alone(settings, "server", "serving")
+    _become(settings, "serving")
 
 
 @with_settings(MODEL, UPDATER_PORT, BOOTSTRAP)
@@ -220,28 +219,15 @@ def update(settings: Settings) -> None:
         raise CommandError(
             "the updater needs a broker: give --bootstrap HOST:PORT, or run `moorline up`"
         )
-    _run_alone(settings, "updater", "updater")
+    _become(settings, "updater")
 
 
-def _run_alone(settings: Settings, name: str, module: str) -> None:
-    """Become the process; under systemd stay in front of it, to report readiness and life."""
+def _become(settings: Settings, module: str) -> NoReturn:
+    """Replace this process, so that a service manager talks to the one that does the work."""
     with suppress(FileExistsError):
         settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not Notifier().active:
-        sys.stdout.flush()
-        environment = child_environment(settings)
-        os.execve(sys.executable, [sys.executable, "-m", module], environment)
-    setup_logging(settings, name)
-    where = settings.serving if name == "server" else settings.updater
-    if where.port == 0:
-        raise CommandError("a service needs a fixed port: set serving.port or updater.port")
-    supervisor = Supervisor(
-        [tree.alone(settings, name)],
-        settings.state_dir / "logs",
-        echo=_echo,
-        restart=RestartPolicy(give_up_after=1),  # restarting is the service manager's business
-    )
-    raise typer.Exit(supervisor.run())
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", module], child_environment(settings))
 
 
 def demo(context: typer.Context) -> None:

@@ -363,6 +363,20 @@ def test_update_without_a_broker_is_one_line(state: Path, model: Path) -> None:
     assert "--bootstrap" in refusal("update", "--model", str(model), state=state)
 
 
+@pytest.mark.parametrize(("verb", "module"), [("serve", "serving"), ("update", "updater")])
+def test_a_service_becomes_the_process_that_speaks_to_systemd(
+    verb: str, module: str, state: Path, model: Path
+) -> None:
+    arguments = ["--model", str(model), "--bootstrap", "127.0.0.1:1", "--set", "alias=other"]
+    with mock.patch.object(os, "execve") as become:
+        moorline(verb, *arguments, state=state, NOTIFY_SOCKET="@systemd", WATCHDOG_USEC="1000")
+    (program, argv, environment), _ = become.call_args
+    assert (program, *argv) == (sys.executable, sys.executable, "-m", module)
+    assert environment["NOTIFY_SOCKET"] == "@systemd"
+    assert environment["WATCHDOG_USEC"] == "1000"
+    assert environment["MOORLINE_ALIAS"] == "other"
+
+
 # --- status and releases -----------------------------------------------------------------------
 
 
