@@ -1,4 +1,4 @@
-"""One supervised process: started in its own group, watched, its output kept, stopped for good."""
+"""One supervised process: started in a group of its own, watched, logged, and stopped."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class Child:
     ready_url: str | None = None
     """``http://...`` (200 is ready) or ``tcp://host:port`` (accepts is ready); None: at once."""
     alive_url: str | None = None
-    """Polled; once ready, anything but 200 for ``hang_seconds`` is a crash."""
+    """Polled; a ready child that has not answered 200 for ``hang_seconds`` has crashed."""
     grace_seconds: float = 10.0
     """From SIGTERM to SIGKILL."""
     ready_timeout_seconds: float = 900.0
     hang_seconds: float = 120.0
     may_wait: bool = False
-    """Alive, it may be not ready for as long as it likes: what it waits for is elsewhere."""
+    """Not being ready is no crash while it is alive: it waits for something elsewhere."""
     essential: bool = True
-    """Whether the others must stop when this one cannot run. Learning is not: replies go on."""
+    """Whether all must stop when this one cannot run; replies go on without the updater."""
 
 
 class ChildProcess:
@@ -96,7 +96,7 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Also the process group."""
+        """The process id, which is that of its group too."""
         return self._process.pid
 
     @property
@@ -109,12 +109,12 @@ class ChildProcess:
 
     @property
     def silent_seconds(self) -> float:
-        """Since it last said that it is alive (or ready), or was started."""
+        """Time since it last answered a probe, or was started."""
         return time.monotonic() - self.heard_at
 
     @property
     def hung(self) -> bool:
-        """Whether it was ready and has not been heard of for too long."""
+        """Whether it was ready and has not answered for too long."""
         watched = self.ready and self.child.alive_url is not None
         return watched and self.silent_seconds > self.child.hang_seconds
 
@@ -124,18 +124,18 @@ class ChildProcess:
         waited = self.silent_seconds if self.child.may_wait else self.age_seconds
         return not self.ready and waited > self.child.ready_timeout_seconds
 
-    def last_words(self) -> str:
-        """The last line that it wrote, for a person to read."""
+    def last_line(self) -> str:
+        """The last line of its output that is not blank."""
         self._pump.join(timeout=1.0)
         return next((line for line in reversed(self._last_lines) if line.strip()), "").strip()
 
     def terminate(self) -> None:
-        """Ask it to end. Only its main process: that one stops its own workers in its own order."""
+        """Send SIGTERM to its main process, which stops its own workers in its own order."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
     def finish(self) -> int:
-        """End whatever is left of the process (at once) and of its group; the exit code."""
+        """Kill what is left of the process and of its group; returns the exit code."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
