@@ -1,4 +1,4 @@
-"""One supervised process: started in its own group, watched, its output kept, stopped for good."""
+"""One supervised process: started in a group of its own, watched, logged, and stopped."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -30,6 +31,8 @@ _PROBE_INTERVAL_SECONDS = 0.2
 _ALIVE_INTERVAL_SECONDS = 5.0
 _LEFTOVERS_GRACE_SECONDS = 2.0
 _LONGEST_LINE_BYTES = 65_536
+_LOG_MAX_BYTES = 20 * 2**20
+_LOG_BACKUPS = 3
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,15 @@ class Child:
     ready_url: str | None = None
     """``http://...`` (200 is ready) or ``tcp://host:port`` (accepts is ready); None: at once."""
     alive_url: str | None = None
-    """Polled; once ready, anything but 200 for ``hang_seconds`` is a crash."""
+    """Polled; a ready child that has not answered 200 for ``hang_seconds`` has crashed."""
     grace_seconds: float = 10.0
     """From SIGTERM to SIGKILL."""
     ready_timeout_seconds: float = 900.0
     hang_seconds: float = 120.0
     may_wait: bool = False
-    """Alive, it may be not ready for as long as it likes: what it waits for is elsewhere."""
+    """Not being ready is no crash while it is alive: it waits for something elsewhere."""
     essential: bool = True
-    """Whether the others must stop when this one cannot run. Learning is not: replies go on."""
+    """Whether all must stop when this one cannot run; replies go on without the updater."""
 
 
 class ChildProcess:
@@ -93,7 +96,7 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Also the process group."""
+        """The process id, which is that of its group too."""
         return self._process.pid
 
     @property
@@ -106,12 +109,12 @@ class ChildProcess:
 
     @property
     def silent_seconds(self) -> float:
-        """Since it last said that it is alive (or ready), or was started."""
+        """Time since it last answered a probe, or was started."""
         return time.monotonic() - self.heard_at
 
     @property
     def hung(self) -> bool:
-        """Whether it was ready and has not been heard of for too long."""
+        """Whether it was ready and has not answered for too long."""
         watched = self.ready and self.child.alive_url is not None
         return watched and self.silent_seconds > self.child.hang_seconds
 
@@ -121,18 +124,18 @@ class ChildProcess:
         waited = self.silent_seconds if self.child.may_wait else self.age_seconds
         return not self.ready and waited > self.child.ready_timeout_seconds
 
-    def last_words(self) -> str:
-        """The last line that it wrote, for a person to read."""
+    def last_line(self) -> str:
+        """The last line of its output that is not blank."""
         self._pump.join(timeout=1.0)
         return next((line for line in reversed(self._last_lines) if line.strip()), "").strip()
 
     def terminate(self) -> None:
-        """Ask it to end. Only its main process: that one stops its own workers in its own order."""
+        """Send SIGTERM to its main process, which stops its own workers in its own order."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
     def finish(self) -> int:
-        """End whatever is left of the process (at once) and of its group; the exit code."""
+        """Kill what is left of the process and of its group; returns the exit code."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -144,15 +147,18 @@ class ChildProcess:
         return code
 
     def _keep_output(self, output: BinaryIO, echo: Callable[[str, str], None]) -> None:
-        log = RotatedFile(self.log_path)
+        with contextlib.suppress(OSError):  # then each line says that it is lost
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = OutputFile(self.log_path)
         with output:
             for raw in iter(lambda: output.readline(_LONGEST_LINE_BYTES), b""):
-                log.write(raw)
                 line = raw.decode(errors="replace").rstrip("\n")
+                log.add(line)
                 self._last_lines.append(line)
                 with contextlib.suppress(OSError, ValueError):  # nobody listens: keep reading,
                     echo(self.child.name, line)  # or the child would block on a full pipe
-        log.close()
+        with contextlib.suppress(OSError):
+            log.close()
 
     def _watch_ready(self, url: str) -> None:
         while not self.ready and not self._ended.wait(_PROBE_INTERVAL_SECONDS):
@@ -184,39 +190,44 @@ def answers(url: str) -> bool:
         return False
 
 
-class RotatedFile:
-    """An append-only log of bounded size; a full disk costs log lines, never the process."""
+class OutputFile(RotatingFileHandler):
+    """The output of one child, of bounded size; a full disk costs lines, never the process."""
 
-    def __init__(self, path: Path, max_bytes: int = 20 * 2**20, backups: int = 3) -> None:
-        self._path = path
-        self._max_bytes = max_bytes
-        self._backups = backups
-        self._file: BinaryIO | None = None
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            path,
+            maxBytes=_LOG_MAX_BYTES,
+            backupCount=_LOG_BACKUPS,
+            encoding="utf-8",
+            errors="replace",
+            delay=True,
+        )
+        self._lost_lines = 0
 
-    def write(self, line: bytes) -> None:
-        try:
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("ab", buffering=0)
-            elif self._file.tell() > self._max_bytes:
-                self._rotate()
-            if self._file is not None:
-                self._file.write(line)
-        except OSError as error:
-            logger.warning("log line lost", extra={"path": str(self._path), "error": str(error)})
+    def add(self, line: str) -> None:
+        lost_before = self._lost_lines
+        self.handle(logging.makeLogRecord({"msg": line}))
+        if lost_before and self._lost_lines == lost_before:
+            self._lost_lines = 0
+            logger.warning(
+                "child output is written to its log file again",
+                extra={
+                    "event": "child_output_kept_again",
+                    "path": self.baseFilename,
+                    "count": lost_before,
+                },
+            )
 
-    def _rotate(self) -> None:
-        self.close()
-        for number in range(self._backups, 0, -1):
-            source = self._numbered(number - 1)
-            if source.exists():
-                source.replace(self._numbered(number))
-        self._file = self._path.open("ab", buffering=0)
-
-    def _numbered(self, number: int) -> Path:
-        return self._path.with_name(f"{self._path.name}.{number}") if number else self._path
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Called by ``emit`` for whatever it raised."""
+        del record
+        self._lost_lines += 1
+        if self._lost_lines == 1:
+            logger.warning(
+                "cannot write child output to its log file, lines are lost",
+                extra={
+                    "event": "child_output_lost",
+                    "path": self.baseFilename,
+                    "error": str(sys.exc_info()[1]),
+                },
+            )

@@ -34,7 +34,7 @@ _STARTING_GRACE_SECONDS = 5.0
 
 
 class NoticeKind(StrEnum):
-    """What a supervisor has to say of a child."""
+    """What happens to a child."""
 
     STARTING = "starting"
     READY = "ready"
@@ -45,6 +45,19 @@ class NoticeKind(StrEnum):
     KILLED = "killed"
     """Did not stop within its grace."""
     STOPPED = "stopped"
+
+
+_SENTENCES = {
+    NoticeKind.STARTING: "process is starting",
+    NoticeKind.READY: "process is ready",
+    NoticeKind.CRASHED: "process ended or hung, it will be started again",
+    NoticeKind.GAVE_UP: "process crashes again and again, giving up",
+    NoticeKind.STOPPING: "process is asked to stop",
+    NoticeKind.KILLED: "process did not stop in time, it was killed",
+    NoticeKind.STOPPED: "process has stopped",
+}
+_SERIOUS = (NoticeKind.CRASHED, NoticeKind.GAVE_UP, NoticeKind.KILLED)
+_REAPER_GONE = "the helper that stops processes left behind by a killed supervisor has ended"
 
 
 @dataclass(frozen=True)
@@ -63,15 +76,15 @@ class RestartPolicy:
     first_delay_seconds: float = 0.5
     max_delay_seconds: float = 30.0
     stable_seconds: float = 60.0
-    """A child that ran for so long crashed by chance, not by construction: the count restarts."""
+    """After a run of this length a crash is the first of a new count."""
     give_up_after: int = 5
-    """Crashes in a row, each before ``stable_seconds``."""
+    """So many crashes in a row, each before ``stable_seconds``, are enough."""
     rest_seconds: float = 300.0
-    """Then a child that is not essential is tried again after so long."""
+    """A child that is not essential is tried again this long after it was given up."""
 
 
 class _Slot:
-    """One child's place in the tree, over all its incarnations."""
+    """A child and its state, which outlives each of its processes."""
 
     def __init__(self, child: Child) -> None:
         self.child = child
@@ -84,19 +97,19 @@ class _Slot:
 
     @property
     def settled(self) -> bool:
-        """Whether the next in order may start."""
+        """Whether the next child in order may start."""
         return self.ever_ready or (self.gave_up and not self.child.essential)
 
 
 class Supervisor:
-    """Runs the tree in the main thread until a signal or a hopeless child ends it.
+    """Runs the tree in the main thread until a signal comes or an essential child is given up.
 
     Args:
         children: in starting order; each waits until those before it were ready once.
         log_dir: ``<name>.log`` of each child, rotated.
-        notify: told of everything that happens to a child.
-        echo: also given every output line (name, line), on other threads.
-        on_ready: called once, when every child was ready (or a needless one was given up).
+        notify: called with everything that happens to a child.
+        echo: called with every output line (name, line), on other threads.
+        on_ready: called once, when every child was ready (or given up, if it is not essential).
     """
 
     def __init__(
@@ -147,7 +160,7 @@ class Supervisor:
     # --- running -------------------------------------------------------------------------------
 
     def _tick(self) -> bool:
-        """Look at every child once; False when an essential one is hopeless."""
+        """Start and check every child once; False when an essential one was given up."""
         for slot in self._slots:
             if slot.process is None:
                 if (
@@ -164,14 +177,14 @@ class Supervisor:
         return True
 
     def _start(self, slot: _Slot) -> None:
-        self._say(NoticeKind.STARTING, slot)
+        self._report(NoticeKind.STARTING, slot)
         path = self._log_dir / f"{slot.child.name}.log"
         slot.announced_ready = False
         try:
             slot.process = ChildProcess(slot.child, path, self._echo)
         except OSError as error:  # no memory or no process left: the others must go on
             slot.start_at = time.monotonic() + self._restart.max_delay_seconds
-            self._say(NoticeKind.CRASHED, slot, f"cannot be started: {error.strerror}")
+            self._report(NoticeKind.CRASHED, slot, f"cannot be started: {error.strerror}")
             return
         self._order_reaper(f"+{slot.process.pid}\n")
 
@@ -182,7 +195,7 @@ class Supervisor:
         if process.ready and not slot.announced_ready:
             slot.announced_ready = slot.ever_ready = True
             slot.gave_up = False
-            self._say(NoticeKind.READY, slot, f"after {process.age_seconds:.1f} s")
+            self._report(NoticeKind.READY, slot, f"after {process.age_seconds:.1f} s")
         if process.stuck:
             why = f"not ready after {slot.child.ready_timeout_seconds:.0f} s"
             return self._crashed(slot, process, why)
@@ -194,22 +207,22 @@ class Supervisor:
     def _crashed(
         self, slot: _Slot, process: ChildProcess, why: str, *, refused: bool = False
     ) -> bool:
-        """Clear up after a child and plan its restart; False when there is no hope."""
+        """Clear up after a child and plan its restart; False when everything must stop."""
         was_stable = process.ready and process.age_seconds >= self._restart.stable_seconds
         code = process.finish()
         self._order_reaper(f"-{process.pid}\n")
         slot.process = None
         slot.crashes = 1 if was_stable else slot.crashes + 1
-        words = process.last_words()
-        text = f"{why}: {words}" if words else why
-        # It said no by itself before it ever worked: the same start would get the same answer.
+        last_line = process.last_line()
+        text = f"{why}: {last_line}" if last_line else why
+        # It refused to start and was never ready: the same start would be refused again.
         hopeless = code == EXIT_CONFIG or (refused and not slot.ever_ready)
         if not hopeless and slot.crashes < self._restart.give_up_after:
             doublings = slot.crashes - 1
             delay = self._restart.first_delay_seconds * 2.0**doublings
             delay = min(delay, self._restart.max_delay_seconds)
             slot.start_at = time.monotonic() + delay
-            self._say(NoticeKind.CRASHED, slot, f"{text} (again in {delay:.1f} s)")
+            self._report(NoticeKind.CRASHED, slot, f"{text} (again in {delay:.1f} s)")
             return True
         return self._give_up(slot, process, text, retry=code != EXIT_CONFIG)
 
@@ -220,7 +233,7 @@ class Supervisor:
         after = f"; the others go on, next try in {rest:.0f} s" if rest else ""
         slot.gave_up = True
         slot.start_at = time.monotonic() + rest if rest else 0.0
-        self._say(NoticeKind.GAVE_UP, slot, f"{text} [log: {process.log_path}]{after}")
+        self._report(NoticeKind.GAVE_UP, slot, f"{text} [log: {process.log_path}]{after}")
         return not slot.child.essential
 
     def _announce_all_ready(self) -> None:
@@ -233,12 +246,12 @@ class Supervisor:
     # --- stopping ------------------------------------------------------------------------------
 
     def _stop_all(self) -> None:
-        """Last started first; each has its grace, unless a second signal says now."""
+        """Stop the last started first; a second signal ends the grace of all."""
         for slot in reversed(self._slots):
             process = slot.process
             if process is None:
                 continue
-            self._say(NoticeKind.STOPPING, slot)
+            self._report(NoticeKind.STOPPING, slot)
             process.terminate()
             # What never was ready has nothing to bring to an end.
             grace = slot.child.grace_seconds if process.ready else _STARTING_GRACE_SECONDS
@@ -250,15 +263,19 @@ class Supervisor:
             process.finish()
             self._order_reaper(f"-{process.pid}\n")
             slot.process = None
-            self._say(NoticeKind.KILLED if too_slow else NoticeKind.STOPPED, slot)
+            self._report(NoticeKind.KILLED if too_slow else NoticeKind.STOPPED, slot)
 
     # --- helpers -------------------------------------------------------------------------------
 
-    def _say(self, kind: NoticeKind, slot: _Slot, text: str = "") -> None:
-        serious = {NoticeKind.CRASHED, NoticeKind.GAVE_UP, NoticeKind.KILLED}
-        level = logging.WARNING if kind in serious else logging.INFO
-        extra = {"child": slot.child.name} | ({"detail": text} if text else {})
-        logger.log(level, f"child {kind}", extra=extra)  # noqa: G004 - a closed vocabulary
+    def _report(self, kind: NoticeKind, slot: _Slot, text: str = "") -> None:
+        """Log it, and tell the service manager and whoever watches."""
+        extra: dict[str, str | int] = {"event": f"child_{kind}", "child": slot.child.name}
+        if text:
+            extra["reason"] = text
+        if slot.crashes:
+            extra["crashes"] = slot.crashes
+        level = logging.WARNING if kind in _SERIOUS else logging.INFO
+        logger.log(level, _SENTENCES[kind], extra=extra)
         self._service.status(f"{slot.child.name} {kind}")
         if self._notify is not None:
             with contextlib.suppress(OSError):  # the terminal may be gone; the tree is not
@@ -279,7 +296,7 @@ class Supervisor:
             self._reaper.stdin.write(order.encode())
             self._reaper.stdin.flush()
         except BrokenPipeError:  # somebody killed it; children still die with us by the kernel
-            logger.warning("reaper is gone")
+            logger.warning(_REAPER_GONE, extra={"event": "reaper_gone"})
 
     def _end_reaper(self) -> None:
         assert self._reaper is not None
@@ -287,7 +304,7 @@ class Supervisor:
         try:
             self._reaper.stdin.close()
         except BrokenPipeError:
-            logger.warning("reaper is gone")
+            logger.warning(_REAPER_GONE, extra={"event": "reaper_gone"})
         self._reaper.wait()
 
 

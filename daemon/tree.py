@@ -15,12 +15,12 @@ _STOP_MARGIN_SECONDS = 15.0
 _YIELDING = {"OMP_WAIT_POLICY": "PASSIVE"}
 """The updater's idle threads sleep instead of spinning: the server wants those cores."""
 _UPDATE_TO_END_SECONDS = 60.0
-"""The updater finishes the update that is under way; if it cannot, the next start makes it anew."""
+"""For the update that is under way; one that takes longer is made again by the next start."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A plan: the children and where they will listen."""
+    """The children in starting order, and where they will listen."""
 
     children: tuple[Child, ...]
     server: str
@@ -30,7 +30,9 @@ class Tree:
 
 
 def plan(settings: Settings) -> Tree:
-    """broker (unless one is configured) -> server -> updater, on ports that are free now.
+    """Plan the embedded broker (unless one is configured), the server and the updater.
+
+    Ports that are set to 0 become ports that are free now.
 
     Raises:
         PortUnavailable: a configured port is taken.
@@ -50,7 +52,7 @@ def plan(settings: Settings) -> Tree:
         broker_port = claim_port("127.0.0.1", 0, "stream.bootstrap")
         bootstrap = f"127.0.0.1:{broker_port}"
         children.append(_broker(settings, broker_port))
-        # Its topics are gone whenever it restarts, which is not the operator's doing.
+        # Its topics are gone after a restart, and the updater must not refuse new ones then.
         extra["MOORLINE_STREAM__BOOTSTRAP"] = bootstrap
         extra["MOORLINE_STREAM__ACCEPT_NEW_TOPICS"] = "true"
     environment = child_environment(settings, **extra)
@@ -79,27 +81,6 @@ def plan(settings: Settings) -> Tree:
     return Tree(tuple(children), server, updater, bootstrap, embedded)
 
 
-def alone(settings: Settings, name: str) -> Child:
-    """The server or the updater as the only child, for a service manager.
-
-    Raises:
-        ValueError: no such process.
-    """
-    module = {"server": "serving", "updater": "updater"}[name]
-    where = settings.serving if name == "server" else settings.updater
-    base = base_url(where.host, where.port)
-    drain = settings.serving.drain_seconds if name == "server" else _UPDATE_TO_END_SECONDS
-    return Child(
-        name=name,
-        argv=(sys.executable, "-m", module),
-        environment=child_environment(settings),
-        ready_url=f"{base}/readyz",
-        alive_url=f"{base}/healthz",
-        grace_seconds=drain + _STOP_MARGIN_SECONDS,
-        may_wait=name == "updater",
-    )
-
-
 def _broker(settings: Settings, port: int) -> Child:
     return Child(
         name="broker",
@@ -107,13 +88,13 @@ def _broker(settings: Settings, port: int) -> Child:
         environment=child_environment(settings),
         ready_url=f"tcp://127.0.0.1:{port}",
         grace_seconds=5.0,
-        # Replies never need it, and what it would have carried waits in the server's spool.
+        # The server replies without it, and keeps events in its spool until it is back.
         essential=False,
     )
 
 
 def claim_port(host: str, port: int, setting: str) -> int:
-    """``port`` if it can be listened on, any free one for 0.
+    """``port`` itself if it can be listened on; any free one for 0.
 
     Raises:
         PortUnavailable: with the setting to change.

@@ -17,16 +17,17 @@ class Notifier:
         # Twice per deadline, as systemd advises.
         self._ping_seconds = watchdog_microseconds / 2e6 or None
         self._pinged_at = float("-inf")
-
-    @property
-    def active(self) -> bool:
-        return bool(self._address)
+        self._status = ""
 
     def ready(self, status: str) -> None:
+        self._status = status
         self._send(f"READY=1\nSTATUS={status}")
 
     def status(self, text: str) -> None:
-        self._send(f"STATUS={text}")
+        """What `systemctl status` shows; call often, it sends only what is new."""
+        if text != self._status:
+            self._status = text
+            self._send(f"STATUS={text}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1\nSTATUS=stopping")

@@ -26,6 +26,7 @@ from moorline.errors import MoorlineError
 from moorline.http import base_url, port_problem
 from moorline.settings import Settings
 from moorline.stream import Publisher, SpoolLocked
+from moorline.systemd import Notifier
 from serving.lifetime import nothing_outlives_this_process
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ MEMORY_BESIDE_WEIGHTS_BYTES = 1.5 * 2**30
 """Two Python processes with torch and vLLM, measured on CPU."""
 PUBLISHER_CLOSE_SECONDS = 5.0
 """To deliver the last events; what is left stays in the spool."""
+_NOTIFY_SECONDS = 1.0
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -293,6 +295,9 @@ async def _listen(
         "listening", extra={"event": "listening", "url": url, "version": parts.live.version}
     )
     print(f"moorline serving {parts.live.name} on {url}", flush=True)
+    notifier = Notifier()
+    notifier.ready(f"serving {parts.live.name} on {url}")
+    notifying = asyncio.create_task(_notify(notifier, parts, url))
     watchers = [
         asyncio.create_task(stopping.wait()),
         following,
@@ -300,6 +305,7 @@ async def _listen(
     ]
     done, _ = await asyncio.wait([http, *watchers], return_when=asyncio.FIRST_COMPLETED)
     failure = next((error for task in done if (error := task.exception())), None)
+    notifier.stopping()
     parts.readiness.why_not = "stopping"
     logger.info(
         "stopping: running replies may end",
@@ -309,7 +315,7 @@ async def _listen(
     if failure is not None:
         server.config.timeout_graceful_shutdown = 1
     await asyncio.wait([http], timeout=drain_seconds + 2)
-    for task in (http, *watchers):
+    for task in (http, notifying, *watchers):
         task.cancel()
     if failure is not None:
         raise _engine_broke(failure)
@@ -317,6 +323,15 @@ async def _listen(
 
 def _engine_broke(error: BaseException | None) -> ServerError:
     return ServerError(f"the engine cannot go on ({error}): restarting is the remedy")
+
+
+async def _notify(notifier: Notifier, parts: Parts, url: str) -> None:
+    """Tell the service manager that the event loop turns, and what is served."""
+    while True:
+        notifier.ping()
+        if parts.readiness.why_not is None:
+            notifier.status(f"serving {parts.live.name} on {url}")
+        await asyncio.sleep(_NOTIFY_SECONDS)
 
 
 async def _until_broken(engine: Any) -> None:

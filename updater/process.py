@@ -92,13 +92,14 @@ class Updater:
         """Cycle until SIGTERM or SIGINT; an update that is under way is finished first."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._notifier.ready("learning")
+        self._notifier.ready("loaded")
         topics_exist = False
         while not self._stopping:
             topics_exist = topics_exist or self._ensure_topics()
             self._loop.cycle()
             with contextlib.suppress(LedgerUnavailable):  # then the page shows what it showed
                 self._snapshot = self._status()
+            self._notifier.status(str(self._progress.phase))
             if self._progress.phase in UNAVAILABLE:
                 self._rest(_RETRY_SECONDS)
         self._notifier.stopping()

@@ -5,13 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
-from daemon.cli import doctor, inspect, ledger, operate, redrive, run
+from daemon.cli.audit import audit
 from daemon.cli.common import err
+from daemon.cli.doctor import doctor
+from daemon.cli.explain import explain
+from daemon.cli.forget import forget
+from daemon.cli.inspect import config, releases, schemas, status
+from daemon.cli.lineage import lineage
+from daemon.cli.operate import feedback, resume, rollback
+from daemon.cli.redrive import redrive
+from daemon.cli.run import demo, serve, up, update
 from moorline.errors import MoorlineError
 
 app = typer.Typer(
@@ -45,12 +54,19 @@ def _root(
     del show_version
 
 
-run.register(app)
-inspect.register(app)
-operate.register(app)
-redrive.register(app)
-doctor.register(app)
-ledger.register(app)
+_VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Run": (up, serve, update),
+    "Inspect": (status, releases, config, schemas, doctor, audit, explain, lineage),
+    "Operate": (rollback, resume, feedback, redrive, forget),
+}
+for _panel, _verbs in _VERBS.items():
+    for _verb in _verbs:
+        app.command(rich_help_panel=_panel)(_verb)
+app.command(
+    rich_help_panel="Run",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)(demo)
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
-"""What every verb shares: its settings options, its console, and how it fails."""
+"""What the verbs share: the console, the error for one line, and where to ask."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,69 +17,22 @@ from rich.console import Console
 from moorline.durable import write_file
 from moorline.errors import MoorlineError
 from moorline.http import base_url
-from moorline.settings import Settings, load_settings
+from moorline.settings import Settings
+
+if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
+    from updater.ledger.inspection import LedgerInspector
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 RUN_FILE = "run.json"
-_PANEL = "Settings"
 
 
 class CommandError(MoorlineError):
     """A verb cannot do what was asked: one line, "what happened: remedy"."""
 
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="FILE",
-        help="Settings file (TOML); else the one that $MOORLINE_CONFIG names.",
-        rich_help_panel=_PANEL,
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="Any setting, such as learning.batch_examples=12; repeat at will. "
-        "`moorline config` lists all.",
-        rich_help_panel=_PANEL,
-    ),
-]
-StateDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--state-dir",
-        metavar="DIR",
-        help="Where ledger, releases, spool and logs live.",
-        rich_help_panel=_PANEL,
-    ),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-
-
-def settings_from(config: Path | None, assignments: Sequence[str] | None, **named: Any) -> Settings:
-    """The settings of one command line.
-
-    Args:
-        assignments: ``NAME=VALUE`` of ``--set``; stronger than everything else.
-        named: values of options, dots written as double underscores (``serving__port=8000``).
-
-    Raises:
-        SettingsError: with the one line for the user.
-        typer.BadParameter: an assignment without ``=``.
-    """
-    overrides = {name.replace("__", "."): value for name, value in named.items()}
-    for assignment in assignments or ():
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{assignment!r} is not NAME=VALUE", param_hint="--set")
-        overrides[name.strip()] = value
-    return load_settings(config, overrides)
 
 
 class RunFile(BaseModel):
@@ -155,3 +109,20 @@ def say(text: str, style: str | None = None) -> None:
 def print_json(value: Any) -> None:
     """Plain JSON on stdout, whatever the terminal."""
     typer.echo(json.dumps(value, indent=2, default=str))
+
+
+@contextmanager
+def ledger_inspector(settings: Settings) -> Iterator[LedgerInspector]:
+    """The ledger, read-only: the updater may be running or stopped.
+
+    Raises:
+        CommandError: there is no ledger, or it cannot be read.
+    """
+    from updater.ledger import LedgerError
+    from updater.ledger.inspection import LedgerInspector
+
+    try:
+        with closing(LedgerInspector(settings.ledger_path)) as inspector:
+            yield inspector
+    except LedgerError as error:
+        raise CommandError(str(error)) from None

@@ -17,18 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon import tree
-from daemon.cli.common import (
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    StateDirOption,
-    out,
-    print_json,
-    running_tree,
-    settings_from,
-)
-from daemon.cli.run import BootstrapOption, ModelOption
-from daemon.cli.status_page import size
+from daemon.cli.common import JsonOption, out, print_json, running_tree
+from daemon.cli.options import BOOTSTRAP, MODEL, with_settings
+from daemon.cli.text import size
 from moorline.base_model import ModelInvalid, check_model_dir
 from moorline.http import PortUnavailable
 from moorline.settings import Settings
@@ -56,17 +47,10 @@ class Finding:
     remedy: str = ""
 
 
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Inspect")(doctor)
-
-
+@with_settings(MODEL, BOOTSTRAP)
 def doctor(
-    model: ModelOption = None,
-    bootstrap: BootstrapOption = None,
+    settings: Settings,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Check this machine and these settings: what would stop a start, and the remedy.
 
@@ -77,13 +61,6 @@ def doctor(
       moorline doctor --model models/mine
       moorline doctor -c moorline.toml --json
     """
-    settings = settings_from(
-        config,
-        assignments,
-        model__path=model,
-        stream__bootstrap=bootstrap,
-        state_dir=state_dir,
-    )
     findings = examine(settings)
     if as_json:
         print_json([asdict(finding) for finding in findings])

@@ -16,18 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
-from daemon.cli.common import (
-    CommandError,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    StateDirOption,
-    endpoints,
-    err,
-    print_json,
-    say,
-    settings_from,
-)
+from daemon.cli.common import CommandError, JsonOption, endpoints, err, print_json, say
+from daemon.cli.options import with_settings
 from moorline.events import Erasure, policy_name, user_digest
 from moorline.pseudonyms import Pseudonyms
 from moorline.settings import Settings
@@ -38,7 +28,9 @@ if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
 _ASK_SECONDS = 0.5
 
 
+@with_settings()
 def forget(
+    settings: Settings,
     user: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,9 +62,6 @@ def forget(
         float, typer.Option(min=0, metavar="SECONDS", help="For a running updater to carry it out.")
     ] = 120.0,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Erase a person: nobody can read what they wrote, and nothing more is learned from it.
 
@@ -88,7 +77,6 @@ def forget(
       moorline forget --tenant acme
       moorline forget --interaction chatcmpl-8f3a
     """
-    settings = settings_from(config, assignments, state_dir=state_dir)
     erasure = _erasure(settings, user or (), tenant, interaction, revoke=revoke)
     before = _preview(settings, erasure)
     if not as_json:

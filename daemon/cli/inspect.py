@@ -16,23 +16,20 @@ from rich.text import Text
 from daemon.cli import status_page
 from daemon.cli.common import (
     CommandError,
-    ConfigOption,
     JsonOption,
-    SetOption,
-    StateDirOption,
     api_key,
     endpoints,
     out,
     print_json,
     running_tree,
     say,
-    settings_from,
 )
+from daemon.cli.options import with_settings
 from moorline.events import json_schemas, policy_name
 from moorline.http import ServerUnavailable, request_json
 from moorline.settings import Settings
 from moorline.settings_sources import leaves
-from moorline.store import ArtifactStore, StoreError
+from moorline.store import ArtifactStore, RevokedReleases, StoreError
 
 ServerOption = Annotated[
     str | None, typer.Option("--server", metavar="URL", help="Where the server listens.")
@@ -42,22 +39,13 @@ UpdaterOption = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    panel = "Inspect"
-    app.command(rich_help_panel=panel)(status)
-    app.command(rich_help_panel=panel)(releases)
-    app.command(rich_help_panel=panel)(config)
-    app.command(rich_help_panel=panel)(schemas)
-
-
+@with_settings()
 def status(
+    settings: Settings,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until Ctrl-C.")] = False,
     as_json: JsonOption = False,
     server: ServerOption = None,
     updater: UpdaterOption = None,
-    config_file: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """What is served, what is being learned, and where every event ended.
 
@@ -69,7 +57,6 @@ def status(
       moorline status --watch
       moorline status --json | jq .server.policy_version
     """
-    settings = settings_from(config_file, assignments, state_dir=state_dir)
     if as_json:
         seen = _look(settings, server, updater)
         print_json(seen)
@@ -136,15 +123,16 @@ def _render(seen: dict[str, Any]) -> Any:
     return status_page.page(**{key: value for key, value in seen.items() if key != "alias"})
 
 
+@with_settings()
 def releases(
+    settings: Settings,
     as_json: JsonOption = False,
     limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
     server: ServerOption = None,
-    config_file: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Every release in the store: its measured divergences, its gate, its size.
+
+    A revoked release had learned from somebody who was erased: its weights are deleted.
 
     [bold]Examples[/]
 
@@ -152,13 +140,19 @@ def releases(
       moorline releases --limit 5
       moorline releases --json | jq '.[-1].verdict.checks'
     """
-    settings = settings_from(config_file, assignments, state_dir=state_dir)
     store = ArtifactStore(settings.store_dir)
     found = store.releases(settings.alias)
+    versions = store.versions(settings.alias)
+    revoked = RevokedReleases(store).among(settings.alias, versions)
     if as_json:
-        print_json([release.model_dump(mode="json") for release in found[-limit:]])
+        print_json(
+            [
+                release.model_dump(mode="json") | {"revoked": release.version in revoked}
+                for release in found[-limit:]
+            ]
+        )
         return
-    unreadable = set(store.versions(settings.alias)) - {release.version for release in found}
+    unreadable = set(versions) - {release.version for release in found}
     if not found and not unreadable:
         say(
             f"No release of {settings.alias!r} in {settings.store_dir} yet: "
@@ -174,19 +168,22 @@ def releases(
     pin = store.pinned(settings.alias)
     out.print(
         status_page.releases_table(
-            found[-limit:], sorted(unreadable), served, pin.version if pin else None
+            found[-limit:],
+            unreadable=sorted(unreadable),
+            revoked=revoked,
+            served=served,
+            pinned=pin.version if pin else None,
         )
     )
     if len(found) > limit:
         say(f"and {len(found) - limit} older: --limit {len(found)}", style="dim")
 
 
+@with_settings()
 def config(
+    settings: Settings,
     as_json: JsonOption = False,
     changed: Annotated[bool, typer.Option("--changed", help="Only what somebody has set.")] = False,
-    config_file: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Every setting, its value and who set it. Secrets are never printed.
 
@@ -196,7 +193,6 @@ def config(
       moorline config --changed
       MOORLINE_SERVING__PORT=9000 moorline config --json | jq '."serving.port"'
     """
-    settings = settings_from(config_file, assignments, state_dir=state_dir)
     rows = {
         name: (_shown(settings, name), settings.origin_of(name)) for name, _ in leaves(Settings)
     }

@@ -10,16 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
-from daemon.cli.common import (
-    CommandError,
-    ConfigOption,
-    SetOption,
-    StateDirOption,
-    api_key,
-    endpoints,
-    say,
-    settings_from,
-)
+from daemon.cli.common import CommandError, api_key, endpoints, say
+from daemon.cli.options import with_settings
 from moorline.events import Feedback, FeedbackKind, policy_name
 from moorline.http import ServerUnavailable, request_json
 from moorline.settings import Settings
@@ -28,14 +20,9 @@ from moorline.store import ArtifactStore, RevokedReleases
 _ASK_SECONDS = 0.5
 
 
-def register(app: typer.Typer) -> None:
-    panel = "Operate"
-    app.command(rich_help_panel=panel)(rollback)
-    app.command(rich_help_panel=panel)(resume)
-    app.command(rich_help_panel=panel)(feedback)
-
-
+@with_settings()
 def rollback(
+    settings: Settings,
     to: Annotated[
         int | None,
         typer.Option("--to", min=0, metavar="N", help="Version to serve; 0 is the base model."),
@@ -44,9 +31,6 @@ def rollback(
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for the server.")
     ] = 60.0,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Serve an earlier version, at once, and train nothing until `moorline resume`.
 
@@ -60,7 +44,6 @@ def rollback(
       moorline rollback --to 41 --reason "answers got terse"
       moorline rollback --to 0
     """
-    settings = settings_from(config, assignments, state_dir=state_dir)
     store = ArtifactStore(settings.store_dir)
     version = _version_before(store, settings.alias) if to is None else to
     if version in RevokedReleases(store).among(settings.alias, store.versions(settings.alias)):
@@ -118,18 +101,14 @@ def _wait_until_served(settings: Settings, version: int, wait_seconds: float) ->
         time.sleep(_ASK_SECONDS)
 
 
-def resume(
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
-) -> None:
+@with_settings()
+def resume(settings: Settings) -> None:
     """End a rollback: serve the newest release again and go on learning.
 
     [bold]Example[/]
 
       moorline resume
     """
-    settings = settings_from(config, assignments, state_dir=state_dir)
     store = ArtifactStore(settings.store_dir)
     if not store.unpin(settings.alias):
         say("Nothing was pinned; servers follow the newest release.")
@@ -139,7 +118,9 @@ def resume(
     say(f"Unpinned; servers go to [bold]{name}[/], and learning goes on.")
 
 
+@with_settings()
 def feedback(
+    settings: Settings,
     interaction_id: Annotated[
         str, typer.Argument(metavar="ID", help="The `id` of the reply (chatcmpl-...).")
     ],
@@ -172,9 +153,6 @@ def feedback(
     kafka: Annotated[
         bool, typer.Option("--kafka", help="Produce to the feedback topic, without the server.")
     ] = False,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Rate or correct a reply, prefer it over another, or report a signal.
 
@@ -200,7 +178,6 @@ def feedback(
         raise typer.BadParameter(
             "give exactly one of --thumbs, --score, --correction, --over and --signal"
         )
-    settings = settings_from(config, assignments, state_dir=state_dir)
     try:
         event = Feedback(
             interaction_id=interaction_id,

@@ -13,20 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from daemon.cli.common import (
-    CommandError,
-    ConfigOption,
-    JsonOption,
-    SetOption,
-    StateDirOption,
-    endpoints,
-    out,
-    print_json,
-    say,
-    settings_from,
-)
-from daemon.cli.status_page import ago, size
+from daemon.cli.common import CommandError, JsonOption, endpoints, out, print_json, say
+from daemon.cli.options import with_settings
+from daemon.cli.text import ago, size
 from moorline.events import Reason
+from moorline.settings import Settings
 
 if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
     from moorline.stream.redrive import Letter, Redriver, Wanted
@@ -36,11 +27,9 @@ _READY = "ready"
 _REDRIVEN = "redriven"
 
 
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Operate")(redrive)
-
-
+@with_settings()
 def redrive(
+    settings: Settings,
     reason: Annotated[
         list[Reason] | None,
         typer.Option(help="Only what was refused for this; repeat at will.", metavar="REASON"),
@@ -63,9 +52,6 @@ def redrive(
         bool, typer.Option("--dry-run", help="List the letters; move nothing.")
     ] = False,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Put dead letters back on the topic that they came from, each once.
 
@@ -83,7 +69,6 @@ def redrive(
     from moorline.stream.redrive import Wanted, redriving
     from moorline.stream.topics import Topic
 
-    settings = settings_from(config, assignments, state_dir=state_dir)
     bootstrap = endpoints(settings).bootstrap
     if bootstrap is None:
         raise CommandError("no broker is known: set stream.bootstrap, or start `moorline up`")

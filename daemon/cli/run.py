@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -17,46 +17,14 @@ from rich.status import Status
 
 from daemon import tree
 from daemon.broker import BrokerError, broker_binary
-from daemon.cli.common import (
-    RUN_FILE,
-    CommandError,
-    ConfigOption,
-    RunFile,
-    SetOption,
-    StateDirOption,
-    out,
-    settings_from,
-)
-from daemon.supervise import Notice, NoticeKind, RestartPolicy, Supervisor
+from daemon.cli.common import RUN_FILE, CommandError, RunFile, out
+from daemon.cli.options import BOOTSTRAP, MODEL, SERVING_PORT, UPDATER_PORT, with_settings
+from daemon.supervise import Notice, NoticeKind, Supervisor
 from moorline.base_model import ModelInvalid, check_model_dir
 from moorline.locks import FileLock, LockHeld
 from moorline.logs import setup_logging
 from moorline.settings import Settings, child_environment
-from moorline.systemd import Notifier
 
-ModelOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="DIR",
-        help="The base model: config.json, tokenizer, *.safetensors.",
-        rich_help_panel="Settings",
-    ),
-]
-BootstrapOption = Annotated[
-    str | None,
-    typer.Option(
-        "--bootstrap",
-        metavar="HOST:PORT",
-        help="Kafka; without it `up` starts an embedded broker (development: all in memory).",
-        rich_help_panel="Settings",
-    ),
-]
-PortOption = Annotated[
-    int | None,
-    typer.Option("--port", help="Where to listen; 0: any free port.", rich_help_panel="Settings"),
-]
 _STYLES = {
     NoticeKind.READY: "green",
     NoticeKind.CRASHED: "yellow",
@@ -66,28 +34,12 @@ _STYLES = {
 _WORDS = {NoticeKind.GAVE_UP: "gave up", NoticeKind.CRASHED: "crashed"}
 
 
-def register(app: typer.Typer) -> None:
-    panel = "Run"
-    app.command(rich_help_panel=panel)(up)
-    app.command(rich_help_panel=panel)(serve)
-    app.command(rich_help_panel=panel)(update)
-    app.command(
-        rich_help_panel=panel,
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-        add_help_option=False,
-    )(demo)
-
-
+@with_settings(MODEL, SERVING_PORT, BOOTSTRAP)
 def up(
-    model: ModelOption = None,
-    port: PortOption = None,
-    bootstrap: BootstrapOption = None,
+    settings: Settings,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also show what the processes log.")
     ] = False,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
 ) -> None:
     """Run everything on this machine: broker, server and updater, as one tree.
 
@@ -100,14 +52,6 @@ def up(
       moorline up --model models/mine --bootstrap kafka1:9092,kafka2:9092
       moorline up -c moorline.toml --set learning.batch_examples=12 --verbose
     """
-    settings = settings_from(
-        config,
-        assignments,
-        model__path=model,
-        serving__port=port,
-        stream__bootstrap=bootstrap,
-        state_dir=state_dir,
-    )
     _check_model(settings)
     if settings.stream.bootstrap is None:
         _check_embedded_broker()
@@ -247,14 +191,8 @@ def _check_embedded_broker() -> None:
         raise CommandError(str(error)) from None
 
 
-def serve(
-    model: ModelOption = None,
-    port: PortOption = None,
-    bootstrap: BootstrapOption = None,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
-) -> None:
+@with_settings(MODEL, SERVING_PORT, BOOTSTRAP)
+def serve(settings: Settings) -> None:
     """Run the server alone: the OpenAI API, on the newest or the pinned release.
 
     [bold]Examples[/]
@@ -262,26 +200,12 @@ def serve(
       moorline serve --model models/mine --bootstrap kafka1:9092
       moorline serve -c /etc/moorline/moorline.toml
     """
-    settings = settings_from(
-        config,
-        assignments,
-        model__path=model,
-        serving__port=port,
-        stream__bootstrap=bootstrap,
-        state_dir=state_dir,
-    )
     _check_model(settings)
-    _run_alone(settings, "server", "serving")
+    _become(settings, "serving")
 
 
-def update(
-    model: ModelOption = None,
-    port: PortOption = None,
-    bootstrap: BootstrapOption = None,
-    config: ConfigOption = None,
-    state_dir: StateDirOption = None,
-    assignments: SetOption = None,
-) -> None:
+@with_settings(MODEL, UPDATER_PORT, BOOTSTRAP)
+def update(settings: Settings) -> None:
     """Run the updater alone: consume the stream, learn, gate, release.
 
     [bold]Examples[/]
@@ -289,41 +213,20 @@ def update(
       moorline update --model models/mine --bootstrap kafka1:9092
       moorline update -c /etc/moorline/moorline.toml
     """
-    settings = settings_from(
-        config,
-        assignments,
-        model__path=model,
-        updater__port=port,
-        stream__bootstrap=bootstrap,
-        state_dir=state_dir,
-    )
     _check_model(settings)
     if settings.stream.bootstrap is None:
         raise CommandError(
             "the updater needs a broker: give --bootstrap HOST:PORT, or run `moorline up`"
         )
-    _run_alone(settings, "updater", "updater")
+    _become(settings, "updater")
 
 
-def _run_alone(settings: Settings, name: str, module: str) -> None:
-    """Become the process; under systemd stay in front of it, to report readiness and life."""
+def _become(settings: Settings, module: str) -> NoReturn:
+    """Replace this process, so that a service manager talks to the one that does the work."""
     with suppress(FileExistsError):
         settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not Notifier().active:
-        sys.stdout.flush()
-        environment = child_environment(settings)
-        os.execve(sys.executable, [sys.executable, "-m", module], environment)
-    setup_logging(settings, name)
-    where = settings.serving if name == "server" else settings.updater
-    if where.port == 0:
-        raise CommandError("a service needs a fixed port: set serving.port or updater.port")
-    supervisor = Supervisor(
-        [tree.alone(settings, name)],
-        settings.state_dir / "logs",
-        echo=_echo,
-        restart=RestartPolicy(give_up_after=1),  # restarting is the service manager's business
-    )
-    raise typer.Exit(supervisor.run())
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", module], child_environment(settings))
 
 
 def demo(context: typer.Context) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from daemon.cli.text import MISSING, ago, number, size
 from moorline.events import Fate, Release, policy_name
 
-MISSING = "-"
 _RECENT_SWAPS = 3
 _LOW_BUDGET_NATS = 0.05
 
@@ -104,8 +103,8 @@ def _server_rows(server: Mapping[str, Any] | None, problem: str) -> list[Row]:
     if isinstance(publisher, Mapping):
         rows.append(("publisher", _publisher(publisher)))
     swaps = server.get("swaps") or []
-    for number, swap in enumerate(reversed(swaps[-_RECENT_SWAPS:])):
-        rows.append(("recent swaps" if number == 0 else "", _swap(swap)))
+    for place, swap in enumerate(reversed(swaps[-_RECENT_SWAPS:])):
+        rows.append(("recent swaps" if place == 0 else "", _swap(swap)))
     refused = server.get("refused_versions")
     if refused:
         pairs = refused.items() if isinstance(refused, Mapping) else ((v, "") for v in refused)
@@ -212,7 +211,12 @@ def accounting_table(accounting: Mapping[str, Any]) -> Table:
 
 
 def releases_table(
-    releases: Sequence[Release], unreadable: Sequence[int], served: int | None, pinned: int | None
+    releases: Sequence[Release],
+    *,
+    unreadable: Sequence[int],
+    revoked: Collection[int],
+    served: int | None,
+    pinned: int | None,
 ) -> Table:
     """One line a release, newest first."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
@@ -226,13 +230,14 @@ def releases_table(
             for word, is_it in (
                 ("serving", release.version == served),
                 ("pinned", release.version == pinned),
+                ("revoked", release.version in revoked),
             )
             if is_it
         ]
         checks = release.verdict.checks if release.verdict else ()
         table.add_row(
             Text(f"v{release.version:06d}", style="bold cyan" if marks else ""),
-            Text(" ".join(marks), style="green"),
+            Text(" ".join(marks), style="red" if "revoked" in marks else "green"),
             ago(release.created_at),
             MISSING if release.parent is None else f"v{release.parent:06d}",
             str(release.examples),
@@ -255,27 +260,3 @@ def _kl(release: Release, reference: str) -> str:
         if divergence.measured_from == reference
     }
     return number(found.get("traffic", found.get("probes")), 4)
-
-
-def number(value: Any, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else MISSING
-
-
-def size(count_bytes: float) -> str:
-    """As a person reads it: 512 B, 19.5 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count_bytes < 1000 or unit == "GB":
-            break
-        count_bytes /= 1000
-    return f"{count_bytes:.0f} {unit}" if unit == "B" else f"{count_bytes:.1f} {unit}"
-
-
-def ago(unix_seconds: Any, now: float | None = None) -> str:
-    """An age in the largest unit that fits."""
-    if not isinstance(unix_seconds, int | float):
-        return MISSING
-    seconds = max(0.0, (time.time() if now is None else now) - unix_seconds)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"

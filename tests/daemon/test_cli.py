@@ -22,6 +22,7 @@ import pytest
 
 from daemon import cli
 from daemon.cli import common, status_page
+from daemon.cli import text as texts
 from daemon.cli.common import RunFile, running_tree
 from moorline.events import (
     Check,
@@ -53,6 +54,7 @@ VERBS = (
     "explain",
     "lineage",
     "redrive",
+    "forget",
 )
 
 SERVER_STATUS = {
@@ -361,6 +363,20 @@ def test_update_without_a_broker_is_one_line(state: Path, model: Path) -> None:
     assert "--bootstrap" in refusal("update", "--model", str(model), state=state)
 
 
+@pytest.mark.parametrize(("verb", "module"), [("serve", "serving"), ("update", "updater")])
+def test_a_service_becomes_the_process_that_speaks_to_systemd(
+    verb: str, module: str, state: Path, model: Path
+) -> None:
+    arguments = ["--model", str(model), "--bootstrap", "127.0.0.1:1", "--set", "alias=other"]
+    with mock.patch.object(os, "execve") as become:
+        moorline(verb, *arguments, state=state, NOTIFY_SOCKET="@systemd", WATCHDOG_USEC="1000")
+    (program, argv, environment), _ = become.call_args
+    assert (program, *argv) == (sys.executable, sys.executable, "-m", module)
+    assert environment["NOTIFY_SOCKET"] == "@systemd"
+    assert environment["WATCHDOG_USEC"] == "1000"
+    assert environment["MOORLINE_ALIAS"] == "other"
+
+
 # --- status and releases -----------------------------------------------------------------------
 
 
@@ -439,6 +455,16 @@ def test_releases_lists_what_the_store_has(state: Path, store: ArtifactStore) ->
     assert "base model is served" in empty
 
 
+def test_releases_shows_what_was_revoked(state: Path, store: ArtifactStore) -> None:
+    back = {"version": 3, "parent": 1, "revokes_after": 1}
+    store.record_release(store.release("assistant", 1).model_copy(update=back))
+    nobody = {"MOORLINE_SERVING__PORT": free_port()}
+    lines = moorline("releases", state=state, **nobody).splitlines()
+    assert ["v000002" in line for line in lines if "revoked" in line] == [True]
+    found = json.loads(moorline("releases", "--json", state=state, **nobody))
+    assert [one["version"] for one in found if one["revoked"]] == [2]
+
+
 # --- rollback and resume -----------------------------------------------------------------------
 
 
@@ -471,9 +497,9 @@ def test_rollback_to_what_cannot_be_served_is_refused(state: Path, store: Artifa
     assert store.pinned("assistant") is None
 
 
-def test_rollback_to_what_was_withdrawn_is_refused(state: Path, store: ArtifactStore) -> None:
+def test_rollback_to_what_was_revoked_is_refused(state: Path, store: ArtifactStore) -> None:
     clean = store.release("assistant", 1)
-    back = {"version": 3, "parent": 1, "restores": 1}
+    back = {"version": 3, "parent": 1, "revokes_after": 1}
     store.record_release(clean.model_copy(update=back))
     assert "revoked for an erasure" in refusal("rollback", "--to", "2", state=state)
     assert store.pinned("assistant") is None
@@ -588,4 +614,4 @@ def test_run_file_of_a_dead_tree_is_not_believed(tmp_path: Path) -> None:
     ("seconds", "text"), [(0, "0 s ago"), (59, "59 s ago"), (90, "2 min ago"), (90_000, "1 d ago")]
 )
 def test_ages_are_readable(seconds: float, text: str) -> None:
-    assert status_page.ago(1e9, now=1e9 + seconds) == text
+    assert texts.ago(1e9, now=1e9 + seconds) == text

@@ -7,7 +7,6 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from tests.updater.ledger.test_books import moorline
 
 from moorline.events import Fate
 from moorline.pseudonyms import Pseudonyms
@@ -21,6 +20,7 @@ from tests.updater.ledger.fixtures import (
     rating,
     release,
 )
+from tests.updater.ledger.test_inspection import moorline
 from updater.ledger import Ledger
 from updater.ledger.inspection import LedgerInspector
 
@@ -79,7 +79,7 @@ def test_for_programs(state: Path) -> None:
         assert ledger.revocation_wanted() == 0
         ledger.commit_revocation(release(ledger, revokes_after=0))
     assert "for an erasure" in moorline("lineage", "1", state=state)[1]
-    assert "restores" in moorline("lineage", "2", state=state)[1]
+    assert "goes back to" in moorline("lineage", "2", state=state)[1]
     assert [
         json.loads(moorline("lineage", number, "--json", state=state)[1])["revoked"]
         for number in ("1", "2")
@@ -121,7 +121,7 @@ def test_an_erased_event_is_explained_without_its_rater(state: Path) -> None:
     assert moorline("forget", "--user", "ana", "--yes", state=state)[0] == 0
     code, told = moorline("explain", "r3", state=state)
     assert code == 0
-    assert "Now: it was revoked by its subject." in told
+    assert "Now: it was erased at its subject's request." in told
     for asked in ("r1", "r2", "feedback.v1/0/2"):
         code, told = moorline("explain", asked, state=state)
         assert code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from daemon.children import RotatedFile
+from daemon.children import OutputFile
 from daemon.supervise import describe_exit
 
 PATIENCE_SECONDS = 40.0  # only ever reached by a failure
@@ -367,15 +368,13 @@ def test_output_is_kept_in_a_log_by_name(plant: Callable[..., Tree], tmp_path: P
     wait_until(lambda: log.exists() and "hello from server" in log.read_text())
 
 
-def test_log_is_bounded(tmp_path: Path) -> None:
-    log = RotatedFile(tmp_path / "a.log", max_bytes=1000, backups=2)
-    for number in range(1000):
-        log.write(b"%09d\n" % number)
-    log.close()
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["a.log", "a.log.1", "a.log.2"]
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3100
-    assert (tmp_path / "a.log").read_bytes().endswith(b"000000999\n")
+def test_full_disk_costs_lines_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    log = OutputFile(Path("/dev/full"))
+    for _ in range(3):
+        log.add("hello")
+    with contextlib.suppress(OSError):
+        log.close()
+    assert [vars(record)["event"] for record in caplog.records] == ["child_output_lost"]
 
 
 def test_exit_codes_in_words() -> None:

@@ -156,9 +156,10 @@ from dataclasses import replace
 from pathlib import Path
 from moorline.settings import load_settings
 from daemon.supervise import RestartPolicy, Supervisor
-from daemon.tree import alone
+from daemon.tree import plan
 
-updater = replace(alone(load_settings(), "updater"), hang_seconds=15.0)
+updater = plan(load_settings(None, {"serving.port": 0})).children[-1]
+updater = replace(updater, hang_seconds=15.0)
 # The first one hangs; the next has no failpoint.
 once = 'test -e "$0" && unset MOORLINE_FAILPOINTS; touch "$0"; exec "$@"'
 updater = replace(updater, argv=("sh", "-c", once, sys.argv[1], *updater.argv))

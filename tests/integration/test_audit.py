@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
-from tests.updater.ledger.test_books import moorline
 
 from moorline.settings import StreamSettings
 from moorline.stream import Publisher, Topic, ensure_topics, topic_name
 from tests.integration.test_ingest_stream import read
 from tests.kafka_fixtures import wait_until
 from tests.updater.ledger.fixtures import interaction, rating
+from tests.updater.ledger.test_inspection import moorline
 from updater.audit import StreamAudit, audit_stream
 from updater.ledger.inspection import LedgerInspector
 
@@ -102,7 +102,7 @@ def test_the_books_balance_and_what_is_unread_is_no_loss(
     }
     code, text = command(settings, tmp_path)
     assert code == 0, text
-    assert "The books balance: 61 events, each with one fate, in the ledger and on the" in text
+    assert "Audit passed: 61 events, each with one fate, in the ledger and on the" in text
     told = json.loads(command(settings, tmp_path, "--json")[1])
     assert told["balanced"]
     assert sum(one["records"] for one in told["partitions"]) == 61
@@ -137,7 +137,7 @@ def test_a_record_without_a_fate_and_a_fate_without_a_record_are_found(
     assert "feedback.v1 partition 1: events that have no record on the broker: 1" in without_record
     code, text = command(settings, tmp_path)
     assert code == 1
-    assert "The books do not balance" in text
+    assert "Audit failed" in text
 
 
 def test_a_topic_made_again_is_noted_and_its_old_events_are_no_loss(

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.updater.ledger.test_books import moorline
 
 from moorline.events import Fate, Reason
 from moorline.settings import StreamSettings
 from moorline.stream import DeadLetters, Publisher, Reader, Topic, ensure_topics
 from tests.kafka_fixtures import wait_until
 from tests.updater.ledger.fixtures import VOCABULARY, correction, interaction, rating
+from tests.updater.ledger.test_inspection import moorline
 from updater.ingest import Ingest
 from updater.ledger import Ledger
 
@@ -121,7 +121,7 @@ def test_a_running_updater_and_a_ledger_made_anew_both_erase(
         check(ledger)
     code, told = moorline("audit", *command, state=tmp_path)
     assert code == 0, told
-    assert "The books balance: 14 events" in told
+    assert "Audit passed: 14 events" in told
     assert "note:" not in told
 
     (tmp_path / "anew").mkdir()

@@ -188,7 +188,7 @@ def test_explain_is_told_in_words_and_never_shows_a_body(state: Path) -> None:
     assert "it waits for feedback" in moorline("explain", "unrated", state=state)[1]
     assert "feedback waits for it" in moorline("explain", "never-seen", state=state)[1]
     told = json.loads(moorline("explain", "r1", "--json", state=state)[1])
-    assert told["stories"][0]["outcome"]["name"] == "assistant@v000001"
+    assert told["histories"][0]["outcome"]["name"] == "assistant@v000001"
     assert "token_ids" not in json.dumps(told)
 
 
@@ -236,7 +236,7 @@ def test_offline_audit_balances_while_an_updater_holds_the_ledger(state: Path) -
     with Ledger(state / "ledger.sqlite", horizon_seconds=HORIZON):
         code, text = moorline("audit", "--offline", state=state)
     assert code == 0, text
-    assert "The books balance: 9 events" in text
+    assert "Audit passed: 9 events" in text
 
 
 def test_audit_finds_a_fate_that_was_lost(state: Path) -> None:
@@ -247,7 +247,7 @@ def test_audit_finds_a_fate_that_was_lost(state: Path) -> None:
         connection.commit()
     code, text = moorline("audit", "--offline", state=state)
     assert code == 1
-    assert "do not balance" in text
+    assert "Audit failed" in text
     told = json.loads(moorline("audit", "--offline", "--json", state=state)[1])
     assert not told["balanced"]
     assert told["differences"]
