@@ -1,0 +1,1 @@
+"""What turns feedback into a gradient: batches, losses, the trainer and its optimiser."""
