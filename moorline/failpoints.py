@@ -44,5 +44,8 @@ def failpoint(name: str) -> None:
         elif action == "raise":
             raise FailpointError(f"failpoint {name}")
         elif action.startswith("sleep:"):
-            logger.warning("asleep at a failpoint", extra={"failpoint": name})
+            logger.warning(
+                "sleeping at a failpoint, as a test asked",
+                extra={"event": "failpoint_sleeping", "failpoint": name},
+            )
             time.sleep(float(action.removeprefix("sleep:")))

@@ -120,7 +120,10 @@ class StatusServer:
                 try:
                     code, content_type, body = server.page(urlsplit(self.path).path)
                 except Exception:  # the page is for looking: it must not look like a dead process
-                    logger.exception("status page failed")
+                    logger.exception(
+                        "the status page failed; the process itself goes on",
+                        extra={"event": "status_page_failed", "path": urlsplit(self.path).path},
+                    )
                     code, content_type, body = 500, "text/plain", b"internal error, see the log\n"
                 self.send_response(code)
                 self.send_header("Content-Type", content_type)
@@ -151,9 +154,16 @@ class _Server(ThreadingHTTPServer):
         del request, client_address
         error = sys.exc_info()[1]
         if isinstance(error, ConnectionError | TimeoutError):
-            logger.debug("status client went away", extra={"cause": type(error).__name__})
+            logger.debug(
+                "a client of the status page went away before its answer",
+                extra={"event": "status_client_gone", "error": type(error).__name__},
+            )
         else:
-            logger.error("status connection failed", exc_info=sys.exc_info())
+            logger.error(
+                "a connection to the status page failed; the process itself goes on",
+                exc_info=sys.exc_info(),
+                extra={"event": "status_connection_failed"},
+            )
 
 
 def _verdict(question: str, why_not: str | None) -> tuple[int, str, bytes]:

@@ -1,9 +1,10 @@
 """Structured logs, one line an entry, that can hold neither a secret nor anybody's words.
 
-Everywhere else: ``logger = logging.getLogger("moorline.<module>")`` and a short fixed message, with
-what varies in ``extra={...}``. Values of settings that are secret are cut out of every finished
-line. Fields that could carry a prompt or a reply are withheld by name, and of a failed validation
-only the rule is logged, never the input.
+Everywhere else: ``logger = logging.getLogger("moorline.<module>")``, a plain fixed sentence, and in
+``extra={...}`` a machine key, ``event``, and what varies, under names of ``FIELDS`` alone. What is
+said when something breaks is said again when it is well. Values of settings that are secret are cut
+out of every finished line. Fields that could carry a prompt or a reply are withheld by name, and of
+a failed validation only the rule is logged, never the input.
 """
 
 from __future__ import annotations
@@ -23,6 +24,21 @@ from moorline.settings import Settings
 WITHHELD_FIELDS = frozenset(
     {"prompt", "prompts", "reply", "replies", "completion", "content", "messages", "text", "input"}
 )
+"""Never shown, but for a number: that is a count."""
+FIELDS = frozenset(
+    {
+        "event",
+        *("error", "reason", "diagnostics", "outcome", "mode", "phase", "failpoint"),
+        *("version", "parent_version", "artifact", "alias", "epoch"),
+        *("topic", "partition", "offset"),
+        *("events", "examples", "replies", "count", "crashes"),
+        *("limit", "measured", "check", "setting"),
+        *("seconds", "bytes"),
+        *("path", "url", "child", "pid", "request_id"),
+    }
+)
+"""Every name that a field of a line may have. ``name`` and ``process`` are Python's own fields of a
+record, and refused by ``logging``: a child process is ``child``."""
 MASK = "***"
 _SHORTEST_MASKED_SECRET = 4  # cutting out shorter ones would garble ordinary words
 
@@ -97,7 +113,7 @@ class LineFormatter(logging.Formatter):
     @staticmethod
     def _fields(record: logging.LogRecord) -> dict[str, Any]:
         fields: dict[str, Any] = {
-            key: MASK if key in WITHHELD_FIELDS else value
+            key: MASK if key in WITHHELD_FIELDS and not isinstance(value, int | float) else value
             for key, value in vars(record).items()
             if key not in _PLAIN_FIELDS
         }

@@ -143,7 +143,10 @@ class ArtifactStore:
                 sync_directory(self._artifacts)  # whoever put it may have died before
                 return
             except (ArtifactMissing, ArtifactCorrupt):
-                logger.warning("corrupt artifact replaced", extra={"digest": digest})
+                logger.warning(
+                    "a damaged artifact in the store was replaced by a good copy of the same bytes",
+                    extra={"event": "artifact_replaced", "artifact": digest},
+                )
                 self._discard(final)
                 temporary.rename(final)
         failpoint("artifacts.after_rename")
@@ -265,7 +268,15 @@ class ArtifactStore:
         try:
             return self.release(alias, version)
         except StoreError as error:
-            logger.warning("release skipped", extra={"version": version, "error": str(error)})
+            logger.warning(
+                "release skipped: its manifest cannot be used",
+                extra={
+                    "event": "release_skipped",
+                    "alias": alias,
+                    "version": version,
+                    "error": str(error),
+                },
+            )
             return None
 
     # --- the operator's rollback ---------------------------------------------------------------

@@ -84,13 +84,14 @@ class DeadLetters:
                         f"max.message.bytes={DEAD_LETTER_MAX_BYTES}`"
                     ) from error
         logger.warning(
-            "record dead-lettered",
+            "event sent to its dead-letter topic: it cannot be used (`moorline redrive` lists it)",
             extra={
+                "event": "event_dead_lettered",
                 "topic": record.topic.value,
                 "partition": record.partition,
                 "offset": record.offset,
                 "reason": reason.value,
-                "stage": stage,
+                "phase": stage,
             },
         )
 

@@ -35,10 +35,12 @@ HEADERS_ROOM_BYTES = 8_192
 
 @dataclass
 class Link:
-    """Owns the producer. ``mind`` is called often, by one thread, and never blocks."""
+    """Owns the producer. ``maintain`` is called often, by one thread, and never blocks."""
 
     settings: StreamSettings
     wake: threading.Event
+    buffered_events: Callable[[], int]
+    """How many events wait, for the log."""
     last_error: str = ""
     _connection: Connection[KafkaProducer] | None = None
     _work: threading.Thread | None = None
@@ -82,7 +84,7 @@ class Link:
 
     def fail(self, error: BaseException) -> None:
         """Forget this producer; a new one is made after a pause."""
-        self._say(explain(self.settings, error))
+        self._log_once(explain(self.settings, error))
         connection, self._connection = self._connection, None
         self._later()
         if connection is not None:
@@ -116,7 +118,7 @@ class Link:
                 allow_auto_create_topics=False,
             )
         except StreamUnavailable as error:
-            self._say(error)
+            self._log_once(error)
             self._later()
             return
         with self._lock:
@@ -136,7 +138,7 @@ class Link:
                 states = describe(admin, self.settings, tuple(Topic))
         except StreamUnavailable as error:
             self._answers_since = None
-            self._say(error)
+            self._log_once(error)
             return
         now = time.monotonic()
         self._answers_since = self._answers_since or now
@@ -151,15 +153,32 @@ class Link:
 
     def _answers_again(self) -> None:
         if self.last_error:
-            logger.info("kafka is back", extra={"bootstrap": self.settings.bootstrap})
+            events = self.buffered_events()
+            logger.warning(
+                "Kafka reachable again: %d buffered events are being sent",
+                events,
+                extra={
+                    "event": "kafka_available",
+                    "events": events,
+                    "url": self.settings.bootstrap,
+                },
+            )
         self.last_error = ""
 
     def _later(self) -> None:
         self._retry_at = time.monotonic() + self._retry_seconds
         self._retry_seconds = min(2 * self._retry_seconds, RETRY_SECONDS[1])
 
-    def _say(self, error: StreamUnavailable) -> None:
+    def _log_once(self, error: StreamUnavailable) -> None:
         """Log a cause once, not at every attempt."""
         if str(error) != self.last_error:
             self.last_error = str(error)
-            logger.error("events wait: %s", error)
+            logger.error(
+                "Kafka unavailable, buffering events in memory and on disk: %s",
+                error,
+                extra={
+                    "event": "kafka_unavailable",
+                    "events": self.buffered_events(),
+                    "url": self.settings.bootstrap,
+                },
+            )

@@ -94,7 +94,7 @@ class Publisher:
         self._accepting = True
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._link = Link(settings, self._wake)
+        self._link = Link(settings, self._wake, lambda: self._outstanding)
         self._outstanding = 0  # accepted (or found in the spool), neither delivered nor dropped
         self._dropped = 0
         self._delivered = 0
@@ -102,6 +102,7 @@ class Publisher:
         self._spooled_bytes = 0
         self._progress_at = time.monotonic()
         self._disk_failed_at = float("-inf")
+        self._disk_failing = False
         self._alone = 0
         """So many events are still to be sent one at a time: one of them is refused."""
 
@@ -118,7 +119,14 @@ class Publisher:
             self._spool = Spool(self._spool_dir, self._settings.spool_max_bytes)
             self._outstanding += self._spool.count
             if self._spool.count:
-                logger.info("spool holds events", extra={"events": self._spool.count})
+                logger.info(
+                    "events of an earlier run wait in the spool and are sent first",
+                    extra={
+                        "event": "spool_holds_events",
+                        "events": self._spool.count,
+                        "path": str(self._spool_dir),
+                    },
+                )
         self._measure()
         self._thread = threading.Thread(target=self._run, name="moorline-publisher", daemon=True)
         self._thread.start()
@@ -176,7 +184,10 @@ class Publisher:
         self._thread = None
         self._link.close()
         if self._dropped:
-            logger.warning("events were dropped", extra={"events": self._dropped})
+            logger.warning(
+                "stopped; events were dropped during this run",
+                extra={"event": "events_dropped", "events": self._dropped},
+            )
 
     def _event(self, topic: Topic, key: str, value: bytes) -> OutgoingEvent:
         return OutgoingEvent(topic, key, value, uuid.uuid4().hex, int(time.time() * 1000))
@@ -236,7 +247,10 @@ class Publisher:
             try:
                 self._step()
             except Exception:  # whatever it is, replies go on, and so must this thread
-                logger.exception("publisher failed; going on")
+                logger.exception(
+                    "the event publisher failed unexpectedly; it tries again in a second",
+                    extra={"event": "publisher_failed", "seconds": 1.0},
+                )
                 time.sleep(1.0)
             self._wake.wait(0.02 if self._window else 0.25)
             self._wake.clear()
@@ -286,8 +300,12 @@ class Publisher:
     def _refuse(self, event: OutgoingEvent) -> None:
         event.acknowledged = True  # done with; counted as dropped, not as delivered
         logger.error(
-            "the broker refuses an event for what it is",
-            extra={"topic": event.topic.value, "error": type(event.error).__name__},
+            "event dropped: the broker rejected it as invalid (it will not be retried)",
+            extra={
+                "event": "event_rejected_by_broker",
+                "topic": event.topic.value,
+                "error": type(event.error).__name__,
+            },
         )
         self._drop(event)
 
@@ -422,7 +440,7 @@ class Publisher:
                     self._queue_bytes -= len(event.value)
                 written.append(event)
         except OSError as error:
-            self._disk_failed("spool cannot be written", error)
+            self._disk_failed("write", error)
             if isinstance(error, SpoolNotSynced):
                 written.clear()  # they wait for the broker's word
         finally:
@@ -434,15 +452,35 @@ class Publisher:
             failpoint("publisher.before_spool_sync")
             spool.sync()
         except OSError as error:
-            self._disk_failed("spool cannot be synced", error)
+            self._disk_failed("sync", error)
             return
+        if self._disk_failing:
+            self._disk_failing = False
+            logger.warning(
+                "the spool can be written again: events that wait are on disk",
+                extra={
+                    "event": "spool_available",
+                    "events": spool.count,
+                    "path": str(self._spool_dir),
+                },
+            )
         for event in written:
             event.settle(kept=True)
 
-    def _disk_failed(self, what: str, error: OSError) -> None:
+    def _disk_failed(self, phase: str, error: OSError) -> None:
         self._disk_failed_at = time.monotonic()
+        self._disk_failing = True
         metrics.DISK_REFUSALS.labels(where="spool").inc()
-        logger.error(what, extra={"error": error.strerror or str(error)})
+        logger.error(
+            "the spool cannot be written: events wait in memory only, and are dropped when it is "
+            "full",
+            extra={
+                "event": "spool_unavailable",
+                "phase": phase,
+                "error": error.strerror or str(error),
+                "path": str(self._spool_dir),
+            },
+        )
 
     def _drop_what_is_left(self) -> None:
         """At the end: what is neither delivered nor on disk is lost."""

@@ -173,13 +173,17 @@ class Reader:
         except kafka_errors.AuthorizationError as error:
             refused = type(error)
         except (kafka_errors.KafkaError, OSError, RuntimeError) as error:
-            logger.debug("offsets not committed", extra={"error": type(error).__name__})
+            logger.debug(
+                "offsets were not committed to the consumer group; the ledger has them",
+                extra={"event": "offsets_not_committed", "error": type(error).__name__},
+            )
             return
         if refused is not None and issubclass(refused, kafka_errors.AuthorizationError):
             self._commit_refused = True
             logger.warning(
                 "may not commit offsets to group %s: lag tools will see none; the ledger has them",
                 self.group,
+                extra={"event": "offset_commit_refused", "error": refused.__name__},
             )
 
     @property
@@ -288,20 +292,24 @@ class Reader:
         for topic, state in states.items():
             if state.topic_id != self._states[topic].topic_id:
                 self._require_acceptance(topic)
-        logger.warning("topics changed", extra={"topics": [topic.value for topic in states]})
+        logger.warning(
+            "topics have new partitions or were made again: reading them anew from known offsets",
+            extra={"event": "topics_changed", "topic": ",".join(topic.value for topic in states)},
+        )
         return True
 
     def _record_gaps(self, gaps: Sequence[Gap]) -> None:
         for gap in gaps:
             metrics.GAPS.labels(gap.topic.value, gap.cause.value).inc()
             logger.error(
-                "events cannot be read any more",
+                "events were gone from Kafka before they were read: reading goes on at offset %d",
+                gap.resumed_offset,
                 extra={
+                    "event": "events_lost",
                     "topic": gap.topic.value,
                     "partition": gap.partition,
-                    "expected_offset": gap.expected_offset,
-                    "resumed_offset": gap.resumed_offset,
-                    "cause": gap.cause.value,
+                    "offset": gap.expected_offset,
+                    "reason": gap.cause.value,
                 },
             )
         with self._lock:
@@ -382,4 +390,7 @@ class Reader:
                 try:
                     connection.client.close(**options)
                 except (kafka_errors.KafkaError, OSError, RuntimeError) as error:
-                    logger.debug("close failed", extra={"error": type(error).__name__})
+                    logger.debug(
+                        "a Kafka client did not close cleanly; it is dropped all the same",
+                        extra={"event": "kafka_close_failed", "error": type(error).__name__},
+                    )

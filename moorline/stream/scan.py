@@ -72,7 +72,10 @@ class Scanner:
         try:
             self._connection.client.close(autocommit=False)
         except (kafka_errors.KafkaError, OSError, RuntimeError) as error:
-            logger.debug("close failed", extra={"error": type(error).__name__})
+            logger.debug(
+                "a Kafka client did not close cleanly; it is dropped all the same",
+                extra={"event": "kafka_close_failed", "error": type(error).__name__},
+            )
 
     def beginning(self, name: str, partition: int) -> int:
         """The first offset of a partition that retention has left."""

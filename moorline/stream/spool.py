@@ -179,7 +179,15 @@ class Spool:
             # It was whole when it was written or opened. Its length may be what is damaged, so
             # the frames behind it cannot be found either.
             lost = segment.frames - segment.read
-            logger.error("spool segment damaged", extra={"segment": number, "lost_events": lost})
+            logger.error(
+                "a spool file is damaged: the events from there to its end are lost",
+                extra={
+                    "event": "spool_segment_damaged",
+                    "path": str(self._path(number)),
+                    "offset": offset,
+                    "events": lost,
+                },
+            )
             segment.read = segment.frames
             self._read = Position(number, segment.valid_bytes)
             return Frame(self._read, None, lost)
@@ -270,8 +278,9 @@ class Spool:
             if torn:
                 self.torn_bytes += torn
                 logger.warning(
-                    "spool segment ends in a torn frame",
-                    extra={"segment": number, "unreadable_bytes": torn},
+                    "a spool file ends in the middle of an event, as a crash leaves it: "
+                    "that event is lost",
+                    extra={"event": "spool_tail_torn", "path": str(path), "bytes": torn},
                 )
         self._acknowledged = self._saved = saved
         # Numbers are never reused, or an old cursor could release new frames.

@@ -228,7 +228,11 @@ def _warn_unless_compacted(
     for name in (topic_name(settings, topic) for topic in COMPACTED):
         if "compact" not in configs.get(name, {}).get("cleanup.policy", "compact"):
             remedy = _alter(settings, name, "cleanup.policy=compact")
-            logger.warning("topic is not compacted. %s", remedy, extra={"topic": name})
+            logger.warning(
+                "topic is not compacted, so its newest records may expire. %s",
+                remedy,
+                extra={"event": "topic_not_compacted", "topic": name},
+            )
 
 
 def _warn_of_short_retention(
@@ -243,9 +247,11 @@ def _warn_of_short_retention(
                 "topic keeps events for less than learning.horizon_seconds. %s",
                 remedy,
                 extra={
+                    "event": "topic_retention_short",
                     "topic": name,
-                    "retention_seconds": kept_ms / 1000,
-                    "horizon_seconds": horizon_seconds,
+                    "measured": kept_ms / 1000,
+                    "limit": horizon_seconds,
+                    "setting": "learning.horizon_seconds",
                 },
             )
 
@@ -286,7 +292,10 @@ def _create_missing(admin: KafkaAdminClient, settings: StreamSettings) -> bool:
             )
     admin.wait_for_topics(list(unseen), timeout_ms=int(settings.connect_timeout_seconds * 1000))
     if created:
-        logger.info("topics created", extra={"topics": sorted(created)})
+        logger.info(
+            "topics created on the broker",
+            extra={"event": "topics_created", "topic": ",".join(sorted(created))},
+        )
     return bool(created)
 
 

@@ -76,7 +76,7 @@ def test_client_that_resets_is_one_debug_line(
     while not caplog.records and time.monotonic() < deadline:
         time.sleep(0.01)
     [record] = [record for record in caplog.records if record.name == "moorline.http"]
-    assert (record.levelno, record.getMessage()) == (logging.DEBUG, "status client went away")
+    assert (record.levelno, vars(record)["event"]) == (logging.DEBUG, "status_client_gone")
     assert record.exc_info is None
     assert "Traceback" not in capsys.readouterr().err
     assert httpx.get(f"{server.url}/healthz").status_code == 200

@@ -79,6 +79,12 @@ def test_words_of_users_are_withheld_by_name(form: Literal["text", "json"]) -> N
     assert "3" in stream.getvalue()
 
 
+def test_a_count_under_a_withheld_name_is_shown() -> None:
+    stream, logger = lines("text")
+    logger.info("replies set aside", extra={"event": "replies_set_aside", "replies": 3})
+    assert stream.getvalue().endswith("event=replies_set_aside replies=3\n")
+
+
 def test_failed_validation_does_not_quote_its_input() -> None:
     class Model(BaseModel):
         number: int
