@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OR_NONE := || [ $$? -eq 5 ]  # ARGS may choose none of the one kind
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest bench-outage chaos clean
+.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest bench-outage chaos \
+	constraints constraints-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -50,6 +51,14 @@ bench-outage: setup  ## reply latency while the broker is gone, silent or slow (
 
 chaos: setup  ## kill, cut, fill and corrupt a running whole, then compare the books (DURATION=600 SEED=...)
 	@$(BIN)/python -m tests.chaos --duration $(or $(DURATION),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+constraints:  ## resolve every package anew, and pin the result for this kind of machine (CPU or GPU)
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 130' INT TERM && \
+		deploy/install.sh --unpinned --extras demo,dev "$$folder/venv" && \
+		"$$folder/venv/bin/python" deploy/constraints/pins.py write
+
+constraints-check: setup  ## does the environment equal its pins, and do they fit pyproject.toml
+	@$(BIN)/python deploy/constraints/pins.py check
 
 clean:  ## remove the environment and everything that was generated
 	rm -rf $(VENV) .models demo build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Put `promtool`, which tests the alerting rules, into a virtual environment.
 #
-#   deploy/promtool.sh [VENV]        default VENV: .venv
+#   deploy/promtool.sh [VENV]
+#
+# VENV is relative to where you are; without it, .venv beside pyproject.toml.
 #
 # It is taken out of Debian's package of Prometheus; nothing is installed on the system. Where that
 # cannot be had, one line says so, and the tests that need it are skipped: this never fails.
 set -euo pipefail
 
-cd "$(dirname "$0")/.."
-target=${1:-.venv}/bin/promtool
+venv=${1:-$(dirname "$0")/../.venv}
+target=$venv/bin/promtool
 if [ -x "$target" ] || command -v promtool >/dev/null; then
   exit 0
 fi
