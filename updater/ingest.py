@@ -179,7 +179,8 @@ class Ingest:
                     self._dead_letters.send(parsed.record, parsed.reason, _STAGE)
                 except StreamUnavailable as error:
                     logger.error(
-                        "dead letters not accepted, intake waits", extra={"cause": str(error)}
+                        "the dead-letter topic takes nothing: intake waits, nothing is skipped",
+                        extra={"event": "dead_letters_unavailable", "error": str(error)},
                     )
                     return False
                 failpoint("ingest.dead_lettered")

@@ -1,9 +1,19 @@
-"""The whole cycle, from feedback to release.
+"""The whole cycle, from feedback to release. Each verb is a module:
 
-    take in -> look -> credit -> propose -> bound -> gate -> decide -> announce -> tidy
+    take in            ingest.py                    the stream's records become rows of the ledger
+    revoke             ledger/revocation.py         what learned from an erased person is taken back
+    measure staleness  learning/staleness.py        how far those who acted are from this policy
+    assign credit      learning/advantages.py       ratings become advantages
+    propose            learning/trainer.py          one update of the live adapter
+    bound              safety/trust_region.py       its largest step inside the divergence bound
+    write              candidates.py                the candidate's bytes, under their hash
+    judge              safety/gate.py               a verdict on exactly those bytes
+    decide             ledger/decisions.py          one transaction: fates, offsets, release
+    publish            releases.py                  manifest to the store, announcement to the topic
+    collect garbage    retention.py                 bytes that nobody can ask for any more
 
-Every verb is a module. The ledger is the only commit point: whatever happens before ``decide``
-leaves no trace after a crash, and whatever comes after it is repeated until it is done.
+The ledger is the only commit point: what happens before ``decide`` leaves no trace after a crash,
+and what comes after it is repeated until it is done.
 """
 
 from __future__ import annotations
@@ -13,12 +23,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from moorline import metrics
-from moorline.adapter_format import OPTIMIZER_STATE, PARITY_FILE
-from moorline.events import ArtifactFile, Decision, Divergence, Reason, Release, Verdict
+from moorline.adapter_format import OPTIMIZER_STATE
+from moorline.events import Decision, Divergence, Reason, Release, Verdict
 from moorline.failpoints import failpoint
 from moorline.settings import Settings
 from moorline.store import ArtifactStore, PinInvalid, StoreUnavailable
 from moorline.stream import StreamUnavailable
+from updater.candidates import write_candidate
 from updater.ingest import Ingest
 from updater.learning.advantages import assign_credit
 from updater.learning.baselines import Baselines
@@ -31,13 +42,11 @@ from updater.learning.trainer import (
     NothingToLearn,
     Proposal,
     Trainer,
-    optimizer_bytes,
 )
 from updater.ledger import Ledger, LedgerUnavailable
-from updater.parity import parity_bytes
 from updater.progress import Phase, Progress
 from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
-from updater.releases import Manifests
+from updater.releases import Manifests, publish_decided
 from updater.retention import collect_garbage
 from updater.safety import Gate
 from updater.safety.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
@@ -104,8 +113,11 @@ class Loop:
         else:
             self._trainer.resume(self._base_adapter, None)
         self._last_divergences = release.divergences if release is not None else ()
-        logger.info("resumed", extra={"policy_version": version, "epoch": self._ledger.epoch})
-        self._show_version(version)
+        logger.info(
+            "learning goes on from the live release",
+            extra={"event": "resumed", "version": version, "epoch": self._ledger.epoch},
+        )
+        self._export_version(version)
 
     def cycle(self) -> None:
         """Take in what there is; learn from it if it is enough; announce what was decided.
@@ -113,21 +125,20 @@ class Loop:
         A disk that refuses pauses the updater, and so does a pin that cannot be read: nothing was
         committed, and the next cycle tries again, with writes of its own.
         """
-        before = self.phase
         try:
-            self._cycle(before)
+            self._cycle()
         except (LedgerUnavailable, StoreUnavailable) as error:
             where = "store" if isinstance(error, StoreUnavailable) else "ledger"
             metrics.DISK_REFUSALS.labels(where=where).inc()
             self._trainer.restore()
-            self._wait(Phase.DISK_UNAVAILABLE, before, f"{where} unavailable, will retry", error)
+            self._progress.wait(Phase.DISK_UNAVAILABLE, error)
         except PinInvalid as error:
-            self._wait(Phase.PIN_INVALID, before, "pin unreadable, nothing is trained", error)
+            self._progress.wait(Phase.PIN_INVALID, error)
 
-    def _cycle(self, before: Phase) -> None:
-        reading = self._take_in(before)
+    def _cycle(self) -> None:
+        reading = self._take_in()
         self._revoke()
-        self._announce()
+        self._publish_decided()
         pinned = self._store.pinned(self._settings.alias) is not None
         if pinned or not self._enough():
             if reading:
@@ -138,14 +149,12 @@ class Loop:
         outcome = self._learn()
         metrics.UPDATES.labels(outcome=outcome).inc()
         metrics.UPDATE_SECONDS.observe(time.monotonic() - start)
-        self._announce()
-        collect_garbage(
-            self._store, self._ledger, self._settings.alias, self._settings.learning.keep_releases
-        )
+        self._publish_decided()
+        self._collect_garbage()
 
     # --- the verbs --------------------------------------------------------------------------
 
-    def _take_in(self, before: Phase) -> bool:
+    def _take_in(self) -> bool:
         """Stream to ledger, until nothing is waiting or a batch is full; then the horizon.
 
         Returns:
@@ -161,30 +170,34 @@ class Loop:
                 self._progress.enter(Phase.STREAM_UNAVAILABLE)
                 reading = False
         except StreamUnavailable as error:
-            self._wait(Phase.STREAM_UNAVAILABLE, before, "stream unavailable, will retry", error)
+            self._progress.wait(Phase.STREAM_UNAVAILABLE, error)
             reading = False
         self._ledger.expire()
         metrics.READY_EXAMPLES.set(self._ledger.count_ready())
         return reading
 
     def _revoke(self) -> None:
-        """An erasure may want it: back to the last policy that has nothing of its subject."""
+        """Go back to the last policy without an erased person, where an erasure asks for it."""
         ancestor = self._ledger.revocation_wanted()
         if ancestor is None:
             return
         release = self._manifests.revoking(ancestor)
         self._ledger.commit_revocation(release)
         failpoint("loop.after_revocation")
-        logger.warning("releases revoked", extra={"back_to": release.revokes_after})
-        self.resume()
-        self._announce()
-        collect_garbage(
-            self._store, self._ledger, self._settings.alias, self._settings.learning.keep_releases
+        logger.warning(
+            "releases that had learned from an erased person are revoked",
+            extra={"event": "releases_revoked", "version": release.revokes_after},
         )
+        self.resume()
+        self._publish_decided()
+        self._collect_garbage()
 
     def _enough(self) -> bool:
-        """A full batch, a smaller one that has waited long enough, or one that the process died of;
-        and no erasure lies unread."""
+        """Whether an update is due.
+
+        It is with a full batch, with a smaller one that has waited long enough, or with suspects of
+        a crash; never while an erasure is unread.
+        """
         learning = self._settings.learning
         ready = self._ledger.count_ready()
         oldest = self._ledger.oldest_ready_at()
@@ -198,8 +211,8 @@ class Loop:
         """One batch to its decision, suspects first; returns the outcome's name."""
         self._progress.enter(Phase.TRAINING)
         suspects = self._quarantine.suspects()
-        if suspects and not self._quarantine.teaches(suspects):
-            cause = self._quarantine.verdict(suspects)
+        if suspects and not self._quarantine.enough_to_teach(suspects):
+            cause = self._quarantine.bisect(suspects)
             return self._reject_for(Reason.UPDATE_CRASHED, suspects, cause) if cause else "trial"
         examples = suspects or self._ledger.ready_examples(self._settings.learning.batch_examples)
         with self._quarantine.watch(examples):
@@ -208,7 +221,14 @@ class Loop:
     def _update(self, examples: Sequence[Example]) -> str:
         try:
             batch, baselines, seen = self._credited(examples)
-            logger.info("batch", extra={**batch.credit, **seen.diagnostics})
+            logger.info(
+                "training batch prepared",
+                extra={
+                    "event": "batch_prepared",
+                    "examples": len(batch.examples),
+                    "diagnostics": {**batch.credit, **seen.diagnostics},
+                },
+            )
             proposal = self._trainer.propose(batch, seen)
         except NothingToLearn:
             return self._make_no_update(batch, baselines)
@@ -232,10 +252,12 @@ class Loop:
                 divergences=step.divergences,
                 diagnostics=proposal.diagnostics,
             )
-        candidate, files = self._write(batch, proposal, step)
+        candidate = self._write(batch, proposal, step)
 
         self._progress.enter(Phase.GATING)
-        verdict = self._gate.judge(candidate.artifact_digest, files, self._trainer.live_adapter)
+        verdict = self._gate.judge(
+            candidate.artifact_digest, candidate.files, self._trainer.live_adapter
+        )
         failpoint("loop.after_gate")
         if verdict.decision is not Decision.PASS:
             return self._reject(
@@ -246,7 +268,7 @@ class Loop:
                 diagnostics=candidate.diagnostics,
                 verdict=verdict,
             )
-        self._accept(batch, baselines, candidate, files, verdict)
+        self._accept(batch, baselines, candidate, verdict)
         self._trainer.accept(step.adapter, proposal.optimizer)
         return "released"
 
@@ -275,7 +297,7 @@ class Loop:
         reasons = dict.fromkeys(batch.example_ids, Reason.NO_ADVANTAGE) | dict(batch.set_aside)
         learned = baselines if batch.examples else None
         self._ledger.commit_no_update(self._circumstances(batch), reasons, learned)
-        return self._say("no update", batch, next(iter(reasons.values())))
+        return _log_no_release(batch, next(iter(reasons.values())), "update_skipped")
 
     def _reject_for(self, reason: Reason, guilty: Sequence[Example], cause: str) -> str:
         """No update survives these: they end here, whatever was with them stays ready."""
@@ -296,49 +318,44 @@ class Loop:
         show_divergences(step.divergences)
         return step
 
-    def _write(
-        self, batch: Batch, proposal: Proposal, step: BoundedStep
-    ) -> tuple[Candidate, tuple[ArtifactFile, ...]]:
-        """The candidate's bytes, durable under their hash."""
-        contents = {
-            **self._policy.adapter_files(step.adapter),
-            OPTIMIZER_STATE: optimizer_bytes(proposal.optimizer),
-            PARITY_FILE: parity_bytes(
-                self._trust_region.probes,
-                step.probe_logprobs,
-                self._trust_region.live_probe_logprobs(self._trainer.live_adapter),
-            ),
-        }
-        self._candidate_bytes = sum(map(len, contents.values()))
-        digest, files = self._store.put(contents)
+    def _write(self, batch: Batch, proposal: Proposal, step: BoundedStep) -> Candidate:
+        """Make the candidate's bytes durable under their hash."""
+        candidate = write_candidate(
+            self._store,
+            self._policy,
+            self._trust_region,
+            live=self._trainer.live_adapter,
+            parent=batch.live_version,
+            proposal=proposal,
+            step=step,
+        )
+        self._candidate_bytes = sum(file.size_bytes for file in candidate.files)
         failpoint("loop.after_artifact")
         metrics.STEP_SCALE.set(step.scale)
-        candidate = Candidate(
-            parent=batch.live_version,
-            artifact_digest=digest,
-            artifact_dir=self._store.open(digest, files),
-            step_scale=step.scale,
-            divergences=step.divergences,
-            diagnostics=proposal.diagnostics,
-        )
-        return candidate, files
+        return candidate
 
     def _accept(
         self,
         batch: Batch,
         baselines: Baselines,
         candidate: Candidate,
-        files: tuple[ArtifactFile, ...],
         verdict: Verdict,
     ) -> None:
         """One transaction: the examples are trained, and the release is in the outbox."""
-        release = self._manifests.accepted(batch, candidate, files, verdict)
+        release = self._manifests.accepted(batch, candidate, verdict)
         failpoint("loop.before_release")
         self._ledger.commit_release(release, batch.handed_out, baselines, set_aside=batch.set_aside)
         failpoint("loop.after_release")
         self._last_divergences = release.divergences
-        self._show_version(release.version)
-        self._say("released", batch, Reason.NONE, version=release.version)
+        self._export_version(release.version)
+        logger.info(
+            "update released",
+            extra={
+                "event": "update_released",
+                "version": release.version,
+                "examples": len(batch.examples),
+            },
+        )
 
     def _reject(
         self,
@@ -363,7 +380,7 @@ class Loop:
         self._ledger.commit_rejection(
             record, batch.handed_out, reason, baselines, set_aside=batch.set_aside
         )
-        return self._say("rejected", batch, reason)
+        return _log_no_release(batch, reason, "update_rejected")
 
     def _circumstances(self, batch: Batch) -> dict[str, object]:
         """What a batch depended on besides its examples: with it, its end can be made again."""
@@ -372,34 +389,28 @@ class Loop:
             "behaviour_policies_unavailable": dict(batch.behaviour_policies_unavailable),
         }
 
-    def _announce(self) -> None:
-        """The outbox: manifests into the store, which servers follow, then onto the topic."""
-        for release in self._ledger.unpublished():
-            self._store.record_release(release)
-            failpoint("loop.after_manifest")
-            try:
-                self._publish(release)
-            except StreamUnavailable as error:
-                logger.warning("release not announced yet", extra={"cause": str(error)})
-                return
-            self._ledger.mark_published(release.version)
-            metrics.RELEASES_PUBLISHED.inc()
+    def _publish_decided(self) -> None:
+        """Publish what the ledger has decided and nobody was told of yet."""
+        publish_decided(self._ledger, self._store, self._publish)
 
-    # --- details ----------------------------------------------------------------------------
+    def _collect_garbage(self) -> None:
+        keep = self._settings.learning.keep_releases
+        collect_garbage(self._store, self._ledger, self._settings.alias, keep)
 
-    def _wait(self, phase: Phase, before: Phase, what: str, error: Exception) -> None:
-        """Not ready; said once, however often it is tried."""
-        if before is not phase:
-            logger.error(what, extra={"cause": str(error)})
-        self._progress.enter(phase)
-
-    def _show_version(self, version: int) -> None:
+    def _export_version(self, version: int) -> None:
+        """Set the metrics of the live policy."""
         metrics.POLICY_VERSION.labels(role="updater").set(version)
         if self._last_divergences:
             metrics.ANCHOR_BUDGET_LEFT_NATS.set(
                 self._trust_region.anchor_budget_left_nats(self._last_divergences)
             )
 
-    def _say(self, what: str, batch: Batch, reason: Reason, **fields: int) -> str:
-        logger.info(what, extra={"reason": str(reason), "examples": len(batch.examples), **fields})
-        return what if reason is Reason.NONE else str(reason)
+
+def _log_no_release(batch: Batch, reason: Reason, event: str) -> str:
+    """Log that a batch made no release; returns the reason, which is the outcome's name."""
+    logger.info(
+        "update made no release: %s",
+        reason,
+        extra={"event": event, "reason": str(reason), "examples": len(batch.examples)},
+    )
+    return str(reason)

@@ -128,15 +128,13 @@ class Updater:
         self._dead_letters.close()
         self._ledger.close()
         self._server.close()
-        logger.info("stopped")
+        logger.info("updater stopped", extra={"event": "stopped"})
 
     def _ensure_topics(self) -> bool:
         try:
             ensure_topics(self._settings.stream, self._settings.learning.horizon_seconds)
         except StreamUnavailable as error:
-            if self._progress.phase is not Phase.STREAM_UNAVAILABLE:
-                logger.error("stream unavailable, will retry", extra={"cause": str(error)})
-            self._progress.enter(Phase.STREAM_UNAVAILABLE)
+            self._progress.wait(Phase.STREAM_UNAVAILABLE, error)
             return False
         return True
 

@@ -7,6 +7,7 @@ tells it from standing still.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from enum import StrEnum
 from typing import Any
 
 from moorline import metrics
+
+logger = logging.getLogger("moorline.progress")
 
 
 class Phase(StrEnum):
@@ -58,10 +61,27 @@ class Progress:
 
     def enter(self, phase: Phase) -> None:
         """Go on to another thing, or to the next round of the same."""
+        if self._phase in UNAVAILABLE and phase not in UNAVAILABLE:
+            logger.warning(
+                "what the updater waited for is back, learning goes on: %s",
+                self._phase,
+                extra={"event": "available_again", "phase": str(self._phase)},
+            )
         self._phase = phase
         for one in Phase:
             metrics.UPDATER_PHASE.labels(phase=one).set(one is phase)
         self.note()
+
+    def wait(self, phase: Phase, error: Exception) -> None:
+        """Enter a phase of ``UNAVAILABLE``; logged once, however often it is entered again."""
+        if self._phase is not phase:
+            logger.error(
+                "the updater waits, nothing is lost, it will retry: %s: %s",
+                phase,
+                error,
+                extra={"event": "unavailable", "phase": str(phase), "error": str(error)},
+            )
+        self.enter(phase)
 
     def note(self, *_: Any) -> None:
         """Something was done: a forward pass, a step of the intake. Fits as a module's hook."""

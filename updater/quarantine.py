@@ -1,14 +1,14 @@
-"""What no update survives: a batch that holds it would otherwise come back for ever.
+"""Finds the examples that no update survives: their batch would otherwise come back for ever.
 
 An example that makes an update raise is found at once, by trying each of the batch alone.
 
-One that kills the process is found over several lives of it: the ledger counts the deaths
-(``updater/ledger/attempts.py``). Below ``updater.suspect_after_crashes`` of them nothing changes:
-most processes die of something else. From then on the replies that were in each of these deaths go
-first: half a batch of them, and with each death half of that. What is still a batch
-(``learning.min_batch_examples``) teaches; a smaller group is only tried, and what survives waits
-for a full batch again. Who is left at the end has to kill the process as often again, alone, and
-each time after another reply has survived the same in the same process.
+One that crashes the process is found over several of its lives: the ledger counts the crashes
+(``updater/ledger/crashes.py``). Below ``updater.suspect_after_crashes`` of them nothing changes:
+most processes crash of something else. From then on the suspects, the replies common to all these
+crashes, are bisected: half a batch of them goes first, and with each further crash half of that.
+What is still a batch (``learning.min_batch_examples``) teaches; a smaller group is only tried, and
+is queued again when its trial succeeds. The last suspect has to crash the process as often again,
+alone, and each time after another reply has succeeded in the same process.
 
 A machine at fault (memory, disk, stream, ledger) must not cost anybody's feedback: it ends the
 process instead, and the batch waits.
@@ -37,13 +37,13 @@ from updater.values import Batch, Example
 logger = logging.getLogger("moorline.quarantine")
 
 OUTSIDE = (LedgerError, StoreError, StreamUnavailable, OSError)
-"""Errors of what is not the process: no death of whatever is in the update."""
+"""Errors from outside the process: no crash is counted for what is in the update."""
 OF_THE_MACHINE = (*OUTSIDE, MemoryError, torch.OutOfMemoryError)
 """Errors that end the update without a decision."""
 
 
 class Quarantine:
-    """Tells the examples at fault from the others."""
+    """Tells examples that no update survives from the others in their batch."""
 
     def __init__(
         self,
@@ -55,23 +55,25 @@ class Quarantine:
     ) -> None:
         """``credit``: what an update does with examples first."""
         self._ledger = ledger
-        self._attempts = ledger.crashes
+        self._crashes = ledger.crashes
         self._trainer = trainer
         self._trust_region = trust_region
         self._credit = credit
-        self._deaths = settings.updater.suspect_after_crashes
+        self._suspect_after = settings.updater.suspect_after_crashes
         self._batch = settings.learning.batch_examples
-        self._said_to_wait = False
-        # In more deaths than it takes to know of one that it kills.
-        self._hopeless = 2 * self._deaths + self._batch.bit_length()
-        # Of one alone nothing can be learned: its reward is what is expected of it.
-        self._teaches = max(2, settings.learning.min_batch_examples)
+        self._logged_pause = False
+        # Whoever was in more crashes than bisection takes is no help as a comparison.
+        self._too_suspect = 2 * self._suspect_after + self._batch.bit_length()
+        # One alone teaches nothing: its reward is what is expected of it.
+        self._fewest_to_teach = max(2, settings.learning.min_batch_examples)
 
     # --- examples that raise ----------------------------------------------------------------
 
     def culprits(self, examples: Sequence[Example], error: Exception) -> list[Example]:
-        """Those of a batch, of which an update raised, that make it raise alone; all where none
-        does.
+        """Find the examples that make an update raise when they are alone in it.
+
+        Returns:
+            Those; the whole batch where none raises alone.
 
         Raises:
             Exception: the machine is at fault, not the batch.
@@ -80,8 +82,13 @@ class Quarantine:
         self._compute_probes()
         found = [one for one in examples if self._raises([one])] or list(examples)
         logger.error(
-            "an update raised: the examples at fault are rejected, please report it",
-            extra={"cause": cause_of(error), "batch": len(examples), "rejected": len(found)},
+            "an update raised an error: the examples at fault are rejected, please report it",
+            extra={
+                "event": "update_failed",
+                "error": cause_of(error),
+                "examples": len(examples),
+                "count": len(found),
+            },
         )
         return found
 
@@ -95,7 +102,7 @@ class Quarantine:
         return False
 
     def _try(self, examples: Sequence[Example]) -> None:
-        """An update from these, thrown away."""
+        """Make an update of these and throw it away."""
         try:
             batch, _, seen = self._credit(examples)
             # A reply alone is as good as expected: with an advantage of 0 nothing would be tried.
@@ -107,66 +114,76 @@ class Quarantine:
             self._trainer.restore()
 
     def _compute_probes(self) -> None:
-        """Raises where the process cannot even compute what it always could."""
+        """Raise where the process can no longer compute what it always could."""
         self._trust_region.logprobs(self._trainer.live_adapter, self._trust_region.probes)
 
-    # --- examples that kill -----------------------------------------------------------------
+    # --- examples that crash the process -----------------------------------------------------------------
 
     @contextlib.contextmanager
     def watch(self, examples: Sequence[Example], *, alone: bool = False) -> Iterator[None]:
-        """A process that dies in here has died of these; ``alone``: after another has survived."""
-        self._attempts.begin([one.example_id for one in examples], alone=alone)
+        """Count a crash inside for these; ``alone``: after another reply has succeeded."""
+        self._crashes.begin([one.example_id for one in examples], alone=alone)
         try:
             yield
         except OUTSIDE:
             with contextlib.suppress(LedgerError):
-                self._attempts.end()
+                self._crashes.end()
             raise
 
     def due(self, batch: bool) -> bool:
         """Whether to go on to an update, where a ``batch`` is due or is not.
 
-        Suspects go first. One alone waits until there is a reply to compare it with: if none is,
-        the process has died with every other one that waits, too.
+        Suspects go first. One alone waits until there is a reply to compare it with: where there is
+        none, every other queued reply was in a crash too.
         """
         suspects = self._worst()
         if not suspects:
             return batch
         if len(suspects) > 1 or self._another(suspects[0].key) is not None:
             return True
-        if not self._said_to_wait:
-            logger.error("the updater died with every reply that waits: it waits for another one")
-        self._said_to_wait = True
+        if not self._logged_pause:
+            logger.error(
+                "training paused: every queued example was in an update that crashed; waiting for"
+                " a new rating to compare with",
+                extra={"event": "training_paused_by_crashes"},
+            )
+        self._logged_pause = True
         return False
 
     def suspects(self) -> list[Example]:
-        """What the process keeps dying with: as much of it as goes into the next update, if any."""
+        """The examples common to all crashes, as many as go into the next update; often none."""
         worst = self._worst()
         if worst:
             logger.warning(
-                "updates kill the updater: the replies that were in each go in smaller batches",
-                extra={"examples": len(worst), "deaths": worst[0].deaths},
+                "the updater crashed %d times while training; bisecting the examples common to all"
+                " crashes",
+                worst[0].deaths,
+                extra={
+                    "event": "bisecting_crashes",
+                    "examples": len(worst),
+                    "crashes": worst[0].deaths,
+                },
             )
         return self._ledger.examples_of([one.key for one in worst])
 
     def _worst(self) -> list[Suspect]:
-        """Those in the most deaths, half as many with each one more."""
-        found = self._attempts.suspects()
+        """Those in the most crashes, half as many with each crash more."""
+        found = self._crashes.suspects()
         if not found:
             return []
         deaths = found[0].deaths
-        size = max(1, self._batch >> (deaths - self._deaths + 1))
+        size = max(1, self._batch >> (deaths - self._suspect_after + 1))
         return [one for one in found if one.deaths == deaths][:size]
 
-    def teaches(self, examples: Sequence[Example]) -> bool:
+    def enough_to_teach(self, examples: Sequence[Example]) -> bool:
         """Whether these suspects are enough for an update that is kept."""
-        return len(examples) >= self._teaches
+        return len(examples) >= self._fewest_to_teach
 
-    def verdict(self, suspects: Sequence[Example]) -> str | None:
-        """Try an update of these, too few to teach. Whoever returns from it has survived.
+    def bisect(self, suspects: Sequence[Example]) -> str | None:
+        """Try an update of these, too few to teach; when it returns, they are queued again.
 
         Returns:
-            Nothing is tried any more: this one kills the process, and that is how it is known.
+            Why the one suspect is the culprit, where nothing need be tried any more; else None.
 
         Raises:
             Exception: the machine is at fault, not these.
@@ -174,32 +191,37 @@ class Quarantine:
         alone = len(suspects) == 1
         if alone:
             key = suspects[0].interaction.key
-            deaths = self._attempts.crashes_alone(key)
-            if deaths >= self._deaths:
+            deaths = self._crashes.crashes_alone(key)
+            if deaths >= self._suspect_after:
                 logger.error(
-                    "the updater dies of one example: it is rejected, please report it; if memory"
-                    " ends, lower learning.max_example_tokens or learning.micro_batch_tokens",
-                    extra={"interaction": key, "deaths": deaths},
+                    "one example crashes the updater: it is rejected, please report it; if memory"
+                    " ran out, lower learning.max_example_tokens or learning.micro_batch_tokens",
+                    extra={"event": "update_crashed", "request_id": key, "crashes": deaths},
                 )
-                return f"the process died {deaths} times in an update of it alone; others survived"
+                return (
+                    f"the process crashed {deaths} times in an update of it alone; others did not"
+                )
             other = self._another(but=key)
             compared = self._ledger.examples_of([] if other is None else [other])
             if not compared:
                 return None
             self._succeeded(compared)
         self._succeeded(suspects, alone=alone)
-        logger.info("survived: they wait for a batch again", extra={"tried": len(suspects)})
+        logger.info(
+            "trial update succeeded; its examples are queued again",
+            extra={"event": "trial_succeeded", "examples": len(suspects)},
+        )
         return None
 
     def _another(self, but: str) -> str | None:
-        """The key of the reply to compare one with: the likeliest to survive."""
-        return self._attempts.least_suspect(but, self._hopeless)
+        """The key of the reply to compare a suspect with: the one in the fewest crashes."""
+        return self._crashes.least_suspect(but, self._too_suspect)
 
     def _succeeded(self, examples: Sequence[Example], *, alone: bool = False) -> None:
         with self.watch(examples, alone=alone):
             if self._raises(examples):
                 self._compute_probes()  # an error may leave a device that computes no more
-        self._attempts.succeeded()
+        self._crashes.succeeded()
 
 
 def cause_of(error: BaseException) -> str:

@@ -1,19 +1,58 @@
-"""The manifests of releases to come: what they are, and everything that justifies them."""
+"""Releases: their manifests, and their way from the ledger's outbox to servers."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
-from moorline.events import ArtifactFile, Release, ReleaseKind, Verdict
+from moorline import metrics
+from moorline.events import Release, ReleaseKind, Verdict
+from moorline.failpoints import failpoint
 from moorline.settings import Settings
 from moorline.store import ArtifactCorrupt, ArtifactMissing, ArtifactStore
+from moorline.stream import StreamUnavailable
 from updater.ledger import Ledger, examples_digest
 from updater.values import Batch, Candidate
 
+logger = logging.getLogger("moorline.releases")
+
+
+def publish_decided(
+    ledger: Ledger, store: ArtifactStore, publish: Callable[[Release], None]
+) -> None:
+    """Put each unpublished release into the store, which servers follow, then onto its topic.
+
+    Safe to repeat: a release that the topic does not take now stays unpublished in the ledger.
+
+    Args:
+        publish: writes a release to its topic, and returns when it is acknowledged.
+    """
+    for release in ledger.unpublished():
+        store.record_release(release)
+        failpoint("loop.after_manifest")
+        try:
+            publish(release)
+        except StreamUnavailable as error:
+            logger.warning(
+                "release is in the store, but its topic does not take it: will retry",
+                extra={
+                    "event": "release_not_announced",
+                    "version": release.version,
+                    "error": str(error),
+                },
+            )
+            return
+        ledger.mark_published(release.version)
+        metrics.RELEASES_PUBLISHED.inc()
+        logger.info(
+            "release published", extra={"event": "release_published", "version": release.version}
+        )
+
 
 class Manifests:
-    """Writes what follows from the ledger as it stands."""
+    """Makes the manifest of a release to come, from the ledger as it stands."""
 
     def __init__(
         self,
@@ -29,15 +68,13 @@ class Manifests:
         self._base_model_digest = base_model_digest
         self._software = software
 
-    def accepted(
-        self, batch: Batch, candidate: Candidate, files: tuple[ArtifactFile, ...], verdict: Verdict
-    ) -> Release:
-        """A candidate that the gate has passed."""
+    def accepted(self, batch: Batch, candidate: Candidate, verdict: Verdict) -> Release:
+        """Make the manifest of a candidate that the gate has passed."""
         return self._release(
             parent=candidate.parent,
             kind=ReleaseKind.ADAPTER,
             artifact_digest=candidate.artifact_digest,
-            files=files,
+            files=candidate.files,
             examples=len(batch.examples),
             examples_digest=examples_digest(batch.example_ids),
             step_scale=candidate.step_scale,
@@ -48,7 +85,7 @@ class Manifests:
         )
 
     def revoking(self, ancestor: int) -> Release:
-        """The bytes of ``ancestor`` again, with the verdict that it had on them.
+        """Make a release of the bytes of ``ancestor`` again, with the verdict that it had on them.
 
         Where they are no longer kept, or damaged, those of the newest before it that are sound; the
         base model needs none. Its divergence from the live policy is not measured: as with a

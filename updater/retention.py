@@ -32,8 +32,14 @@ def collect_garbage(
     try:
         removed = store.collect_garbage(alias, digests)
     except (StoreError, OSError) as error:
-        logger.warning("store not tidied", extra={"cause": type(error).__name__})
+        logger.warning(
+            "old artifacts could not be removed, will retry after the next update",
+            extra={"event": "garbage_not_collected", "error": type(error).__name__},
+        )
         return
     metrics.ARTIFACTS_REMOVED.inc(len(removed))
     if removed:
-        logger.info("store tidied", extra={"removed": len(removed)})
+        logger.info(
+            "old artifacts removed from the store",
+            extra={"event": "garbage_collected", "count": len(removed)},
+        )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from moorline.events import Divergence, Feedback, Interaction, Reason
+from moorline.events import ArtifactFile, Divergence, Feedback, Interaction, Reason
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Candidate:
 
     parent: int
     artifact_digest: str
-    artifact_dir: Path
+    files: tuple[ArtifactFile, ...]
     step_scale: float
     divergences: tuple[Divergence, ...]
     diagnostics: Mapping[str, float] = field(default_factory=dict)

@@ -52,7 +52,10 @@ class Gate:
             passed = all(check.passed for check in checks)
             decision = Decision.PASS if passed else Decision.BLOCK
         except Exception as error:  # whatever it was, this candidate was not shown to be safe
-            logger.exception("gate could not judge", extra={"artifact": digest})
+            logger.exception(
+                "the gate could not judge a candidate: it is held, not released",
+                extra={"event": "gate_failed", "artifact": digest},
+            )
             checks = (_failed("completed", f"{type(error).__name__}"),)
             decision = Decision.HOLD
         for check in checks:
