@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from moorline.launch import group_exists, stop_groups
+from moorline.process_groups import group_exists, stop_groups
 from moorline.systemd import without_notification
 
 logger = logging.getLogger("moorline.supervise")
@@ -69,9 +69,9 @@ class ChildProcess:
         self.heard_at = self.started_at
         self._ended = threading.Event()
         self._last_lines: deque[str] = deque(maxlen=20)
-        launcher = [sys.executable, "-m", "moorline.launch", "child", str(os.getpid()), "--"]
+        launcher = [sys.executable, "-m", "moorline.process_groups"]
         self._process = subprocess.Popen(
-            [*launcher, *child.argv],
+            [*launcher, "child", str(os.getpid()), "--", *child.argv],
             env={"PYTHONUNBUFFERED": "1"} | without_notification(dict(child.environment)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from daemon.children import Child, ChildProcess
-from moorline.launch import adopt_orphans
+from moorline.process_groups import adopt_orphans
 from moorline.systemd import Notifier
 
 __all__ = ["Child", "Notice", "NoticeKind", "RestartPolicy", "Supervisor"]
@@ -284,7 +284,7 @@ class Supervisor:
     def _start_reaper(self) -> None:
         grace = max((slot.child.grace_seconds for slot in self._slots), default=0.0)
         self._reaper = subprocess.Popen(
-            [sys.executable, "-m", "moorline.launch", "reaper", str(grace)],
+            [sys.executable, "-m", "moorline.process_groups", "reaper", str(grace)],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )

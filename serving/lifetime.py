@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 
 from moorline.errors import MoorlineError
-from moorline.launch import die_with_parent
+from moorline.process_groups import die_with_parent
 
 _SPAWNED_BY = "MOORLINE_SPAWNED_BY"
 """Environment: who should be the parent of a process that is spawned. It may be gone by then."""

@@ -402,7 +402,7 @@ class ArtifactStore:
 
 @contextlib.contextmanager
 def _writing(root: Path) -> Iterator[None]:
-    """Turn what the disk says into one line, with the remedy."""
+    """Turn an error of the disk into ``StoreUnavailable``, with the remedy."""
     try:
         yield
     except OSError as error:

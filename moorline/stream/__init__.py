@@ -10,7 +10,7 @@ from moorline.stream.compacted import publish_erasure
 from moorline.stream.dead_letters import DeadLetters
 from moorline.stream.publisher import Publisher, PublisherStats
 from moorline.stream.reader import Reader
-from moorline.stream.records import Gap, GapCause, Position, Record
+from moorline.stream.records import Gap, GapCause, Record
 from moorline.stream.releases import ReleaseFollower, publish_release
 from moorline.stream.spool import SpoolLocked
 from moorline.stream.topics import Topic, dlq_name, ensure_topics, topic_name
@@ -19,7 +19,6 @@ __all__ = [
     "DeadLetters",
     "Gap",
     "GapCause",
-    "Position",
     "Publisher",
     "PublisherStats",
     "Reader",

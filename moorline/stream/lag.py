@@ -99,7 +99,7 @@ class Lag:
                     continue
                 known = self._oldest.get(key)
                 if known is None or known[0] != offset:
-                    known = self._look(key, offset) or known
+                    known = self._peek_timestamp(key, offset) or known
                 if known is not None:
                     self._oldest[key] = known
                     ages[key] = max(0.0, now - known[1])
@@ -114,7 +114,7 @@ class Lag:
         with self._lock:
             self._disconnect()
 
-    def _look(self, key: Key, offset: int) -> tuple[int, float] | None:
+    def _peek_timestamp(self, key: Key, offset: int) -> tuple[int, float] | None:
         """(offset, timestamp) of the first record from there on, if it can be read."""
         topic, partition = key
         try:

@@ -29,7 +29,8 @@ class OutgoingEvent:
     acknowledged: bool = False
     error: BaseException | None = None
 
-    def settle(self, kept: bool) -> None:
+    def resolve(self, kept: bool) -> None:
+        """Tell who waits on ``safe`` how it ended: kept (delivered or on disk), or dropped."""
         if self.safe is not None and not self.safe.done():
             with contextlib.suppress(Exception):  # cancelled by its reader meanwhile
                 self.safe.set_result(kept)
@@ -42,7 +43,7 @@ class OutgoingEvent:
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> OutgoingEvent:
-        """The inverse.
+        """Read what ``to_bytes`` wrote.
 
         Raises:
             ValueError: these bytes are no event.

@@ -29,7 +29,7 @@ from moorline.failpoints import failpoint
 from moorline.settings import StreamSettings
 from moorline.stream.link import Link
 from moorline.stream.outgoing import OutgoingEvent
-from moorline.stream.spool import Frame, Position, Spool, SpoolNotSynced
+from moorline.stream.spool import Frame, FrameEnd, Spool, SpoolNotSynced
 from moorline.stream.topics import Headers, Topic, cloud_event_headers, topic_name
 
 logger = logging.getLogger("moorline.stream")
@@ -88,7 +88,7 @@ class Publisher:
         self._window: deque[OutgoingEvent] = deque()
         self._window_bytes = 0
         # Delivered behind one that was not, and the client failed: not to be sent again.
-        self._delivered_early: set[Position] = set()
+        self._delivered_early: set[FrameEnd] = set()
         self._lock = threading.Lock()  # guards the queue and the counters; held for microseconds
         self._wake = threading.Event()
         self._accepting = True
@@ -144,7 +144,7 @@ class Publisher:
         event = self._event(topic, key, value)
         event.safe = Future()
         if not self._accept(event):
-            event.settle(kept=False)
+            event.resolve(kept=False)
         return event.safe
 
     @property
@@ -220,14 +220,14 @@ class Publisher:
             self._dropped += 1
             self._outstanding -= 1
         metrics.EVENTS_DROPPED.labels(event.topic.value).inc()
-        event.settle(kept=False)
+        event.resolve(kept=False)
 
     def _deliver(self, event: OutgoingEvent) -> None:
         with self._lock:
             self._delivered += 1
             self._outstanding -= 1
         metrics.EVENTS_PUBLISHED.labels(event.topic.value).inc()
-        event.settle(kept=True)
+        event.resolve(kept=True)
 
     def _in_memory_only(self) -> int:
         return max(0, self._outstanding - self._spooled)
@@ -465,7 +465,7 @@ class Publisher:
                 },
             )
         for event in written:
-            event.settle(kept=True)
+            event.resolve(kept=True)
 
     def _disk_failed(self, phase: str, error: OSError) -> None:
         self._disk_failed_at = time.monotonic()

@@ -43,7 +43,7 @@ logger = logging.getLogger("moorline.stream")
 
 GROUP = "moorline-updater"
 """Its committed offsets are advisory: for lag tools. The ledger is the truth."""
-LOOK_SECONDS = 5.0
+DESCRIBE_SECONDS = 5.0
 """How often the topics are looked at while nothing arrives."""
 FETCH_ROOM_BYTES = 2**20
 
@@ -65,7 +65,7 @@ class Reader:
         self._states: dict[Topic, TopicState] = {}
         self._next: dict[tuple[Topic, int], int] = {}
         self._gaps: list[Gap] = []
-        self._looked_at = 0.0
+        self._described_at = 0.0
         self._lock = threading.Lock()  # guards what other threads read
         self._commit_refused = False
         self._lag = Lag(settings, self._topics)
@@ -84,7 +84,7 @@ class Reader:
         """
         self._wanted = dict(positions)
         self._next = {}
-        self._looked_at = 0.0
+        self._described_at = 0.0
         if self._consumer is not None:
             self._drop_clients()  # and with them everything fetched ahead
 
@@ -117,7 +117,7 @@ class Reader:
             with explained(self._settings, self._admin):
                 names = [topic_name(self._settings, topic) for topic in self._topics]
                 check_not_compacted(self._settings, describe_configs(self._admin.client, names))
-                self._place(self._look())
+                self._place(self._describe_topics())
         except BaseException:
             self._drop_clients()
             raise
@@ -138,8 +138,8 @@ class Reader:
                 batches = self._fetch(max_records, timeout_seconds)
                 # After fetching: an id that is still the same was the same when these were read.
                 # A topic that was made again meanwhile has other records at our offsets.
-                due = batches or time.monotonic() - self._looked_at > LOOK_SECONDS
-                if due and self._changed(self._look()):
+                due = batches or time.monotonic() - self._described_at > DESCRIBE_SECONDS
+                if due and self._changed(self._describe_topics()):
                     self._keep_place()
                     self._drop_clients()
                     return []
@@ -214,12 +214,12 @@ class Reader:
 
     # --- where to read ---
 
-    def _look(self) -> dict[Topic, TopicState]:
+    def _describe_topics(self) -> dict[Topic, TopicState]:
         assert self._admin is not None
         states = describe(self._admin.client, self._settings, self._topics)
         require(self._settings, states, self._topics)
         check_partitions(self._settings, states)
-        self._looked_at = time.monotonic()
+        self._described_at = time.monotonic()
         return states
 
     def _place(self, states: dict[Topic, TopicState]) -> None:
@@ -325,7 +325,7 @@ class Reader:
             )
         except (kafka_errors.OffsetOutOfRangeError, kafka_errors.NoOffsetForPartitionError):
             self._keep_place()
-            states = self._look()
+            states = self._describe_topics()
             self._refuse_lost_ends(states)
             self._place(states)
             return {}

@@ -1,4 +1,4 @@
-"""What the reader gives: records, positions and gaps."""
+"""What the reader gives: records and gaps."""
 
 from __future__ import annotations
 
@@ -23,15 +23,6 @@ class Record:
     headers: Headers = ()
 
 
-@dataclass(frozen=True)
-class Position:
-    """A partition of one incarnation of a topic."""
-
-    topic: Topic
-    topic_id: str
-    partition: int
-
-
 class GapCause(StrEnum):
     RETENTION = "retention"
     """The broker had deleted the records before they were read."""
@@ -51,7 +42,7 @@ class Gap:
 
 
 def record_from(topic: Topic, topic_id: str, raw: Any) -> Record:
-    """From the library's record."""
+    """A record of ours from one of the library's."""
     return Record(
         topic=topic,
         topic_id=topic_id,

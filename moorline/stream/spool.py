@@ -39,7 +39,7 @@ class SpoolNotSynced(MoorlineError, OSError):
 
 
 @dataclass(frozen=True, order=True)
-class Position:
+class FrameEnd:
     """The end of a frame: segment number, and byte offset in it."""
 
     segment: int
@@ -61,7 +61,7 @@ class _Segment:
 class Frame:
     """What ``next`` gives."""
 
-    position: Position
+    position: FrameEnd
     payload: bytes | None
     """None: damaged on disk; then ``count`` frames are lost."""
     count: int = 1
@@ -90,7 +90,7 @@ class Spool:
         self._reader: int | None = None
         self._writer_segment = 0
         self._reader_segment = 0
-        self._acknowledged = Position(0, 0)
+        self._acknowledged = FrameEnd(0, 0)
         self._saved = self._acknowledged
         try:
             self._load()
@@ -139,7 +139,7 @@ class Spool:
         segment.valid_bytes += needed
         segment.size_bytes = segment.valid_bytes
         segment.frames += 1
-        return Frame(Position(number, segment.valid_bytes), payload)
+        return Frame(FrameEnd(number, segment.valid_bytes), payload)
 
     def sync(self) -> None:
         """Make everything appended survive a power cut.
@@ -174,7 +174,7 @@ class Spool:
             )
             if zlib.crc32(payload) == checksum and end <= segment.valid_bytes:
                 segment.read += 1
-                self._read = Position(number, end)
+                self._read = FrameEnd(number, end)
                 return Frame(self._read, payload)
             # It was whole when it was written or opened. Its length may be what is damaged, so
             # the frames behind it cannot be found either.
@@ -189,7 +189,7 @@ class Spool:
                 },
             )
             segment.read = segment.frames
-            self._read = Position(number, segment.valid_bytes)
+            self._read = FrameEnd(number, segment.valid_bytes)
             return Frame(self._read, None, lost)
         return None
 
@@ -197,7 +197,7 @@ class Spool:
         """Count everything written so far as read: it is on its way already."""
         for number, segment in self._segments.items():
             segment.read = segment.frames
-            self._read = max(self._read, Position(number, segment.valid_bytes))
+            self._read = max(self._read, FrameEnd(number, segment.valid_bytes))
 
     def rewind(self) -> None:
         """Read again from the oldest frame that is not released."""
@@ -258,10 +258,10 @@ class Spool:
             ) from error
 
     def _load(self) -> None:
-        saved = Position(0, 0)
+        saved = FrameEnd(0, 0)
         with contextlib.suppress(OSError, ValueError):
             segment_text, offset_text = (self.directory / _CURSOR).read_text().split()
-            saved = Position(int(segment_text), int(offset_text))
+            saved = FrameEnd(int(segment_text), int(offset_text))
         numbers = sorted(
             int(path.stem) for path in self.directory.glob(f"*{_SUFFIX}") if path.stem.isdigit()
         )
@@ -272,7 +272,7 @@ class Spool:
             for end in _whole_frames(path):
                 segment.frames += 1
                 segment.valid_bytes = end
-                segment.released += Position(number, end) <= saved
+                segment.released += FrameEnd(number, end) <= saved
             segment.read = segment.released
             torn = segment.size_bytes - segment.valid_bytes
             if torn:
@@ -286,7 +286,7 @@ class Spool:
         # Numbers are never reused, or an old cursor could release new frames.
         self._next_number = max([*numbers, saved.segment]) + 1
         for number in numbers:
-            if Position(number, self._segments[number].valid_bytes) <= saved or (
+            if FrameEnd(number, self._segments[number].valid_bytes) <= saved or (
                 self._segments[number].frames == 0
             ):
                 self._drop_segment(number)

@@ -75,7 +75,7 @@ def cloud_event_headers(topic: Topic, event_id: str, source: str, timestamp_ms: 
 
 
 def software_version() -> str:
-    """Of this Moorline, for headers."""
+    """The installed version of Moorline, for headers."""
     try:
         return importlib.metadata.version("moorline")
     except importlib.metadata.PackageNotFoundError:
@@ -210,7 +210,7 @@ def check_not_compacted(settings: StreamSettings, configs: Mapping[str, Mapping[
 
 
 def _names(settings: StreamSettings, topics: Iterable[Topic]) -> list[str]:
-    """Of the topics and of their dead letters."""
+    """The names of the topics and of their dead-letter topics."""
     return [name(settings, topic) for topic in topics for name in (topic_name, dlq_name)]
 
 

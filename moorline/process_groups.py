@@ -1,9 +1,9 @@
-"""What makes sure that no process outlives the supervisor, however the supervisor ends.
+"""Process groups that cannot outlive the supervisor, however the supervisor ends.
 
-``python -m moorline.launch child PARENT -- ARGV...`` asks the kernel for a SIGTERM when the parent
-dies and then becomes ARGV. ``python -m moorline.launch reaper GRACE`` waits on its standard input:
-when the supervisor is gone (kill -9 too), it stops every process group that it was told of,
-grandchildren included, first politely.
+``python -m moorline.process_groups child PARENT -- ARGV...`` asks the kernel for a SIGTERM when the
+parent dies and then becomes ARGV. ``python -m moorline.process_groups reaper GRACE`` waits on its
+standard input: when the supervisor is gone (kill -9 too), it stops every process group that it was
+told of, grandchildren included, first politely.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
         case ["reaper", grace]:
             reap(sys.stdin.buffer, float(grace))
         case _:
-            raise SystemExit("moorline.launch is started by the supervisor only")
+            raise SystemExit("moorline.process_groups is started by the supervisor only")
 
 
 if __name__ == "__main__":
