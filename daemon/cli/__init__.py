@@ -1,4 +1,4 @@
-"""The `moorline` command. Each module holds the verbs of one purpose; ``main`` is the door."""
+"""The `moorline` command. ``app.py`` lists the verbs and the module of each."""
 
 from daemon.cli.app import app, main
 

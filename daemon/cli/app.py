@@ -1,4 +1,4 @@
-"""The verbs, put together, and the one place where errors become a line and an exit code."""
+"""All verbs in one table, and the place where errors become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from moorline.errors import MoorlineError
 
 app = typer.Typer(
     name="moorline",
-    help="Keeps a deployed language model learning from its users, and never lets it drift "
-    "further than its line.",
-    epilog="A first look:  moorline demo        Your own model:  moorline up --model DIR",
+    help="Keeps a deployed language model learning from its users, within measured bounds on how "
+    "far it may drift.",
+    epilog="Try it: `moorline demo`. With your own model: `moorline up --model DIR`. "
+    "Options and examples of a verb: `moorline VERB --help`.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

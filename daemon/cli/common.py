@@ -72,7 +72,7 @@ def _alive(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Where to ask."""
+    """The addresses of server, updater and broker."""
 
     server: str
     updater: str
@@ -82,7 +82,7 @@ class Endpoints:
 def endpoints(
     settings: Settings, server: str | None = None, updater: str | None = None
 ) -> Endpoints:
-    """What the command line says, else the running tree, else the settings."""
+    """The addresses of the command line, else of the running tree, else of the settings."""
     tree = running_tree(settings.state_dir)
     configured = Endpoints(
         server=base_url(settings.serving.host, settings.serving.port),
@@ -102,18 +102,18 @@ def api_key(settings: Settings) -> str | None:
 
 
 def say(text: str, style: str | None = None) -> None:
-    """A sentence for a person; the terminal breaks the line, so that copies stay whole."""
+    """Print a sentence; the terminal breaks the line, so that what is copied stays whole."""
     out.print(text, style=style, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """Plain JSON on stdout, whatever the terminal."""
+    """Print plain JSON on stdout, also at a terminal."""
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
 @contextmanager
 def ledger_inspector(settings: Settings) -> Iterator[LedgerInspector]:
-    """The ledger, read-only: the updater may be running or stopped.
+    """Open the ledger read-only; the updater may be running or stopped.
 
     Raises:
         CommandError: there is no ledger, or it cannot be read.

@@ -26,7 +26,7 @@ from moorline.settings import Settings
 
 _GIB = 2**30
 _PROCESS_BYTES = int(1.5 * _GIB)
-"""Python with torch and vLLM or transformers, beside the weights, each process."""
+"""Memory of each process beside the weights: Python, torch, and vLLM or transformers."""
 _FREE_DISK_BYTES = 2 * _GIB
 _COMPANIONS = ("torchvision", "torchaudio", "torchcodec", "triton")
 
@@ -157,7 +157,7 @@ def _memory(settings: Settings) -> Iterator[Finding]:
 
 
 def available_memory_bytes() -> int:
-    """What this process may still use: the machine's free memory, or its container's."""
+    """The memory that this process may still use, of the machine or of its container."""
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):

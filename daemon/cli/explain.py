@@ -49,12 +49,12 @@ def explain(
         str,
         typer.Argument(
             metavar="ID",
-            help="Of a reply (chatcmpl-...), of feedback (fb-...), or a record: TOPIC/PART/OFFSET.",
+            help="A reply (chatcmpl-...), feedback (fb-...) or a record (TOPIC/PARTITION/OFFSET).",
         ),
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """One event's history: when it was read, what it joined, where it ended and why.
+    """Show one event's history: when it was read, what it joined, where it ended and why.
 
     Never shows what anybody wrote. Exits 1 when the ledger does not know the event.
 
@@ -127,7 +127,7 @@ def _history(alias: str, history: EventHistory) -> Iterator[str]:
 
 
 def _moments(alias: str, history: EventHistory) -> Iterator[tuple[float, str]]:
-    """(Unix seconds, what happened then)."""
+    """Pairs of Unix seconds and what happened then."""
     is_reply = history.kind == "interaction"
     if history.event_time is not None and history.arrived_at is not None:
         what = f"{history.rater or 'somebody erased'} gave it ({history.aspect})"
@@ -144,7 +144,7 @@ def _moments(alias: str, history: EventHistory) -> Iterator[tuple[float, str]]:
             what = f"feedback {other.name} ({other.aspect}) of {other.rater or 'somebody erased'}"
         yield (
             other.arrived_at,
-            f"{utc(other.arrived_at)}  {harmless(what)} arrived: {_of(other)}",
+            f"{utc(other.arrived_at)}  {harmless(what)} arrived: {_fate(other)}",
         )
     if history.outcome is not None:
         example = f" (example {history.example_id})" if history.example_id else ""
@@ -153,7 +153,7 @@ def _moments(alias: str, history: EventHistory) -> Iterator[tuple[float, str]]:
         yield history.outcome.at + 1e-6, f"{' ' * 23}  {_evidence(history.outcome)}"
 
 
-def _of(other: Joined) -> str:
+def _fate(other: Joined) -> str:
     assert other.fate is not None
     why = f" ({in_words(other.reason)})" if other.reason is not Reason.NONE else ""
     return f"{in_words(other.fate)}{why}"

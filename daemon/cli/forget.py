@@ -55,11 +55,14 @@ def forget(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would come to; erase nothing.")
+        bool, typer.Option("--dry-run", help="Say what would be erased; erase nothing.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     wait: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="For a running updater to carry it out.")
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", help="How long to wait for a running updater to erase."
+        ),
     ] = 120.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -80,7 +83,7 @@ def forget(
     erasure = _erasure(settings, user or (), tenant, interaction, revoke=revoke)
     before = _preview(settings, erasure)
     if not as_json:
-        _say_what(settings, before, will=True, revoke=revoke)
+        _print_outcome(settings, before, will=True, revoke=revoke)
     if dry_run:
         if as_json:
             print_json({"erasure_id": None, "result": asdict(before) if before else None})
@@ -96,7 +99,7 @@ def forget(
     elif done is None:
         say(f"Accepted as {erasure.erasure_id}; the updater carries it out where its ledger is.")
     else:
-        _say_what(settings, done, will=False, revoke=revoke)
+        _print_outcome(settings, done, will=False, revoke=revoke)
         say(f"Erased ({erasure.erasure_id}).")
 
 
@@ -126,7 +129,7 @@ def _erasure(
 
 
 def _preview(settings: Settings, erasure: Erasure) -> Forgotten | None:
-    """What it would come to; None: the ledger is not here."""
+    """What the erasure would change; None when the ledger is elsewhere."""
     from updater.ledger import LedgerError
     from updater.ledger.inspection import LedgerInspector
 
@@ -140,7 +143,7 @@ def _preview(settings: Settings, erasure: Erasure) -> Forgotten | None:
 
 
 def _publish(settings: Settings, erasure: Erasure) -> bool:
-    """Onto the stream; whether there is one."""
+    """Publish the request; False when no broker is configured."""
     from moorline.stream import StreamUnavailable, publish_erasure
 
     bootstrap = endpoints(settings).bootstrap
@@ -156,7 +159,10 @@ def _publish(settings: Settings, erasure: Erasure) -> bool:
 def _carry_out(
     settings: Settings, erasure: Erasure, *, told: bool, wait_seconds: float
 ) -> Forgotten | None:
-    """By this process, unless an updater runs: then it does. None: the ledger is elsewhere."""
+    """Erase in the ledger here, or wait until the running updater has done so.
+
+    None when the ledger is elsewhere.
+    """
     from updater.ledger import Ledger, LedgerError, LedgerLocked
 
     if not settings.ledger_path.exists():
@@ -194,7 +200,9 @@ def _wait(settings: Settings, erasure: Erasure, seconds: float) -> Forgotten:
     return found
 
 
-def _say_what(settings: Settings, found: Forgotten | None, *, will: bool, revoke: bool) -> None:
+def _print_outcome(
+    settings: Settings, found: Forgotten | None, *, will: bool, revoke: bool
+) -> None:
     if found is None:
         say(f"No ledger at {settings.ledger_path}: what is stored of them is not known here.")
         return

@@ -1,4 +1,4 @@
-"""Verbs that only look: status, releases, config, schemas."""
+"""Verbs that read and change nothing: status, releases, config, schemas."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def status(
     server: ServerOption = None,
     updater: UpdaterOption = None,
 ) -> None:
-    """What is served, what is being learned, and where every event ended.
+    """Show what is served, what is being learned, and where every event ended.
 
     Exits 1 when neither the server nor the updater answers.
 
@@ -127,10 +127,10 @@ def _render(seen: dict[str, Any]) -> Any:
 def releases(
     settings: Settings,
     as_json: JsonOption = False,
-    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20,
     server: ServerOption = None,
 ) -> None:
-    """Every release in the store: its measured divergences, its gate, its size.
+    """List the releases in the store: measured divergences, gate, size.
 
     A revoked release had learned from somebody who was erased: its weights are deleted.
 
@@ -183,9 +183,11 @@ def releases(
 def config(
     settings: Settings,
     as_json: JsonOption = False,
-    changed: Annotated[bool, typer.Option("--changed", help="Only what somebody has set.")] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only settings that are not at their default.")
+    ] = False,
 ) -> None:
-    """Every setting, its value and who set it. Secrets are never printed.
+    """List every setting, its value and who set it. Secrets are never printed.
 
     [bold]Examples[/]
 
@@ -237,7 +239,7 @@ def schemas(
         Path | None, typer.Option("--out", metavar="DIR", help="Write TOPIC.schema.json files.")
     ] = None,
 ) -> None:
-    """The JSON Schema of every event, made from the models that parse them.
+    """Print the JSON Schema of every event, made from the models that parse them.
 
     [bold]Examples[/]
 

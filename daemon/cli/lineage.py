@@ -36,7 +36,7 @@ def lineage(
     every: Annotated[bool, typer.Option("--all", help="List every example.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What is behind a release: its examples, its raters, its parents back to the base model.
+    """Show what a release learned from, and its parents back to the base model.
 
     [bold]Examples[/]
 
@@ -63,7 +63,7 @@ def _number(version: str) -> int:
 
 
 def _json(found: Lineage) -> dict[str, Any]:
-    """For programs."""
+    """The lineage as `--json` prints it."""
     return {
         "release": found.release.model_dump(mode="json"),
         "parents": [

@@ -27,7 +27,7 @@ def rollback(
         int | None,
         typer.Option("--to", min=0, metavar="N", help="Version to serve; 0 is the base model."),
     ] = None,
-    reason: Annotated[str, typer.Option(help="Kept with the pin.")] = "",
+    reason: Annotated[str, typer.Option(help="Why; kept with the pin.")] = "",
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for the server.")
     ] = 60.0,
@@ -58,7 +58,7 @@ def rollback(
 
 
 def _version_before(store: ArtifactStore, alias: str) -> int:
-    """The parent of what is wanted now."""
+    """The parent of the version that servers should serve now."""
     pin, newest = store.pinned(alias), store.newest(alias)
     if pin is not None:
         current = store.release(alias, pin.version) if pin.version > 0 else None
@@ -210,7 +210,7 @@ def feedback(
 
 
 def _produce(settings: Settings, event: Feedback) -> str:
-    """One record to the feedback topic, acknowledged by the broker."""
+    """Produce one record to the feedback topic and wait for the broker's acknowledgement."""
     from moorline.stream import Publisher, Topic, topic_name
 
     bootstrap = endpoints(settings).bootstrap

@@ -32,7 +32,9 @@ def redrive(
     settings: Settings,
     reason: Annotated[
         list[Reason] | None,
-        typer.Option(help="Only what was refused for this; repeat at will.", metavar="REASON"),
+        typer.Option(
+            help="Only letters refused for this reason; repeat at will.", metavar="REASON"
+        ),
     ] = None,
     topic: Annotated[
         Literal["interactions.v1", "feedback.v1"] | None,
@@ -46,7 +48,7 @@ def redrive(
         int | None, typer.Option(min=1, help="Put back at most so many letters.")
     ] = None,
     max_redrives: Annotated[
-        int, typer.Option(min=1, help="A record that came back so often stays where it is.")
+        int, typer.Option(min=1, help="Leave a record that became a dead letter again so often.")
     ] = 3,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the letters; move nothing.")
@@ -98,7 +100,7 @@ def redrive(
 
 
 def _outcomes(redriver: Redriver, wanted: Wanted, *, dry_run: bool) -> Iterator[tuple[Letter, str]]:
-    """Each letter and what was done, or would be."""
+    """Each letter with what was done with it, or would be in a dry run."""
     from moorline.stream.redrive import BATCH_LETTERS
 
     letters = redriver.letters(wanted)
@@ -116,7 +118,7 @@ def _outcomes(redriver: Redriver, wanted: Wanted, *, dry_run: bool) -> Iterator[
 
 
 def _moment(text: str) -> float:
-    """Unix seconds of an age or a date."""
+    """Parse an age or a date into Unix seconds."""
     age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)", text.strip())
     if age:
         return time.time() - float(age[1]) * _UNITS[age[2]]

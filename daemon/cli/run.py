@@ -90,7 +90,7 @@ def _supervise(settings: Settings, planned: tree.Tree, *, verbose: bool) -> int:
 
 
 class _Screen:
-    """What a person at a terminal sees of `moorline up`; silent elsewhere (the logs say it)."""
+    """Shows the tree's state at a terminal; elsewhere it is silent, since the logs have it."""
 
     def __init__(self) -> None:
         self.interactive = out.is_terminal
@@ -139,7 +139,7 @@ def _echo(name: str, line: str) -> None:
 
 @contextmanager
 def _only_one(state_dir: Path) -> Iterator[None]:
-    """Own the state directory, created for its owner only, until the block ends.
+    """Create the state directory for this user only, and lock it until the block ends.
 
     Raises:
         CommandError: it cannot be written, or another tree runs on it.
@@ -170,7 +170,7 @@ def _check_model(settings: Settings) -> None:
 
 
 def _check_broker(settings: Settings) -> None:
-    """A person who starts everything is told at once; `serve` and `update` wait and try again.
+    """Check now that the broker answers; `serve` and `update` wait for one instead.
 
     Raises:
         CommandError: the configured broker does not answer, or refuses us.

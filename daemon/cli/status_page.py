@@ -1,4 +1,4 @@
-"""How `moorline status` and `moorline releases` look. Every value may be missing."""
+"""The pages of `moorline status` and `moorline releases`. Every value may be missing."""
 
 from __future__ import annotations
 

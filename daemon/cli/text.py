@@ -19,7 +19,7 @@ def number(value: Any, digits: int) -> str:
 
 
 def size(count_bytes: float) -> str:
-    """As a person reads it: 512 B, 19.5 MB."""
+    """A size such as 512 B or 19.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count_bytes < 1000 or unit == "GB":
             break

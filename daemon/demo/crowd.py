@@ -26,7 +26,7 @@ TWICE_SHARE = 0.10
 SILENT_SHARE = 0.15
 LATE_BY_RELEASES = 2
 THINKING_SECONDS = 6.0
-"""Between one person's questions, while the updater is busy: two cores serve and train."""
+"""Pause between one person's questions while the updater works: both share two cores."""
 
 _POLICY_NAME = re.compile(r"^[A-Za-z0-9._-]+@v(\d{6,})$")
 
@@ -93,7 +93,7 @@ class Crowd:
     # --- one person -------------------------------------------------------------------------
 
     async def live(self, stop: asyncio.Event, pause_seconds: Callable[[], float | None]) -> None:
-        """One person after another, until ``stop``.
+        """Ask and rate as one person after another, until ``stop``.
 
         Args:
             pause_seconds: how long to think before the next question; None: ask nothing now.

@@ -75,7 +75,7 @@ def held_out_questions() -> list[Question]:
 
 
 def _stem(topic: str) -> str:
-    """What singular and plural of a topic share."""
+    """The beginning that the singular and the plural of a topic share."""
     for plural, stem in (("ves", ""), ("ies", ""), ("oes", "o"), ("sses", "ss")):
         if topic.endswith(plural):
             return topic.removesuffix(plural) + stem
@@ -83,7 +83,7 @@ def _stem(topic: str) -> str:
 
 
 def is_good(question: Question, reply: str, finish_reason: str | None) -> bool:
-    """The rule: the reply ends by itself inside the limit, as a sentence does, and names the topic.
+    """Whether the reply is a whole sentence within the limit that names the topic.
 
     Args:
         finish_reason: ``stop`` when the model ended the reply itself; the request's ``max_tokens``

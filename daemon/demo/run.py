@@ -48,7 +48,7 @@ class DemoError(MoorlineError):
 
 
 class Demo:
-    """One run."""
+    """One run of the demo: its processes, its crowd and its report."""
 
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self._options = options
@@ -63,7 +63,7 @@ class Demo:
     # --- the tree ---------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Everything; 0 when the demo ran to its end."""
+        """Run the demo from its start to its report; returns the exit code."""
         self._console.print(
             "[bold]Moorline demo[/]: a real model learns from feedback while it serves"
         )
@@ -154,7 +154,7 @@ class Demo:
         self._report(crowd, status)
 
     def _pace(self, number: int, status: dict[str, Any]) -> Callable[[], float | None]:
-        """Everybody asks while feedback is wanted; a few go on, slowly, while the updater works."""
+        """How long person ``number`` pauses: most wait while the updater works, a few ask on."""
 
         def pause_seconds() -> float | None:
             busy = status["updater"].get("phase") in ("training", "measuring", "gating")
@@ -176,7 +176,7 @@ class Demo:
     async def _refresh(
         self, server: str, updater: str, status: dict[str, Any], crowd: Crowd
     ) -> None:
-        """Ask both processes how they are; a busy or restarting one is asked again later."""
+        """Read the status of both processes; one that does not answer keeps its last one."""
         for name, url in (
             ("server", f"{server}/v1/moorline/status"),
             ("updater", f"{updater}/status"),
@@ -186,7 +186,7 @@ class Demo:
         self.display.update(self._elapsed(), status, crowd.tally, self.evaluations)
 
     async def _evaluate(self, crowd: Crowd, version: int) -> None:
-        """Ask the held-out questions of the policy that serves now; nothing of it is recorded."""
+        """Ask the served policy the held-out questions; their replies are not recorded."""
         self.display.say(f"asking held-out questions of v{version}")
         questions = held_out_questions()
         room = asyncio.Semaphore(HELD_OUT_CONCURRENCY)
@@ -225,7 +225,10 @@ class Demo:
         self.display.say("")
 
     async def _drain(self, server: str, updater: str, status: dict[str, Any], crowd: Crowd) -> None:
-        """Until everything is read, the updater is idle and its last release served, or so long."""
+        """Wait until every event is read, the updater idle and its last release served.
+
+        At most ``DRAIN_SECONDS``.
+        """
         deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline:
             await self._refresh(server, updater, status, crowd)
@@ -312,10 +315,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="moorline demo",
-        description="Watch a real model, served by vLLM, learn from simulated people's thumbs. "
+        description="Watch a real model, served by vLLM, learn from simulated people's thumbs.\n"
         "Everything runs on this machine and stops by itself.",
-        epilog="examples:  moorline demo    moorline demo --minutes 5    "
-        "moorline demo --set learning.objective=ppo_clip --output /tmp/rival",
+        epilog="Examples:\n\n"
+        "  moorline demo\n"
+        "  moorline demo --minutes 5\n"
+        "  moorline demo --set learning.objective=ppo_clip --output demo-ppo\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="default: ./demo")
@@ -325,12 +330,25 @@ def main(arguments: list[str] | None = None) -> int:
         default=Path(".models/SmolLM2-135M-Instruct"),
         help="unpacked here once; default: %(default)s",
     )
-    parser.add_argument("--minutes", type=float, default=10.5, help="at most; default: %(default)s")
     parser.add_argument(
-        "--target", type=float, default=0.75, help="end when two evaluations reach it; %(default)s"
+        "--minutes", type=float, default=10.5, help="end after so long; default: %(default)s"
     )
-    parser.add_argument("--min-releases", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--target",
+        type=float,
+        default=0.75,
+        help="end when two evaluations in a row reach this share of good replies; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
+        "--min-releases",
+        type=int,
+        default=4,
+        help="do not end before so many releases; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of questions and people; default: %(default)s"
+    )
     parser.add_argument(
         "--set", action="append", metavar="NAME=VALUE", help="any setting; repeat at will"
     )
