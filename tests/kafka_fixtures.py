@@ -23,6 +23,7 @@ import pytest
 
 from daemon.broker import EmbeddedBroker
 from moorline.settings import StreamSettings
+from moorline.stream import Publisher
 
 TEST_KAFKA_VARIABLE = "MOORLINE_TEST_KAFKA"
 REQUIRE_KAFKA_VARIABLE = "MOORLINE_TEST_REQUIRE_KAFKA"
@@ -180,6 +181,28 @@ def apache_kafka(request: pytest.FixtureRequest) -> str:
     """``host:port`` of a real Apache Kafka, to use under one's own topic prefix."""
     given = os.environ.get(TEST_KAFKA_VARIABLE)
     return given or str(request.getfixturevalue("started_apache_kafka").bootstrap)
+
+
+@pytest.fixture(params=["tansu", "apache_kafka"])
+def broker(request: pytest.FixtureRequest) -> str:
+    """``host:port`` of both kinds of broker, one after the other."""
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Publisher]]:
+    """Starts publishers, each with a spool of its own; closes them in the end."""
+    made: list[Publisher] = []
+
+    def begin(settings: StreamSettings, spool: Path | None = None) -> Publisher:
+        publisher = Publisher(settings, spool or tmp_path / f"spool-{len(made)}")
+        publisher.start()
+        made.append(publisher)
+        return publisher
+
+    yield begin
+    for publisher in made:
+        publisher.close(0.1)
 
 
 @pytest.fixture

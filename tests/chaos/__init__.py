@@ -1,1 +1,1 @@
-"""`make chaos`: everything real, under load, while things die; then the books are compared."""
+"""`make chaos`: everything real, under load and faults; then the accounting is compared."""

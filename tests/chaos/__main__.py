@@ -1,4 +1,4 @@
-"""``python -m tests.chaos``: strikes, then the verdict."""
+"""``python -m tests.chaos``: runs the load and the faults, then prints what was compared."""
 
 from __future__ import annotations
 
@@ -429,7 +429,7 @@ def _record(path: Path, row: dict[str, Any]) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos",
-        description="Kill, stop, cut, fill and corrupt a running whole; then compare the books.",
+        description="Kill, stop, cut, fill and corrupt a running whole; compare the accounting.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

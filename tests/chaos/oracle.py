@@ -1,4 +1,4 @@
-"""The verdict: the books after the chaos against those of a run without faults.
+"""Compares the accounting after the chaos with that of a run without faults.
 
 When a record arrives is no property of the log, and neither is a bit that flips in an archived
 policy. So the reference is told two things, which the end of every batch records: how

@@ -47,11 +47,10 @@ REPLIES, RATINGS = Topic.INTERACTIONS, Topic.FEEDBACK
 DAY = 86_400
 
 
-@pytest.fixture(params=["tansu", "apache_kafka"])
-def settings(request: pytest.FixtureRequest, topic_prefix: str) -> StreamSettings:
+@pytest.fixture
+def settings(broker: str, topic_prefix: str) -> StreamSettings:
     """Both kinds of broker; one partition, so that order is told."""
-    bootstrap = str(request.getfixturevalue(request.param))
-    return StreamSettings(bootstrap=bootstrap, topic_prefix=topic_prefix, partitions=1)
+    return StreamSettings(bootstrap=broker, topic_prefix=topic_prefix, partitions=1)
 
 
 @pytest.fixture

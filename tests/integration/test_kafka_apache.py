@@ -1,5 +1,6 @@
 """What only a real Apache Kafka can show: crash and restart with data kept, silence, retention,
-topics made again, logins and permissions. ``tests/kafka_fixtures.py`` says where it comes from.
+transactions, limits on size, logins and permissions. ``tests/kafka_fixtures.py`` says where it
+comes from; what holds on the embedded broker too is in ``test_stream_contract.py``.
 """
 
 from __future__ import annotations
@@ -7,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
@@ -23,7 +23,6 @@ from kafka.admin import (
     ResourcePattern,
     ResourceType,
 )
-from kafka.errors import KafkaError
 from pydantic import SecretStr
 
 from moorline.events import Reason, Release
@@ -32,7 +31,6 @@ from moorline.stream import (
     DeadLetters,
     Gap,
     GapCause,
-    Publisher,
     Reader,
     Record,
     ReleaseFollower,
@@ -45,65 +43,26 @@ from moorline.stream import (
     topic_name,
 )
 from moorline.stream.topics import describe
-from tests.integration.test_kafka_reader import (
-    check_ages,
-    check_configs,
+from tests.integration.streams import (
+    BOTH,
+    Start,
     positions_after,
+    put,
+    queue,
+    read_numbers,
     read_raw,
     release,
     take,
+    with_admin,
 )
 from tests.kafka_fixtures import ApacheKafka, wait_until
 
 pytest_plugins = ("tests.kafka_fixtures",)
 
-BOTH = (Topic.INTERACTIONS, Topic.FEEDBACK)
-Start = Callable[[StreamSettings], Publisher]
-
 
 @pytest.fixture
 def settings(apache_kafka: str, topic_prefix: str) -> StreamSettings:
     return StreamSettings(bootstrap=apache_kafka, topic_prefix=topic_prefix)
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    made: list[Publisher] = []
-
-    def begin(settings: StreamSettings) -> Publisher:
-        publisher = Publisher(settings, tmp_path / f"spool-{len(made)}")
-        publisher.start()
-        made.append(publisher)
-        return publisher
-
-    yield begin
-    for publisher in made:
-        publisher.close(0.1)
-
-
-def put(publisher: Publisher, topic: Topic, numbers: range) -> None:
-    for number in numbers:
-        assert publisher.publish(topic, f"k{number}", b"%d" % number)
-
-
-def read_numbers(settings: StreamSettings, topic: Topic, count: int) -> list[int]:
-    reader = Reader(settings, [topic])
-    try:
-        records = take(reader, count) + reader.poll(100, 0.5)
-    finally:
-        reader.close()
-    for partition in {record.partition for record in records}:
-        numbers = [int(r.value or b"") for r in records if r.partition == partition]
-        assert numbers == sorted(numbers)
-    return sorted(int(record.value or b"") for record in records)
-
-
-def with_admin(bootstrap: str | None, work: Callable[[KafkaAdminClient], Any]) -> Any:
-    admin = KafkaAdminClient(bootstrap_servers=bootstrap)
-    try:
-        return work(admin)
-    finally:
-        admin.close()
 
 
 # --- outages -----------------------------------------------------------------------------------
@@ -119,14 +78,12 @@ def test_kill_nine_of_the_broker_loses_and_doubles_nothing(
     )
     publisher = start(settings)
     put(publisher, Topic.INTERACTIONS, range(500))
-    assert publisher.flush(90)
     stoppable_apache_kafka.kill()
-    put(publisher, Topic.INTERACTIONS, range(500, 1500))
+    queue(publisher, Topic.INTERACTIONS, range(500, 1500))
     wait_until(lambda: publisher.stats.spooled == 1000)
     assert not publisher.stats.connected
     stoppable_apache_kafka.start()
     put(publisher, Topic.INTERACTIONS, range(1500, 1600))
-    assert publisher.flush(90)
     assert read_numbers(settings, Topic.INTERACTIONS, 1600) == list(range(1600))
     assert publisher.stats.spooled_bytes == 0
 
@@ -141,9 +98,8 @@ def test_a_silent_broker_gets_every_event_once(
     )
     publisher = start(settings)
     put(publisher, Topic.INTERACTIONS, range(100))
-    assert publisher.flush(90)
     stoppable_apache_kafka.pause()
-    put(publisher, Topic.INTERACTIONS, range(100, 600))
+    queue(publisher, Topic.INTERACTIONS, range(100, 600))
     wait_until(lambda: publisher.stats.spooled == 500)
     time.sleep(7)  # longer than it takes to look at a silent broker
     stoppable_apache_kafka.resume()
@@ -163,7 +119,6 @@ def test_reading_and_following_go_on_after_a_crash_of_the_broker(
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(100))
     put(publisher, Topic.INTERACTIONS, range(1))
-    assert publisher.flush(90)
     publish_release(settings, release(1))
     reader = Reader(settings, BOTH)
     seen = reader.poll(40, 10)
@@ -202,7 +157,6 @@ def test_retention_that_passed_the_reader_is_an_explicit_gap(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(200))
-    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     first = reader.poll(20, 10)
     reader.close()
@@ -250,45 +204,11 @@ def test_retention_that_passes_while_reading_is_an_explicit_gap(
     assert {gap.cause for gap in gaps} == {GapCause.RETENTION}
 
 
-def test_a_topic_made_again_is_refused_and_then_accepted_by_the_operator(
-    settings: StreamSettings, start: Start
-) -> None:
-    publisher = start(settings)
-    put(publisher, Topic.FEEDBACK, range(100))
-    assert publisher.flush(90)
-    reader = Reader(settings, BOTH)
-    old = take(reader, 100)
-    name = topic_name(settings, Topic.FEEDBACK)
-    with_admin(settings.bootstrap, lambda admin: admin.delete_topics([name]))
-    wait_until(lambda: ensure_topics(settings))
-    put(publisher, Topic.FEEDBACK, range(1000, 1400))  # old offsets exist in the new topic too
-    assert publisher.flush(90)
-
-    def refused() -> bool:
-        try:
-            assert reader.poll(500, 0.2) == []
-        except StreamInvalid as error:
-            return "MOORLINE_STREAM__ACCEPT_NEW_TOPICS=true" in str(error)
-        return False
-
-    wait_until(refused)
-    reader.close()
-    accepting = Reader(settings.model_copy(update={"accept_new_topics": True}), BOTH)
-    accepting.seek(positions_after(old))
-    records = take(accepting, 400)
-    gaps = accepting.gaps()
-    accepting.close()
-    assert sorted(int(record.value or b"") for record in records) == list(range(1000, 1400))
-    assert {gap.cause for gap in gaps} == {GapCause.TOPIC_RECREATED}
-    assert sum(gap.expected_offset for gap in gaps) == 100
-
-
 def test_the_publisher_follows_a_topic_that_was_made_again(
     settings: StreamSettings, start: Start
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(10))
-    assert publisher.flush(90)
     name = topic_name(settings, Topic.FEEDBACK)
     with_admin(settings.bootstrap, lambda admin: admin.delete_topics([name]))
 
@@ -297,7 +217,6 @@ def test_the_publisher_follows_a_topic_that_was_made_again(
 
     wait_until(lambda: bool(with_admin(settings.bootstrap, gone)))
     put(publisher, Topic.FEEDBACK, range(100, 200))
-    assert publisher.flush(90)
     assert read_numbers(settings, Topic.FEEDBACK, 100) == list(range(100, 200))
 
 
@@ -306,7 +225,6 @@ def test_no_client_of_ours_makes_a_topic_by_asking_for_it(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(10))
-    assert publisher.flush(90)
     reader, follower = Reader(settings, BOTH), ReleaseFollower(settings)
     assert take(reader, 10)
     assert follower.poll(0.2) == []
@@ -324,12 +242,9 @@ def test_no_client_of_ours_makes_a_topic_by_asking_for_it(
 
 
 def test_a_stored_offset_past_the_end_is_refused(settings: StreamSettings, start: Start) -> None:
-    publisher = start(settings)
-    put(publisher, Topic.FEEDBACK, range(20))
-    assert publisher.flush(90)
+    put(start(settings), Topic.FEEDBACK, range(20))
     reader = Reader(settings, BOTH)
-    records = take(reader, 20)
-    positions = positions_after(records)
+    positions = positions_after(take(reader, 20))
     reader.close()
     key, (topic_id, offset) = next(iter(positions.items()))
     later = Reader(settings, BOTH)
@@ -351,7 +266,6 @@ def test_partitions_that_are_added_to_both_topics_are_read(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(50))
-    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     seen = take(reader, 50)
 
@@ -392,25 +306,6 @@ def test_partitions_that_are_added_to_both_topics_are_read(
 # --- topics and offsets ------------------------------------------------------------------------
 
 
-def test_topics_are_made_as_they_must_be(settings: StreamSettings) -> None:
-    assert ensure_topics(settings)
-    assert not ensure_topics(settings)
-
-    def policy(admin: KafkaAdminClient) -> Any:
-        name = topic_name(settings, Topic.RELEASES)
-        resource = ConfigResource(ConfigResourceType.TOPIC, name)
-        described = admin.describe_configs([resource], config_filter="all")
-        return described["topic"][name]["cleanup.policy"]["value"]
-
-    assert with_admin(settings.bootstrap, policy) == "compact"
-
-
-def test_retention_and_compaction_are_set_and_checked(
-    settings: StreamSettings, caplog: pytest.LogCaptureFixture
-) -> None:
-    with_admin(settings.bootstrap, lambda admin: check_configs(settings, admin, caplog))
-
-
 def test_a_releases_topic_that_forgets_is_warned_of(
     settings: StreamSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -420,38 +315,6 @@ def test_a_releases_topic_that_forgets_is_warned_of(
     with caplog.at_level(logging.WARNING):
         ensure_topics(settings)
     assert "cleanup.policy=compact" in caplog.text
-
-
-def test_lag_and_committed_offsets_are_right(settings: StreamSettings, start: Start) -> None:
-    publisher = start(settings)
-    put(publisher, Topic.FEEDBACK, range(100))
-    assert publisher.flush(90)
-    reader = Reader(settings, BOTH)
-    records = reader.poll(30, 10)
-    assert sum(reader.lag().values()) == 100 - len(records)
-    assert max(reader.lag_seconds().values()) > 0
-
-    def committed() -> int:
-        reader.commit(positions_after(records))  # a new broker has no coordinator for a moment
-        try:
-            groups = with_admin(
-                settings.bootstrap, lambda admin: admin.list_group_offsets(reader.group)
-            )
-        except KafkaError:
-            return 0
-        return sum(found.offset for found in groups[reader.group].values())
-
-    wait_until(lambda: committed() == len(records))
-    take(reader, 100 - len(records))
-    assert sum(reader.lag().values()) == 0
-    reader.close()
-
-
-def test_lag_in_seconds_is_the_age_of_the_oldest_unread_event(settings: StreamSettings) -> None:
-    ensure_topics(settings)
-    reader = Reader(settings, BOTH)
-    check_ages(settings, reader)
-    reader.close()
 
 
 def test_a_transaction_marker_behind_the_last_event_is_no_lag(settings: StreamSettings) -> None:
@@ -482,22 +345,6 @@ def test_a_transaction_marker_behind_the_last_event_is_no_lag(settings: StreamSe
         one.close()
 
 
-def test_offsets_that_somebody_resets_on_the_broker_move_nothing(
-    settings: StreamSettings, start: Start
-) -> None:
-    publisher = start(settings)
-    put(publisher, Topic.FEEDBACK, range(40))
-    assert publisher.flush(90)
-    reader = Reader(settings, BOTH)
-    positions = positions_after(take(reader, 40))
-    reader.commit({key: (topic_id, 0) for key, (topic_id, _) in positions.items()})
-    reader.close()
-    later = Reader(settings, BOTH)
-    later.seek(positions)
-    assert later.poll(10, 1) == []
-    later.close()
-
-
 def make_small(settings: StreamSettings, name: str, partitions: int, max_bytes: int) -> None:
     """Make a topic that takes only small records."""
     configs = {"max.message.bytes": str(max_bytes)}
@@ -510,10 +357,9 @@ def test_an_event_that_the_broker_finds_too_large_is_dropped_and_stops_nothing(
 ) -> None:
     make_small(settings, topic_name(settings, Topic.FEEDBACK), settings.partitions, 50_000)
     publisher = start(settings)
-    put(publisher, Topic.FEEDBACK, range(10))
+    queue(publisher, Topic.FEEDBACK, range(10))
     assert publisher.publish(Topic.FEEDBACK, "k", b"x" * 200_000)
     put(publisher, Topic.FEEDBACK, range(10, 20))
-    assert publisher.flush(90)
     assert publisher.stats.dropped == 1
     assert set(read_numbers(settings, Topic.FEEDBACK, 20)) == set(range(20))
 
@@ -533,7 +379,6 @@ def test_a_dead_letter_that_is_too_large_is_kept_in_part(settings: StreamSetting
 def test_real_retention_by_time_is_an_explicit_gap(settings: StreamSettings, start: Start) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(50))
-    assert publisher.flush(90)
     reader = Reader(settings, BOTH)
     first = reader.poll(5, 10)
     reader.close()
@@ -544,7 +389,7 @@ def test_real_retention_by_time_is_an_explicit_gap(settings: StreamSettings, sta
     partitions = [TopicPartition(name, number) for number in range(4)]
 
     def all_gone() -> bool:
-        put(publisher, Topic.FEEDBACK, range(1000, 1020))  # rolls the old segments
+        queue(publisher, Topic.FEEDBACK, range(1000, 1020))  # rolls the old segments
         publisher.flush(10)
 
         starts = with_admin(
@@ -670,7 +515,7 @@ def test_missing_permissions_are_said_and_work_when_they_are_granted(
     ):
         assert "kafka-acls.sh" in refusal(work)
     publisher = start(secure)
-    put(publisher, Topic.FEEDBACK, range(50))
+    queue(publisher, Topic.FEEDBACK, range(50))
     wait_until(lambda: "kafka-acls.sh" in publisher.stats.last_error)
 
     allow_all(secure_apache_kafka, secure)
@@ -701,7 +546,7 @@ def test_describe_without_write_is_said_and_works_when_write_is_granted(
         *((ResourceType.TOPIC, name, ACLOperation.DESCRIBE) for name in names),
     )
     publisher = start(secure)
-    put(publisher, Topic.FEEDBACK, range(100))
+    queue(publisher, Topic.FEEDBACK, range(100))
     wait_until(lambda: "kafka-acls.sh" in publisher.stats.last_error)
     wait_until(lambda: publisher.stats.spooled == 100)
     allow_all(secure_apache_kafka, secure)

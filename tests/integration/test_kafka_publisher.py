@@ -1,4 +1,4 @@
-"""The publisher on the embedded broker: in order, bounded, through outages and restarts."""
+"""The publisher through outages and restarts: what it keeps, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,27 +16,10 @@ from daemon.broker import EmbeddedBroker, free_port
 from moorline import metrics
 from moorline.settings import StreamSettings
 from moorline.stream import Publisher, Reader, Record, SpoolLocked, Topic
+from tests.integration.streams import Start
 from tests.kafka_fixtures import wait_until
 
 pytest_plugins = ("tests.kafka_fixtures",)
-
-Make = Callable[..., Publisher]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
-    """Starts publishers; closes them in the end."""
-    made: list[Publisher] = []
-
-    def start(settings: StreamSettings, spool: str = "spool") -> Publisher:
-        publisher = Publisher(settings, tmp_path / spool)
-        publisher.start()
-        made.append(publisher)
-        return publisher
-
-    yield start
-    for publisher in made:
-        publisher.close(0.1)
 
 
 def read_all(settings: StreamSettings, topic: Topic, count: int) -> list[Record]:
@@ -75,30 +56,12 @@ def publish_numbers(publisher: Publisher, numbers: range, filler: bytes = b"") -
     )
 
 
-def test_events_arrive_once_in_order_with_their_headers(
-    stream_settings: StreamSettings, make: Make
-) -> None:
-    publisher = make(stream_settings)
-    assert publish_numbers(publisher, range(3000)) == 3000
-    assert publisher.flush(90)
-    records = read_all(stream_settings, Topic.INTERACTIONS, 3000)
-    assert_exactly(records, 3000)
-    headers = dict(records[0].headers)
-    assert headers["ce_type"] == b"moorline.interactions.v1"
-    assert records[0].key is not None
-    assert records[0].key.startswith(b"chatcmpl-")
-    assert len({dict(record.headers)["ce_id"] for record in records}) == 3000
-    stats = publisher.stats
-    assert (stats.delivered, stats.dropped, stats.queued, stats.spooled) == (3000, 0, 0, 0)
-    assert stats.connected
-
-
-def test_a_broker_that_comes_late_gets_everything(topic_prefix: str, make: Make) -> None:
+def test_a_broker_that_comes_late_gets_everything(topic_prefix: str, start: Start) -> None:
     port = free_port("127.0.0.1")
     settings = StreamSettings(
         bootstrap=f"127.0.0.1:{port}", topic_prefix=topic_prefix, connect_timeout_seconds=1
     )
-    publisher = make(settings)
+    publisher = start(settings)
     assert publish_numbers(publisher, range(500)) == 500
     wait_until(lambda: publisher.stats.spooled == 500)
     wait_until(lambda: "does not answer" in publisher.stats.last_error)
@@ -112,12 +75,12 @@ def test_a_broker_that_comes_late_gets_everything(topic_prefix: str, make: Make)
 
 
 def test_a_broker_that_dies_and_returns_empty_gets_the_rest_in_order(
-    own_tansu: EmbeddedBroker, topic_prefix: str, make: Make
+    own_tansu: EmbeddedBroker, topic_prefix: str, start: Start
 ) -> None:
     settings = StreamSettings(
         bootstrap=own_tansu.bootstrap, topic_prefix=topic_prefix, connect_timeout_seconds=2
     )
-    publisher = make(settings)
+    publisher = start(settings)
     publish_numbers(publisher, range(100))
     assert publisher.flush(90)
     own_tansu.stop()
@@ -129,16 +92,18 @@ def test_a_broker_that_dies_and_returns_empty_gets_the_rest_in_order(
     assert publisher.stats.dropped == 0
 
 
-def test_the_spool_survives_a_restart_of_the_server(topic_prefix: str, make: Make) -> None:
+def test_the_spool_survives_a_restart_of_the_server(
+    topic_prefix: str, start: Start, tmp_path: Path
+) -> None:
     port = free_port("127.0.0.1")
     settings = StreamSettings(
         bootstrap=f"127.0.0.1:{port}", topic_prefix=topic_prefix, connect_timeout_seconds=1
     )
-    first = make(settings)
+    first = start(settings, tmp_path / "spool")
     publish_numbers(first, range(300))
     first.close(0.1)
     assert first.stats.dropped == 0
-    second = make(settings)
+    second = start(settings, tmp_path / "spool")
     assert second.stats.spooled == 300
     publish_numbers(second, range(300, 400))
     with EmbeddedBroker(port=port):
@@ -147,7 +112,7 @@ def test_the_spool_survives_a_restart_of_the_server(topic_prefix: str, make: Mak
 
 
 def test_kill_nine_loses_no_event_that_was_said_to_be_safe(
-    topic_prefix: str, make: Make, tmp_path: Path
+    topic_prefix: str, start: Start, tmp_path: Path
 ) -> None:
     port = free_port("127.0.0.1")
     script = textwrap.dedent(
@@ -180,7 +145,7 @@ def test_kill_nine_loses_no_event_that_was_said_to_be_safe(
     child.stdout.close()
     settings = StreamSettings(bootstrap=f"127.0.0.1:{port}", topic_prefix=topic_prefix)
     with EmbeddedBroker(port=port):
-        publisher = make(settings)
+        publisher = start(settings, tmp_path / "spool")
         assert publisher.flush(90)
         found = numbers_by_partition(read_all(settings, Topic.INTERACTIONS, len(promised)))
     arrived = [number for numbers in found.values() for number in numbers]
@@ -189,7 +154,7 @@ def test_kill_nine_loses_no_event_that_was_said_to_be_safe(
 
 
 def test_what_fits_nowhere_is_refused_and_counted(
-    topic_prefix: str, make: Make, tmp_path: Path
+    topic_prefix: str, start: Start, tmp_path: Path
 ) -> None:
     settings = StreamSettings(
         bootstrap=f"127.0.0.1:{free_port('127.0.0.1')}",
@@ -200,7 +165,7 @@ def test_what_fits_nowhere_is_refused_and_counted(
     )
     counter = metrics.EVENTS_DROPPED.labels(Topic.INTERACTIONS.value)
     before = counter._value.get()
-    publisher = make(settings)
+    publisher = start(settings, tmp_path / "spool")
     results: list[bool] = []
     while results.count(False) < 10:  # disk and memory fill up, and nothing raises
         results.append(publisher.publish(Topic.INTERACTIONS, "k", b"x" * 1000))
@@ -214,7 +179,7 @@ def test_what_fits_nowhere_is_refused_and_counted(
     assert sum(p.stat().st_size for p in (tmp_path / "spool").glob("*.spool")) <= 100_000
 
 
-def test_without_a_spool_the_queue_alone_bridges_an_outage(topic_prefix: str, make: Make) -> None:
+def test_without_a_spool_the_queue_alone_bridges_an_outage(topic_prefix: str, start: Start) -> None:
     port = free_port("127.0.0.1")
     settings = StreamSettings(
         bootstrap=f"127.0.0.1:{port}",
@@ -223,7 +188,7 @@ def test_without_a_spool_the_queue_alone_bridges_an_outage(topic_prefix: str, ma
         spool_max_bytes=0,
         connect_timeout_seconds=1,
     )
-    publisher = make(settings)
+    publisher = start(settings)
     assert publish_numbers(publisher, range(120)) == 100
     assert publisher.stats.dropped == 20
     with EmbeddedBroker(port=port):
@@ -231,20 +196,10 @@ def test_without_a_spool_the_queue_alone_bridges_an_outage(topic_prefix: str, ma
         assert_exactly(read_all(settings, Topic.INTERACTIONS, 100), 100)
 
 
-def test_a_too_large_event_is_refused_at_the_door(
-    stream_settings: StreamSettings, make: Make
-) -> None:
-    publisher = make(stream_settings)
-    assert not publisher.publish(Topic.FEEDBACK, "k", b"x" * (stream_settings.max_event_bytes + 1))
-    assert publisher.publish(Topic.FEEDBACK, "k", b"x" * stream_settings.max_event_bytes)
-    assert publisher.flush(90)
-    assert publisher.stats.dropped == 1
-
-
 def test_after_close_nothing_is_taken_and_nothing_raises(
-    stream_settings: StreamSettings, make: Make
+    stream_settings: StreamSettings, start: Start
 ) -> None:
-    publisher = make(stream_settings)
+    publisher = start(stream_settings)
     publisher.close()
     publisher.close()
     assert not publisher.publish(Topic.FEEDBACK, "k", b"v")
@@ -252,29 +207,16 @@ def test_after_close_nothing_is_taken_and_nothing_raises(
     assert publisher.stats.dropped == 2
 
 
-def test_no_broker_configured_still_serves(make: Make) -> None:
-    publisher = make(StreamSettings())
+def test_no_broker_configured_still_serves(start: Start) -> None:
+    publisher = start(StreamSettings())
     assert publisher.publish(Topic.FEEDBACK, "k", b"v")
     wait_until(lambda: "MOORLINE_STREAM__BOOTSTRAP" in publisher.stats.last_error)
     wait_until(lambda: publisher.stats.spooled == 1)
 
 
-def test_two_servers_do_not_share_a_spool(stream_settings: StreamSettings, make: Make) -> None:
-    make(stream_settings)
+def test_two_servers_do_not_share_a_spool(
+    stream_settings: StreamSettings, start: Start, tmp_path: Path
+) -> None:
+    start(stream_settings, tmp_path / "spool")
     with pytest.raises(SpoolLocked):
-        make(stream_settings)
-
-
-def test_many_threads_may_publish(stream_settings: StreamSettings, make: Make) -> None:
-    publisher = make(stream_settings)
-    threads = [
-        threading.Thread(target=publish_numbers, args=(publisher, range(start, start + 250)))
-        for start in range(0, 1000, 250)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert publisher.flush(90)
-    found = numbers_by_partition(read_all(stream_settings, Topic.INTERACTIONS, 1000))
-    assert sorted(number for numbers in found.values() for number in numbers) == list(range(1000))
+        start(stream_settings, tmp_path / "spool")

@@ -33,11 +33,10 @@ pytest_plugins = ("tests.kafka_fixtures",)
 REPLIES, RATINGS = Topic.INTERACTIONS, Topic.FEEDBACK
 
 
-@pytest.fixture(params=["tansu", "apache_kafka"])
-def settings(request: pytest.FixtureRequest, topic_prefix: str) -> StreamSettings:
+@pytest.fixture
+def settings(broker: str, topic_prefix: str) -> StreamSettings:
     """Both kinds of broker."""
-    bootstrap = str(request.getfixturevalue(request.param))
-    settings = StreamSettings(bootstrap=bootstrap, topic_prefix=topic_prefix, partitions=2)
+    settings = StreamSettings(bootstrap=broker, topic_prefix=topic_prefix, partitions=2)
     ensure_topics(settings)
     return settings
 
