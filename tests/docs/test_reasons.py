@@ -22,8 +22,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "reasons.md"
 HEAD = """\
 # Fates and reasons
 
-Where an event ends, and why. The value is the word in logs, in metrics (`moorline_events_total`), in
-dead letters' headers and in `moorline status` and `moorline explain`. This page is made from
+Where an event ends, and why. The value is the word in logs, in metrics (`moorline_events_total`),
+in dead letters' headers and in `moorline status` and `moorline explain`. This page is made from
 `moorline/events.py` and `moorline/reasons.py` (`python -m tests.docs.test_reasons`).
 """
 
