@@ -65,5 +65,5 @@ REMEDIES: Mapping[Reason, str] = {
     Reason.RELEASE_REVOKED: "Nothing. `learning.keep_decided_seconds` says how much is kept to "
     "learn from again.",
     Reason.UPDATE_FAILED: "Report it, with the ERROR line and the rejection; they hold no words.",
-    Reason.UPDATE_CRASHED: 'See docs/operations.md, "An update crashes the updater".',
+    Reason.UPDATE_CRASHED: 'See docs/operations.md, "An update kills the updater".',
 }
