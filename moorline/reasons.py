@@ -57,13 +57,13 @@ REMEDIES: Mapping[Reason, str] = {
     Reason.NO_ADVANTAGE: "Nothing. If always: all replies are rated alike, so ask for ratings that "
     "tell them apart.",
     Reason.DIVERGENCE_BOUND: "Lower `learning.learning_rate`. If "
-    "`moorline_anchor_budget_left_nats` is near 0: roll back, or raise `bound.anchor_kl_nats` on "
-    "purpose.",
+    "`moorline_anchor_budget_left_nats` is near 0: roll back, or raise "
+    "`bound.anchor_kl_nats` on purpose.",
     Reason.GATE_BLOCKED: "Read the failed check in the rejection; do not raise its limit before "
     "you know why it failed.",
     Reason.NON_FINITE_UPDATE: "Lower `learning.learning_rate`; if it stays, report it.",
     Reason.RELEASE_REVOKED: "Nothing. `learning.keep_decided_seconds` says how much is kept to "
     "learn from again.",
     Reason.UPDATE_FAILED: "Report it, with the ERROR line and the rejection; they hold no words.",
-    Reason.UPDATE_CRASHED: 'See docs/operations.md, "An update crashes the updater".',
+    Reason.UPDATE_CRASHED: 'See docs/operations.md, "An update kills the updater".',
 }

@@ -117,7 +117,7 @@ class Quarantine:
         """Raise where the process can no longer compute what it always could."""
         self._trust_region.logprobs(self._trainer.live_adapter, self._trust_region.probes)
 
-    # --- examples that crash the process -----------------------------------------------------------------
+    # --- examples that crash the process ----------------------------------------------------
 
     @contextlib.contextmanager
     def watch(self, examples: Sequence[Example], *, alone: bool = False) -> Iterator[None]:

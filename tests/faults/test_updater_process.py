@@ -266,7 +266,7 @@ def test_an_example_that_kills_the_process_is_rejected_in_the_end_and_the_others
         text=True,
     ).stdout
     assert "its candidate was refused (update killed; assistant rejection 1)" in explained
-    assert "the process died 3 times in an update of it alone" in explained
+    assert "the process crashed 3 times in an update of it alone" in explained
 
 
 def test_whoever_is_killed_after_a_signal_has_not_died_of_its_batch(

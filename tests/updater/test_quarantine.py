@@ -101,7 +101,7 @@ def test_an_example_that_kills_the_process_is_rejected_and_the_others_teach(
     assert deaths + 1 == 2 * SUSPECT_AFTER + 1, "three of four, one of two, three alone"
     (rejection,) = updater.ledger.rejections()
     assert (rejection["reason"], rejection["examples"]) == (Reason.UPDATE_CRASHED, 1)
-    assert "the process died 3 times in an update of it alone" in rejection["record"]
+    assert "the process crashed 3 times in an update of it alone" in rejection["record"]
     assert [one.examples for one in updater.published] == [4]
     assert updater.fates() == {Fate.REJECTED: 1, Fate.TRAINED: 4}
     assert updater.ledger.crashes.suspects() == []
@@ -238,8 +238,8 @@ def life(ledger: Ledger, machine: Machine, configured: Settings) -> None:
     found = Quarantine(configured, ledger, machine, machine, machine.credit)  # type: ignore[arg-type]
     while found.due(ledger.count_ready() > 0):
         suspects = found.suspects()
-        if suspects and not found.teaches(suspects):
-            if found.verdict(suspects):
+        if suspects and not found.enough_to_teach(suspects):
+            if found.bisect(suspects):
                 ids = [one.example_id for one in suspects]
                 ledger.commit_rejection({}, ids, Reason.UPDATE_CRASHED, now=NOW)
             continue
