@@ -57,7 +57,6 @@ _SENTENCES = {
     NoticeKind.STOPPED: "process has stopped",
 }
 _SERIOUS = (NoticeKind.CRASHED, NoticeKind.GAVE_UP, NoticeKind.KILLED)
-_REAPER_GONE = "the helper that stops processes left behind by a killed supervisor has ended"
 
 
 @dataclass(frozen=True)
@@ -296,7 +295,10 @@ class Supervisor:
             self._reaper.stdin.write(order.encode())
             self._reaper.stdin.flush()
         except BrokenPipeError:  # somebody killed it; children still die with us by the kernel
-            logger.warning(_REAPER_GONE, extra={"event": "reaper_gone"})
+            logger.warning(
+                "the helper that stops processes left behind by a killed supervisor has ended",
+                extra={"event": "reaper_gone"},
+            )
 
     def _end_reaper(self) -> None:
         assert self._reaper is not None
@@ -304,7 +306,10 @@ class Supervisor:
         try:
             self._reaper.stdin.close()
         except BrokenPipeError:
-            logger.warning(_REAPER_GONE, extra={"event": "reaper_gone"})
+            logger.warning(
+                "the helper that stops processes left behind by a killed supervisor has ended",
+                extra={"event": "reaper_gone"},
+            )
         self._reaper.wait()
 
 

@@ -35,7 +35,7 @@ def main() -> int:
         print(f"moorline serve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before anything was started
-        logger.info("stopped while starting", extra={"event": "stopped", "phase": "starting"})
+        logger.info("stopped while starting", extra={"event": "start_abandoned"})
     return 0
 
 

@@ -196,7 +196,7 @@ async def serve(settings: Settings) -> None:
     finally:
         bound.close()
         await asyncio.to_thread(publisher.close, PUBLISHER_CLOSE_SECONDS)
-    logger.info("the server has stopped", extra={"event": "stopped"})
+    logger.info("the server has stopped", extra={"event": "server_stopped"})
 
 
 def _abandon_start(*_: object) -> None:
@@ -208,7 +208,7 @@ def _abandon_start(*_: object) -> None:
     """
     for child in multiprocessing.active_children():
         child.kill()
-    logger.info("stopped while starting", extra={"event": "stopped", "phase": "starting"})
+    logger.info("stopped while starting", extra={"event": "start_abandoned", "phase": "starting"})
     os._exit(0)
 
 
@@ -292,7 +292,8 @@ async def _listen(
         await asyncio.sleep(0.01)
     url = base_url(*bound.getsockname()[:2])
     logger.info(
-        "listening", extra={"event": "listening", "url": url, "version": parts.live.version}
+        "the server is listening",
+        extra={"event": "server_listening", "url": url, "version": parts.live.version},
     )
     print(f"moorline serving {parts.live.name} on {url}", flush=True)
     notifier = Notifier()
@@ -309,7 +310,7 @@ async def _listen(
     parts.readiness.why_not = "stopping"
     logger.info(
         "stopping: running replies may end",
-        extra={"event": "stopping", "count": parts.admission.in_flight},
+        extra={"event": "server_stopping", "count": parts.admission.in_flight},
     )
     server.should_exit = True
     if failure is not None:

@@ -115,7 +115,7 @@ class Loop:
         self._last_divergences = release.divergences if release is not None else ()
         logger.info(
             "learning goes on from the live release",
-            extra={"event": "resumed", "version": version, "epoch": self._ledger.epoch},
+            extra={"event": "learning_resumed", "version": version, "epoch": self._ledger.epoch},
         )
         self._export_version(version)
 
@@ -297,7 +297,7 @@ class Loop:
         reasons = dict.fromkeys(batch.example_ids, Reason.NO_ADVANTAGE) | dict(batch.set_aside)
         learned = baselines if batch.examples else None
         self._ledger.commit_no_update(self._circumstances(batch), reasons, learned)
-        return _log_no_release(batch, next(iter(reasons.values())), "update_skipped")
+        return _log_no_release(batch, next(iter(reasons.values())))
 
     def _reject_for(self, reason: Reason, guilty: Sequence[Example], cause: str) -> str:
         """No update survives these: they end here, whatever was with them stays ready."""
@@ -349,7 +349,7 @@ class Loop:
         self._last_divergences = release.divergences
         self._export_version(release.version)
         logger.info(
-            "update released",
+            "update released as a new version",
             extra={
                 "event": "update_released",
                 "version": release.version,
@@ -380,7 +380,7 @@ class Loop:
         self._ledger.commit_rejection(
             record, batch.handed_out, reason, baselines, set_aside=batch.set_aside
         )
-        return _log_no_release(batch, reason, "update_rejected")
+        return _log_no_release(batch, reason)
 
     def _circumstances(self, batch: Batch) -> dict[str, object]:
         """What a batch depended on besides its examples: with it, its end can be made again."""
@@ -406,11 +406,15 @@ class Loop:
             )
 
 
-def _log_no_release(batch: Batch, reason: Reason, event: str) -> str:
+def _log_no_release(batch: Batch, reason: Reason) -> str:
     """Log that a batch made no release; returns the reason, which is the outcome's name."""
     logger.info(
         "update made no release: %s",
         reason,
-        extra={"event": event, "reason": str(reason), "examples": len(batch.examples)},
+        extra={
+            "event": "update_unreleased",
+            "reason": str(reason),
+            "examples": len(batch.examples),
+        },
     )
     return str(reason)

@@ -128,7 +128,7 @@ class Updater:
         self._dead_letters.close()
         self._ledger.close()
         self._server.close()
-        logger.info("updater stopped", extra={"event": "stopped"})
+        logger.info("the updater has stopped", extra={"event": "updater_stopped"})
 
     def _ensure_topics(self) -> bool:
         try:

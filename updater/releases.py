@@ -47,7 +47,7 @@ def publish_decided(
         ledger.mark_published(release.version)
         metrics.RELEASES_PUBLISHED.inc()
         logger.info(
-            "release published", extra={"event": "release_published", "version": release.version}
+            "release is published", extra={"event": "release_published", "version": release.version}
         )
 
 

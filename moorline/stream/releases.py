@@ -91,11 +91,19 @@ class ReleaseFollower:
         except (StreamUnavailable, RuntimeError) as error:
             if str(error) != self._told and not self._closed:
                 self._told = str(error)
-                logger.warning("releases are not followed: %s", error)
+                logger.warning(
+                    "cannot read the releases topic, will retry: %s",
+                    error,
+                    extra={"event": "releases_unavailable", "error": str(error)},
+                )
             self._disconnect()
             self._retry_at = time.monotonic() + _RETRY_SECONDS
             return []
-        self._told = ""
+        if self._told:
+            self._told = ""
+            logger.warning(
+                "the releases topic can be read again", extra={"event": "releases_available"}
+            )
         releases = [self._parse(raw.value) for batch in batches.values() for raw in batch]
         return [
             release
@@ -128,7 +136,10 @@ class ReleaseFollower:
         try:
             return Release.model_validate_json(value)
         except ValidationError as error:
-            logger.warning("unreadable release ignored", extra={"errors": error.error_count()})
+            logger.warning(
+                "a record of the releases topic is no release: ignored",
+                extra={"event": "release_invalid", "count": error.error_count()},
+            )
             return None
 
     def _disconnect(self) -> None:
@@ -137,7 +148,10 @@ class ReleaseFollower:
             try:
                 connection.client.close(autocommit=False)
             except (kafka_errors.KafkaError, OSError, RuntimeError) as error:
-                logger.debug("close failed", extra={"error": type(error).__name__})
+                logger.debug(
+                    "the connection to the releases topic could not be closed",
+                    extra={"event": "close_failed", "error": type(error).__name__},
+                )
 
 
 __all__ = ["ReleaseFollower", "publish_release"]

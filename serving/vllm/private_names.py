@@ -11,6 +11,8 @@ import inspect
 import re
 from typing import Any, NamedTuple
 
+from moorline.errors import MoorlineError
+
 
 class PrivateName(NamedTuple):
     """One name, the module of ours that uses it, and what for."""
@@ -20,7 +22,7 @@ class PrivateName(NamedTuple):
     why: str
 
 
-class PrivateNameMissing(RuntimeError):
+class PrivateNameMissing(MoorlineError):
     """The installed vLLM lacks a name that Moorline relies on; the message quotes the row."""
 
 

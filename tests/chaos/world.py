@@ -48,7 +48,7 @@ UPDATER_SETTINGS = {
     "LEARNING__THREADS": "1",
     "BOUND__TRAFFIC_EXAMPLES": "4",
     # Here the process dies all the time, and of none of its replies.
-    "UPDATER__SUSPECT_AFTER_DEATHS": "1000000",
+    "UPDATER__SUSPECT_AFTER_CRASHES": "1000000",
     "UPDATER__POLL_SECONDS": "0.1",
     "UPDATER__NICENESS": "0",
 }
@@ -109,7 +109,7 @@ class World:
                 "STATE_DIR": str(self.state_dir),
                 "MODEL__PATH": str(model_dir),
                 "STREAM__BOOTSTRAP": self.bootstrap,
-                "GATE__CANARIES": str(probes),
+                "GATE__PROBES": str(probes),
                 "UPDATER__PORT": str(free_port("127.0.0.1")),
                 **STREAM_SETTINGS,
                 **UPDATER_SETTINGS,

@@ -265,7 +265,7 @@ def test_an_example_that_kills_the_process_is_rejected_in_the_end_and_the_others
         capture_output=True,
         text=True,
     ).stdout
-    assert "its candidate was refused (update killed; assistant rejection 1)" in explained
+    assert "its candidate was refused (update crashed; assistant rejection 1)" in explained
     assert "the process crashed 3 times in an update of it alone" in explained
 
 

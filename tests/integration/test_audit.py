@@ -115,19 +115,20 @@ def test_a_record_without_a_fate_and_a_fate_without_a_record_are_found(
     read(settings, tmp_path / "ledger.sqlite", until_total=21)
     with_ledger(
         tmp_path,
-        "DELETE FROM events WHERE offset = 1 AND position ="
-        " (SELECT id FROM positions WHERE topic = ? AND partition = 0)",
+        "DELETE FROM events WHERE offset = 1 AND topic_partition ="
+        " (SELECT id FROM topic_partitions WHERE topic = ? AND partition = 0)",
         REPLIES,
     )
     with_ledger(
         tmp_path,
-        "INSERT INTO events (position, offset, fate, reason) SELECT id, next_offset, 'pending',"
-        " 'none' FROM positions WHERE topic = ? AND partition = 1",
+        "INSERT INTO events (topic_partition, offset, fate, reason)"
+        " SELECT id, next_offset, 'pending', 'none' FROM topic_partitions WHERE topic = ? AND partition = 1",
         RATINGS,
     )
     with_ledger(
         tmp_path,
-        "UPDATE positions SET next_offset = next_offset + 1 WHERE topic = ? AND partition = 1",
+        "UPDATE topic_partitions SET next_offset = next_offset + 1"
+        " WHERE topic = ? AND partition = 1",
         RATINGS,
     )
     found = audited(settings, tmp_path)

@@ -159,9 +159,7 @@ def test_kill_9_at_any_moment_of_a_start_leaves_nothing(
 def test_where_nobody_knows_what_is_wanted_a_start_serves_the_base_model(
     server_factory: Callable[..., ServerProcess], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    server = server_factory(
-        "unsure", SERVING__SWAP_MODE="reload", SERVING__STORE_PATIENCE_SECONDS="2"
-    )
+    server = server_factory("unsure", SERVING__SWAP_MODE="reload", SERVING__STORE_WAIT_SECONDS="2")
     Lineage(server, tiny_model_dir, tmp_path).release()
     pin = server.store.root / "releases" / "assistant" / "pin.json"
     os.mkfifo(pin)  # whoever opens it waits for a writer, as on a volume that does not answer

@@ -23,7 +23,7 @@ from moorline.events import (
 )
 from moorline.store.artifacts import Pin
 from moorline.stream import Record, Topic
-from serving.parity import ParityBatch
+from serving.parity import read_parity
 from updater.ingest import parse
 
 EVENTS = Path(__file__).parent / "events"
@@ -136,4 +136,4 @@ def test_a_pin_is_read() -> None:
 
 
 def test_the_parity_of_an_artifact_is_read() -> None:
-    assert ParityBatch.from_release(SCHEMA_1_0).sequences
+    assert read_parity(SCHEMA_1_0).sequences

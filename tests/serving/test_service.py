@@ -28,7 +28,7 @@ async def _listen_until_terminated(manager: socket.socket, bound: socket.socket)
     loop = asyncio.get_running_loop()
     parts = SimpleNamespace(
         app=_empty_app,
-        live=SimpleNamespace(name="assistant@v000002"),
+        live=SimpleNamespace(name="assistant@v000002", version=2),
         readiness=SimpleNamespace(why_not=None),
         admission=SimpleNamespace(in_flight=0),
     )

@@ -474,7 +474,7 @@ class Updater(RuleBasedStateMachine):
     @invariant()
     def a_death_is_counted_until_an_update_survives(self) -> None:
         known = {key for (key,) in self.ledger._database.rows("SELECT key FROM interactions")}
-        assert self.attempted("deaths > 0") == {
+        assert self.attempted("crash_count > 0") == {
             key: deaths for key, deaths in self.deaths.items() if key in known
         }
         suspects = self.ledger.crashes.suspects()
