@@ -122,7 +122,8 @@ def test_a_record_without_a_fate_and_a_fate_without_a_record_are_found(
     with_ledger(
         tmp_path,
         "INSERT INTO events (topic_partition, offset, fate, reason)"
-        " SELECT id, next_offset, 'pending', 'none' FROM topic_partitions WHERE topic = ? AND partition = 1",
+        " SELECT id, next_offset, 'pending', 'none' FROM topic_partitions"
+        " WHERE topic = ? AND partition = 1",
         RATINGS,
     )
     with_ledger(
