@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
-from tests.updater.ledger.test_books import moorline
 
 from moorline.settings import StreamSettings
 from moorline.stream import Publisher, Topic, ensure_topics, topic_name
 from tests.integration.test_ingest_stream import read
 from tests.kafka_fixtures import wait_until
 from tests.updater.ledger.fixtures import interaction, rating
+from tests.updater.ledger.test_inspection import moorline
 from updater.audit import StreamAudit, audit_stream
 from updater.ledger.inspection import LedgerInspector
 

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.updater.ledger.test_books import moorline
 
 from moorline.events import Fate, Reason
 from moorline.settings import StreamSettings
 from moorline.stream import DeadLetters, Publisher, Reader, Topic, ensure_topics
 from tests.kafka_fixtures import wait_until
 from tests.updater.ledger.fixtures import VOCABULARY, correction, interaction, rating
+from tests.updater.ledger.test_inspection import moorline
 from updater.ingest import Ingest
 from updater.ledger import Ledger
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.updater.ledger.test_books import moorline
 
 from moorline.events import Fate, Reason
 from moorline.settings import StreamSettings
@@ -26,6 +25,7 @@ from moorline.stream.redrive import (
 from moorline.stream.scan import Scanner
 from tests.integration.test_ingest_stream import read
 from tests.updater.ledger.fixtures import interaction, rating
+from tests.updater.ledger.test_inspection import moorline
 from updater.ledger.inspection import LedgerInspector
 
 pytest_plugins = ("tests.kafka_fixtures",)
