@@ -43,7 +43,7 @@ from updater.learning.trainer import (
     Proposal,
     Trainer,
 )
-from updater.ledger import Ledger, LedgerUnavailable
+from updater.ledger import BatchDecision, Ledger, LedgerUnavailable
 from updater.progress import Phase, Progress
 from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
 from updater.releases import Manifests, publish_decided
@@ -296,7 +296,11 @@ class Loop:
         """The policy stays, and every example ends with the reason why it taught nothing."""
         reasons = dict.fromkeys(batch.example_ids, Reason.NO_ADVANTAGE) | dict(batch.set_aside)
         learned = baselines if batch.examples else None
-        self._ledger.commit_no_update(self._circumstances(batch), reasons, learned)
+        self._ledger.commit_no_update(
+            BatchDecision(
+                list(reasons), reasons, baselines=learned, record=self._circumstances(batch)
+            )
+        )
         return _log_no_release(batch, next(iter(reasons.values())))
 
     def _reject_for(self, reason: Reason, guilty: Sequence[Example], cause: str) -> str:
@@ -344,7 +348,9 @@ class Loop:
         """One transaction: the examples are trained, and the release is in the outbox."""
         release = self._manifests.accepted(batch, candidate, verdict)
         failpoint("loop.before_release")
-        self._ledger.commit_release(release, batch.handed_out, baselines, set_aside=batch.set_aside)
+        self._ledger.commit_release(
+            release, BatchDecision(batch.handed_out, set_aside=batch.set_aside, baselines=baselines)
+        )
         failpoint("loop.after_release")
         self._last_divergences = release.divergences
         self._export_version(release.version)
@@ -378,7 +384,10 @@ class Loop:
         }
         self._trainer.restore()
         self._ledger.commit_rejection(
-            record, batch.handed_out, reason, baselines, set_aside=batch.set_aside
+            reason,
+            BatchDecision(
+                batch.handed_out, set_aside=batch.set_aside, baselines=baselines, record=record
+            ),
         )
         return _log_no_release(batch, reason)
 

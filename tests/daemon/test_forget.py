@@ -21,7 +21,7 @@ from tests.updater.ledger.fixtures import (
     release,
 )
 from tests.updater.ledger.test_inspection import moorline
-from updater.ledger import Ledger
+from updater.ledger import BatchDecision, Ledger
 from updater.ledger.inspection import LedgerInspector
 
 
@@ -34,7 +34,7 @@ def state(tmp_path: Path) -> Path:
         events = [interaction("r1", user=ana), rating("r1"), interaction("r2", user="ben")]
         ledger.ingest([log.parsed(event) for event in events], now=NOW)
         ids = [example.example_id for example in ledger.ready_examples(1)]
-        ledger.commit_release(release(ledger, ids), ids)
+        ledger.commit_release(release(ledger, ids), BatchDecision(ids))
         more = [interaction("r3", user=ana), rating("r3"), correction("r2", rater="ana")]
         ledger.ingest([log.parsed(event) for event in more], now=NOW)
     return tmp_path

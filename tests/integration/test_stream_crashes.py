@@ -34,7 +34,7 @@ from moorline.stream.scan import Scanner
 from tests.kafka_fixtures import wait_until
 from tests.updater.ledger.fixtures import VOCABULARY, rating, release
 from updater.ingest import Ingest
-from updater.ledger import Ledger
+from updater.ledger import BatchDecision, Ledger
 
 pytest_plugins = ("tests.kafka_fixtures",)
 
@@ -116,7 +116,7 @@ def announce(settings: StreamSettings, path: Path) -> None:
     """An updater's outbox, with one release in it."""
     with Ledger(path) as ledger:
         if ledger.live_version() == 0:
-            ledger.commit_release(release(ledger), [])
+            ledger.commit_release(release(ledger), BatchDecision([]))
         for made in ledger.unpublished():
             publish_release(settings, made)
             ledger.mark_published(made.version)

@@ -22,7 +22,7 @@ from tests.updater.ledger.fixtures import FAST_DISK, NOW, Log, interaction, rati
 from tests.updater.test_loop import Updater
 from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import Proposal, Trainer
-from updater.ledger import Ledger
+from updater.ledger import BatchDecision, Ledger
 from updater.quarantine import Quarantine
 from updater.safety.trust_region import TrustRegion
 from updater.values import Batch, Example
@@ -241,13 +241,13 @@ def life(ledger: Ledger, machine: Machine, configured: Settings) -> None:
         if suspects and not found.enough_to_teach(suspects):
             if found.bisect(suspects):
                 ids = [one.example_id for one in suspects]
-                ledger.commit_rejection({}, ids, Reason.UPDATE_CRASHED, now=NOW)
+                ledger.commit_rejection(Reason.UPDATE_CRASHED, BatchDecision(ids), now=NOW)
             continue
         examples = suspects or ledger.ready_examples(configured.learning.batch_examples)
         with found.watch(examples):
             machine.credit(examples)
             ids = [one.example_id for one in examples]
-            ledger.commit_release(release(ledger, ids), ids)
+            ledger.commit_release(release(ledger, ids), BatchDecision(ids))
 
 
 def rate(ledger: Ledger, log: Log, names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ Nothing outside this package imports sqlite3.
 from updater.ledger.accounting import Accounting
 from updater.ledger.crashes import Suspect
 from updater.ledger.database import LeaseLost, LedgerError, LedgerLocked, LedgerUnavailable
+from updater.ledger.decisions import BatchDecision
 from updater.ledger.erasure import Forgotten
 from updater.ledger.examples import examples_digest
 from updater.ledger.expiry import Expired
@@ -16,6 +17,7 @@ from updater.ledger.writer import Ledger
 
 __all__ = [
     "Accounting",
+    "BatchDecision",
     "Expired",
     "Forgotten",
     "Ingested",

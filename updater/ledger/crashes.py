@@ -31,7 +31,7 @@ class Suspect:
 
 
 class Crashes:
-    """The marks, in transactions of their own; ``conclude`` is in that of a decision."""
+    """The marks, in transactions of their own; ``clear_update`` is in that of a decision."""
 
     def __init__(self, database: Database, claims: Claims, suspect_after_crashes: int) -> None:
         self._database = database
@@ -49,10 +49,14 @@ class Crashes:
             ).fetchall()
         if died:
             logger.error(
-                "the updater died in an update",
-                extra={"replies": len(died), "deaths": max(deaths for (deaths,) in died)},
+                "the updater crashed in its last update: counted for each of its replies",
+                extra={
+                    "event": "crash_counted",
+                    "replies": len(died),
+                    "crashes": max(deaths for (deaths,) in died),
+                },
             )
-        self.show()
+        self.export_metrics()
 
     def begin(self, example_ids: Sequence[str], *, alone: bool = False) -> None:
         """An update from these begins.
@@ -83,8 +87,8 @@ class Crashes:
     def succeeded(self) -> None:
         """What was under way came to an end without a decision: it kills nobody."""
         with self._database.transaction("survived") as connection:
-            conclude(connection)
-        self.show()
+            clear_update(connection)
+        self.export_metrics()
 
     def suspects(self) -> list[Suspect]:
         """What waits and has cost too many lives, most deaths first, then oldest first."""
@@ -130,8 +134,8 @@ class Crashes:
         )
         return found[0][0] if found else None
 
-    def show(self) -> None:
-        """Set the metric."""
+    def export_metrics(self) -> None:
+        """Set the metric to the highest count among the replies that wait."""
         ((deaths,),) = self._database.rows(
             "SELECT max(c.crash_count) FROM crash_counts c JOIN interactions i ON i.id ="
             " c.interaction"
@@ -145,7 +149,7 @@ class Crashes:
         )
 
 
-def conclude(connection: sqlite3.Connection) -> None:
+def clear_update(connection: sqlite3.Connection) -> None:
     """The update under way came to an end: nothing that was in it kills the process."""
     connection.execute("DELETE FROM crash_counts WHERE in_update IS NOT NULL")
 

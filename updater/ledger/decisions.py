@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic_core import to_json
 
 from moorline.events import Fate, Reason, Release, ReleaseKind, user_digest
 from updater.learning.baselines import Baselines
-from updater.ledger.crashes import conclude
+from updater.ledger.crashes import clear_update
 from updater.ledger.database import LedgerError, set_meta
 from updater.ledger.examples import Claim
 from updater.ledger.fates import Fates
@@ -35,7 +35,22 @@ _FINAL = (FeedbackState.TRAINED, FeedbackState.REJECTED, FeedbackState.ERASED)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BatchDecision:
+    """How a batch ends, as its update decided it."""
+
+    example_ids: Sequence[str]
+    """Every example that was handed out with the batch."""
+    set_aside: Mapping[str, Reason] = field(default_factory=dict)
+    """By id: those that influenced nothing, and why. They end as not trainable."""
+    baselines: Baselines | None = None
+    """What the credit knows from now on; None: what it knew before."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of the candidate or the batch (divergences, verdict, diagnostics), JSON-able;
+    pydantic models are welcome. No prompts, no replies."""
+
+
+@dataclass(frozen=True)
+class ExampleOutcome:
     """What is decided of a set of examples."""
 
     fate: Fate
@@ -51,7 +66,9 @@ class Outcome:
 
 
 _TAUGHT = "INSERT OR IGNORE INTO taught (user, tenant, version) VALUES (?, ?, ?)"
-_OVERRIDDEN = Outcome(Fate.NOT_TRAINABLE, FeedbackState.NOT_TRAINABLE, Reason.OVERRIDDEN_SIGNAL)
+_OVERRIDDEN = ExampleOutcome(
+    Fate.NOT_TRAINABLE, FeedbackState.NOT_TRAINABLE, Reason.OVERRIDDEN_SIGNAL
+)
 
 
 class Decisions:
@@ -68,9 +85,8 @@ class Decisions:
             "INSERT INTO releases (version, manifest) VALUES (?, ?)",
             (release.version, release.model_dump_json()),
         )
-        set_meta(self._connection, "live_version", None)
-        outcome = Outcome(Fate.TRAINED, FeedbackState.TRAINED, decided_by=release.version)
-        self.settle(claims, outcome)
+        outcome = ExampleOutcome(Fate.TRAINED, FeedbackState.TRAINED, decided_by=release.version)
+        self.decide(claims, outcome)
         for claim in claims.values():
             self._note_who_taught(claim, release.version)
 
@@ -108,7 +124,7 @@ class Decisions:
             " VALUES (?, ?, ?, ?, ?) RETURNING id",
             (reason, parent, len(claims), now, _json(record)),
         ).fetchone()
-        self.settle(claims, Outcome(Fate.REJECTED, FeedbackState.REJECTED, reason, number))
+        self.decide(claims, ExampleOutcome(Fate.REJECTED, FeedbackState.REJECTED, reason, number))
         return int(number)
 
     def no_update(
@@ -128,16 +144,18 @@ class Decisions:
     def set_aside(self, claims: Mapping[str, Claim], reasons: Mapping[str, Reason]) -> None:
         """Examples of a batch that its candidate did not learn from."""
         for example_id, claim in claims.items():
-            outcome = Outcome(Fate.NOT_TRAINABLE, FeedbackState.NOT_TRAINABLE, reasons[example_id])
-            self.settle({example_id: claim}, outcome)
+            outcome = ExampleOutcome(
+                Fate.NOT_TRAINABLE, FeedbackState.NOT_TRAINABLE, reasons[example_id]
+            )
+            self.decide({example_id: claim}, outcome)
 
-    def conclude(self, baselines: Baselines | None) -> None:
-        """At the end of a decision: the update has ended, and this is what the credit knows now."""
-        conclude(self._connection)
+    def finish(self, baselines: Baselines | None) -> None:
+        """End the update under way, and keep what the credit knows now."""
+        clear_update(self._connection)
         if baselines is not None:
             set_meta(self._connection, "baselines", baselines.to_json())
 
-    def settle(self, claims: Mapping[str, Claim], outcome: Outcome) -> None:
+    def decide(self, claims: Mapping[str, Claim], outcome: ExampleOutcome) -> None:
         """Decide these examples.
 
         Raises:
@@ -153,15 +171,15 @@ class Decisions:
             except sqlite3.IntegrityError as error:
                 raise LedgerError(f"example {example_id} was decided before") from error
             for rating in claim.feedback:
-                self._settle_rating(rating, outcome)
+                self._decide_rating(rating, outcome)
             for rating in claim.overridden_signals:
-                self._settle_rating(rating, _OVERRIDDEN)
-            self._settle_interaction(claim.interaction, outcome)
+                self._decide_rating(rating, _OVERRIDDEN)
+            self._end_example(claim.interaction, outcome)
             if outcome.fate is not Fate.NOT_TRAINABLE:
                 for loser in claim.over:
-                    self._decide(loser, outcome)
+                    self._decide_interaction(loser, outcome)
 
-    def _settle_rating(self, rating: int, outcome: Outcome) -> None:
+    def _decide_rating(self, rating: int, outcome: ExampleOutcome) -> None:
         row = self._execute(
             "SELECT interaction, rater, aspect, topic_partition, offset, state, latest FROM"
             " feedback"
@@ -174,7 +192,7 @@ class Decisions:
         is_latest = bool(latest)
         if outcome.fate is Fate.TRAINED and not is_latest:
             # The rater spoke again while the batch was in training: too late for that word.
-            self._close_latest(interaction, rater, aspect)
+            self._supersede(interaction, rater, aspect)
             is_latest = True
         self._execute(
             "UPDATE feedback SET state = ?, latest = ? WHERE id = ?",
@@ -184,7 +202,7 @@ class Decisions:
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
         self._fates.move(topic_partition, offset, outcome.fate, outcome.reason, outcome.decided_by)
 
-    def _close_latest(self, interaction: int, rater: str, aspect: str) -> None:
+    def _supersede(self, interaction: int, rater: str, aspect: str) -> None:
         for identity, topic_partition, offset in self._execute(
             "UPDATE feedback SET latest = 0, state = 'closed'"
             " WHERE interaction = ? AND rater = ? AND aspect = ? AND latest = 1"
@@ -194,13 +212,13 @@ class Decisions:
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
             self._fates.move(topic_partition, offset, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
 
-    def _settle_interaction(self, identity: int, outcome: Outcome) -> None:
+    def _end_example(self, identity: int, outcome: ExampleOutcome) -> None:
         if outcome.makes_untrainable:
             self._mark_untrainable(identity, outcome.reason)
-        self._decide(identity, outcome)
+        self._decide_interaction(identity, outcome)
         self._execute("DELETE FROM crash_counts WHERE interaction = ?", (identity,))
 
-    def _decide(self, identity: int, outcome: Outcome) -> None:
+    def _decide_interaction(self, identity: int, outcome: ExampleOutcome) -> None:
         """An interaction keeps the first fate that was decided of it."""
         pending = self._execute(
             "UPDATE interactions SET state = ? WHERE id = ? AND state = ?"

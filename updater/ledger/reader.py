@@ -89,9 +89,8 @@ class LedgerReader:
         return self.newest_version() + 1
 
     def live_version(self) -> int:
-        """The policy that the next update starts from: the operator's choice, else the newest."""
-        chosen = self._database.meta("live_version")
-        return self.newest_version() if chosen is None else int(chosen)
+        """The policy that the next update starts from: the newest release."""
+        return self.newest_version()
 
     def release(self, version: int) -> Release | None:
         """One release's manifest."""

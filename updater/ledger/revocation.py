@@ -82,7 +82,6 @@ class Revocation:
         self._execute("UPDATE releases SET revoked = 1 WHERE version > ?", (after,))
         # What the credit knew came from the releases revoked, too.
         set_meta(self._connection, "baselines", None)
-        set_meta(self._connection, "live_version", None)
         self._execute(
             "INSERT INTO releases (version, manifest) VALUES (?, ?)",
             (release.version, release.model_dump_json()),

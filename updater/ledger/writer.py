@@ -14,18 +14,18 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from moorline.events import Erasure, Reason, Release
+from moorline.events import Erasure, Fate, Reason, Release
 from moorline.stream import Gap
-from updater.learning.baselines import Baselines
 from updater.ledger.bodies import Bodies, BodyErased
 from updater.ledger.claims import Claims
 from updater.ledger.crashes import Crashes
-from updater.ledger.database import Database, LedgerError, lock_for_writing, make_home, set_meta
-from updater.ledger.decisions import Decisions, check_release
+from updater.ledger.database import Database, LedgerError, lock_for_writing, make_home
+from updater.ledger.decisions import BatchDecision, Decisions, check_release
 from updater.ledger.erasure import Eraser, Forgotten
 from updater.ledger.erasure_markers import ErasureMarkers
 from updater.ledger.examples import read_named, read_ready, read_traffic
@@ -44,7 +44,22 @@ logger = logging.getLogger("moorline.ledger")
 
 DEFAULT_HORIZON_SECONDS = 7 * 86400.0
 _Read = TypeVar("_Read")
-_NOTHING: Mapping[str, Reason] = MappingProxyType({})
+
+
+@dataclass
+class UnitOfWork:
+    """One transaction of the ledger while it is open, and what it came to."""
+
+    connection: sqlite3.Connection
+    fates: Fates
+    erases: bool = False
+    """Set inside it: keys and old pages are to be destroyed once it has committed."""
+    changes: Mapping[tuple[str, Fate, Reason], int] = field(default_factory=dict)
+    """(topic, fate, reason) -> events that came to it; known when it has committed."""
+
+    @cached_property
+    def erasure_markers(self) -> ErasureMarkers:
+        return ErasureMarkers(self.connection)
 
 
 class Ledger(LedgerReader):
@@ -89,7 +104,10 @@ class Ledger(LedgerReader):
         self._horizon_seconds = horizon_seconds
         self._keep_seconds = keep_decided_seconds
         self._watermark = Watermark(self._database)
-        logger.info("ledger opened", extra={"path": str(path), "lease_epoch": self.epoch})
+        logger.info(
+            "ledger opened",
+            extra={"event": "ledger_opened", "path": str(path), "epoch": self.epoch},
+        )
 
     def __enter__(self) -> Ledger:
         return self
@@ -124,20 +142,20 @@ class Ledger(LedgerReader):
             LeaseLost: another updater took over.
         """
         now = time.time() if now is None else now
-        with self._database.transaction("ingest") as connection:
-            self._keys.discard()  # of an attempt that was rolled back
-            fates, erasure_markers = Fates(connection), ErasureMarkers(connection)
-            joins = Joins(connection, fates, self._keys, erasure_markers, self._horizon_seconds)
-            eraser = self._eraser(connection, fates, erasure_markers)
-            intake = Intake(connection, joins, eraser)
+        with self._unit_of_work("ingest") as work:
+            joins = Joins(
+                work.connection,
+                work.fates,
+                self._keys,
+                work.erasure_markers,
+                self._horizon_seconds,
+            )
+            eraser = self._eraser(work)
+            intake = Intake(work.connection, joins, eraser)
             intake.record_gaps(gaps, now)
             new, replayed = intake.consume(records, now)
-            changes = fates.by_topic()
-            self._keys.save()
-        count(changes)
-        if eraser.carried_out:
-            self._erased()
-        return Ingested(new, replayed, changes)
+            work.erases = eraser.carried_out
+        return Ingested(new, replayed, work.changes)
 
     def set_behind(self, partitions: Collection[tuple[str, int]], as_of: float) -> None:
         """Say which (topic, partition)s held unread records at the moment ``as_of``, Unix seconds.
@@ -161,13 +179,10 @@ class Ledger(LedgerReader):
         What became free in the file goes back to the disk, likewise bit by bit.
         """
         watermark = self.watermark(time.time() if now is None else now)
-        with self._database.transaction("expire") as connection:
-            fates = Fates(connection)
-            expired = Expiry(connection, fates).run(
+        with self._unit_of_work("expire") as work:
+            expired = Expiry(work.connection, work.fates).run(
                 watermark, self._horizon_seconds, self._keep_seconds, limit
             )
-            changes = fates.by_topic()
-        count(changes)
         self._destroy_doomed()
         self._database.give_back()
         return expired
@@ -182,14 +197,9 @@ class Ledger(LedgerReader):
             LeaseLost: another updater took over.
         """
         now = time.time() if now is None else now
-        with self._database.transaction("forget") as connection:
-            self._keys.discard()
-            fates = Fates(connection)
-            self._eraser(connection, fates, ErasureMarkers(connection)).carry_out(erasure, now, now)
-            changes = fates.by_topic()
-            self._keys.save()
-        count(changes)
-        self._erased()
+        with self._unit_of_work("forget") as work:
+            self._eraser(work).carry_out(erasure, now, now)
+            work.erases = True
         found = self.erasure(erasure.erasure_id)
         assert found is not None
         return found
@@ -200,30 +210,30 @@ class Ledger(LedgerReader):
         Raises:
             LedgerError: no erasure asks for it, or the release is not that. Nothing changed.
         """
-        with self._database.transaction("revocation") as connection:
+        with self._unit_of_work("revocation") as work:
             check_revocation(
                 release,
-                wanted=wanted_revocation(connection),
+                wanted=wanted_revocation(work.connection),
                 revoked=self.revoked_versions(),
                 next_version=self.next_version(),
                 epoch=self.epoch,
             )
-            fates = Fates(connection)
-            Revocation(connection, fates).run(release)
-            changes = fates.by_topic()
-        count(changes)
+            Revocation(work.connection, work.fates).run(release)
         self._claims.clear()
 
-    def _eraser(
-        self, connection: sqlite3.Connection, fates: Fates, erasure_markers: ErasureMarkers
-    ) -> Eraser:
+    def _eraser(self, work: UnitOfWork) -> Eraser:
         return Eraser(
-            connection, fates, self._keys, erasure_markers, self.release, self.live_version()
+            work.connection,
+            work.fates,
+            self._keys,
+            work.erasure_markers,
+            self.release,
+            self.live_version(),
         )
 
-    def _erased(self) -> None:
-        """After the commit: the keys go, and every old page that is still in a file."""
-        logger.info("an erasure was carried out")
+    def _finish_erasure(self) -> None:
+        """After the commit: destroy the keys, and wipe every old page that is still in a file."""
+        logger.info("erasure carried out", extra={"event": "erasure_carried_out"})
         self._claims.clear()
         self._wipe_due = True
         self._destroy_doomed()
@@ -247,12 +257,8 @@ class Ledger(LedgerReader):
                     return read(connection, Bodies(connection, self._keys))
             except BodyErased as erased:
                 body = erased
-            with self._database.transaction("forget") as connection:
-                fates = Fates(connection)
-                eraser = self._eraser(connection, fates, ErasureMarkers(connection))
-                eraser.erase_body(body)
-                changes = fates.by_topic()
-            count(changes)
+            with self._unit_of_work("forget") as work:
+                self._eraser(work).erase_body(body)
 
     # --- what is learned from -----------------------------------------------------------------
 
@@ -291,27 +297,17 @@ class Ledger(LedgerReader):
 
     # --- how it ends --------------------------------------------------------------------------
 
-    def commit_release(
-        self,
-        release: Release,
-        example_ids: Sequence[str],
-        baselines: Baselines | None = None,
-        *,
-        set_aside: Mapping[str, Reason] = _NOTHING,
-    ) -> None:
+    def commit_release(self, release: Release, decision: BatchDecision) -> None:
         """Examples are trained in ``release``, which enters the outbox and becomes live.
 
-        Args:
-            example_ids: the batch.
-            set_aside: those of it that did not influence the release, and why: they end as not
-                trainable, and ``release.examples`` does not count them.
+        Those set aside did not influence it, and ``release.examples`` does not count them.
 
         Raises:
             LedgerError: the release does not follow from the live policy and this lease, or an
                 example is unknown or was decided before. Nothing changed.
         """
-        trained, aside = self._claims.divided(example_ids, set_aside)
-        with self._decision("release", example_ids, baselines) as settlement:
+        trained, aside = self._claims.divided(decision.example_ids, decision.set_aside)
+        with self._decision("release", decision) as decisions:
             check_release(
                 release,
                 trained,
@@ -319,26 +315,13 @@ class Ledger(LedgerReader):
                 live=self.live_version(),
                 epoch=self.epoch,
             )
-            settlement.release(release, trained)
-            settlement.set_aside(aside, set_aside)
+            decisions.release(release, trained)
+            decisions.set_aside(aside, decision.set_aside)
 
     def commit_rejection(
-        self,
-        record: Mapping[str, Any],
-        example_ids: Sequence[str],
-        reason: Reason,
-        baselines: Baselines | None = None,
-        *,
-        set_aside: Mapping[str, Reason] = _NOTHING,
-        now: float | None = None,
+        self, reason: Reason, decision: BatchDecision, *, now: float | None = None
     ) -> int:
-        """Examples end with their candidate.
-
-        Args:
-            example_ids: the batch.
-            set_aside: those of it that did not influence the candidate, and why.
-            record: what is known of the candidate (divergences, verdict, diagnostics), JSON-able;
-                pydantic models are welcome. No prompts, no replies.
+        """Examples end with their candidate; those set aside did not influence it.
 
         Returns:
             The rejection's number.
@@ -346,63 +329,55 @@ class Ledger(LedgerReader):
         Raises:
             LedgerError: an example is unknown or was decided before. Nothing changed.
         """
-        judged, aside = self._claims.divided(example_ids, set_aside)
+        judged, aside = self._claims.divided(decision.example_ids, decision.set_aside)
         now = time.time() if now is None else now
-        with self._decision("rejection", example_ids, baselines) as settlement:
-            number = settlement.rejection(record, self.live_version(), judged, reason, now)
-            settlement.set_aside(aside, set_aside)
+        with self._decision("rejection", decision) as decisions:
+            number = decisions.rejection(decision.record, self.live_version(), judged, reason, now)
+            decisions.set_aside(aside, decision.set_aside)
         return number
 
-    def commit_no_update(
-        self,
-        record: Mapping[str, Any],
-        reasons: Mapping[str, Reason],
-        baselines: Baselines | None = None,
-        *,
-        now: float | None = None,
-    ) -> None:
-        """Examples turned out to teach nothing; what they say of the baseline may be kept.
+    def commit_no_update(self, decision: BatchDecision, *, now: float | None = None) -> None:
+        """Examples, all set aside, taught nothing; what they say of the baseline may be kept.
 
-        Args:
-            record: what is known of the batch, JSON-able.
-            reasons: by example. One that lies in the reply (``mismatch``) also holds for later
-                ratings of it; one that lies in the batch (``no_advantage``) does not.
+        A reason that lies in the reply (``mismatch``) also holds for later ratings of it; one that
+        lies in the batch (``no_advantage``) does not.
 
         Raises:
-            LedgerError: an example is unknown or was decided before. Nothing changed.
+            LedgerError: an example is not set aside, is unknown or was decided before. Nothing
+                changed.
         """
-        claims = self._claims.of(list(reasons))
+        others, aside = self._claims.divided(decision.example_ids, decision.set_aside)
+        if others:
+            raise LedgerError(f"{min(others)} ends without an update and without a reason")
         now = time.time() if now is None else now
-        with self._decision("no_update", list(reasons), baselines) as settlement:
-            settlement.no_update(record, claims, reasons, now)
+        with self._decision("no_update", decision) as decisions:
+            decisions.no_update(decision.record, aside, decision.set_aside, now)
 
     def mark_published(self, version: int) -> None:
         """The releases topic has acknowledged this release."""
         with self._database.transaction("published") as connection:
             connection.execute("UPDATE releases SET published = 1 WHERE version = ?", (version,))
 
-    def set_live(self, version: int | None) -> None:
-        """Train from ``version`` until the next release; None: from the newest.
-
-        Raises:
-            LedgerError: there is no such release.
-        """
-        with self._database.transaction("live") as connection:
-            if version and (self.release(version) is None or version in self.revoked_versions()):
-                raise LedgerError(f"there is no release {version}, or it was revoked")
-            set_meta(connection, "live_version", None if version is None else str(version))
+    @contextmanager
+    def _decision(self, step: str, decision: BatchDecision) -> Iterator[Decisions]:
+        """One transaction, and what follows when it has committed."""
+        with self._unit_of_work(step) as work:
+            decisions = Decisions(work.connection, work.fates)
+            yield decisions
+            decisions.finish(decision.baselines)
+        self._claims.drop(decision.example_ids)
+        self.crashes.export_metrics()
 
     @contextmanager
-    def _decision(
-        self, step: str, example_ids: Sequence[str], baselines: Baselines | None
-    ) -> Iterator[Decisions]:
-        """One transaction, and what follows when it has committed."""
+    def _unit_of_work(self, step: str) -> Iterator[UnitOfWork]:
+        """One transaction, with new keys durable before it commits; then changes of fate are
+        counted, and an erasure is finished."""
         with self._database.transaction(step) as connection:
-            fates = Fates(connection)
-            settlement = Decisions(connection, fates)
-            yield settlement
-            settlement.conclude(baselines)
-            changes = fates.by_topic()
-        count(changes)
-        self._claims.drop(example_ids)
-        self.crashes.show()
+            self._keys.discard()  # of an attempt that was rolled back
+            work = UnitOfWork(connection, Fates(connection))
+            yield work
+            work.changes = work.fates.by_topic()
+            self._keys.save()
+        count(work.changes)
+        if work.erases:
+            self._finish_erasure()

@@ -27,7 +27,7 @@ from tests.updater.ledger.fixtures import (
     release,
     signal,
 )
-from updater.ledger import Ledger, Parsed, examples_digest
+from updater.ledger import BatchDecision, Ledger, Parsed, examples_digest
 
 STEPS = (
     *("ingest", "release", "rejection", "no_update", "expire", "published"),
@@ -113,14 +113,18 @@ def decide(ledger: Ledger) -> None:
     ledger.held_out_traffic(2, exclude=ids)
     match int(examples_digest(ids)[:8], 16) % 5:
         case 0 | 1:
-            ledger.commit_rejection({"ids": ids}, ids, Reason.GATE_BLOCKED, now=NOW)
+            ledger.commit_rejection(
+                Reason.GATE_BLOCKED, BatchDecision(ids, record={"ids": ids}), now=NOW
+            )
         case 2:
-            ledger.commit_no_update({}, dict.fromkeys(ids, Reason.MISMATCH))
+            ledger.commit_no_update(BatchDecision(ids, dict.fromkeys(ids, Reason.MISMATCH)))
         case _:
             trained, aside = ids[:-1], {ids[-1]: Reason.OFF_POLICY}
             made = release(ledger, trained)
             digest = {"examples_digest": examples_digest(trained)}
-            ledger.commit_release(made.model_copy(update=digest), ids, set_aside=aside)
+            ledger.commit_release(
+                made.model_copy(update=digest), BatchDecision(ids, set_aside=aside)
+            )
 
 
 def publish(ledger: Ledger, outbox: Path) -> None:

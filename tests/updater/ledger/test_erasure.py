@@ -30,7 +30,7 @@ from tests.updater.ledger.fixtures import (
     signal,
 )
 from updater.learning.baselines import Baselines, Cell, cell_name, rater_name
-from updater.ledger import Ledger, LedgerError
+from updater.ledger import BatchDecision, Ledger, LedgerError
 
 REPLIES, WORDS = Topic.INTERACTIONS, Topic.FEEDBACK
 SECRET = "the-canary-sings-at-dawn"
@@ -61,7 +61,7 @@ def fates(ledger: Ledger, topic: Topic = WORDS) -> dict[tuple[Fate, Reason], int
 def train(ledger: Ledger, limit: int = 100) -> int:
     examples = ledger.ready_examples(limit)
     made = release(ledger, examples)
-    ledger.commit_release(made, [example.example_id for example in examples])
+    ledger.commit_release(made, BatchDecision([example.example_id for example in examples]))
     return made.version
 
 
@@ -190,7 +190,7 @@ def test_a_batch_in_hand_cannot_be_decided_after_an_erasure(ledger: Ledger) -> N
     ids = [example.example_id for example in ledger.ready_examples(10)]
     ledger.forget(erasure("ana"), now=NOW)
     with pytest.raises(LedgerError, match="take a new batch"):
-        ledger.commit_release(release(ledger, ids), ids)
+        ledger.commit_release(release(ledger, ids), BatchDecision(ids))
 
 
 def test_what_was_decided_keeps_its_fate(ledger: Ledger) -> None:
@@ -199,7 +199,7 @@ def test_what_was_decided_keeps_its_fate(ledger: Ledger) -> None:
     feed(ledger, log, interaction("b", user="ana"), rating("b"))
     train(ledger, 1)
     ids = [example.example_id for example in ledger.ready_examples(10)]
-    ledger.commit_rejection({}, ids, Reason.GATE_BLOCKED, now=NOW)
+    ledger.commit_rejection(Reason.GATE_BLOCKED, BatchDecision(ids), now=NOW)
     before = ledger.accounting().events
     found = ledger.forget(erasure("ana"), now=NOW)
     assert (found.interactions, found.feedback, found.releases) == (2, 2, (1,))
@@ -300,7 +300,7 @@ def test_the_credit_forgets_their_names(ledger: Ledger) -> None:
     raters = [("acme", "ana"), ("other", "ana"), ("acme", "ben"), ("other", "ben")]
     known = Baselines(cells, {rater_name(*who): Cell(5, 5) for who in raters})
     ids = [example.example_id for example in ledger.ready_examples(9)]
-    ledger.commit_release(release(ledger, ids), ids, known)
+    ledger.commit_release(release(ledger, ids), BatchDecision(ids, baselines=known))
     ledger.forget(erasure("ana", tenant="other"), now=NOW)
     assert set(ledger.baselines().agreements) == {
         rater_name(*who) for who in raters if who != ("other", "ana")
@@ -435,5 +435,3 @@ def test_a_revocation_nobody_asked_for_is_refused(ledger: Ledger) -> None:
         ledger.commit_revocation(release(ledger))
     ledger.commit_revocation(release(ledger, revokes_after=0))
     assert ledger.revoked_versions() == {1, 2, 3, 4}
-    with pytest.raises(LedgerError, match="revoked"):
-        ledger.set_live(3)

@@ -25,7 +25,7 @@ from tests.updater.ledger.fixtures import (
     rating,
     release,
 )
-from updater.ledger import Ledger
+from updater.ledger import BatchDecision, Ledger
 from updater.ledger.history import Place
 from updater.ledger.inspection import LedgerInspector
 
@@ -54,12 +54,16 @@ def state(tmp_path: Path) -> Path:
             now=NOW + HOUR,
         )
         first = ledger.ready_examples(1)
-        ledger.commit_release(release(ledger, first), [one.example_id for one in first])
+        ledger.commit_release(
+            release(ledger, first), BatchDecision([one.example_id for one in first])
+        )
         second = ledger.ready_examples(1)
         ledger.commit_rejection(
-            {"verdict": None, "divergences": [], "diagnostics": {}, "cause": ""},
-            [one.example_id for one in second],
             Reason.DIVERGENCE_BOUND,
+            BatchDecision(
+                [one.example_id for one in second],
+                record={"verdict": None, "divergences": [], "diagnostics": {}, "cause": ""},
+            ),
             now=NOW + 2 * HOUR,
         )
     return tmp_path

@@ -27,7 +27,7 @@ from tests.updater.ledger.fixtures import (
     release,
     signal,
 )
-from updater.ledger import Ledger
+from updater.ledger import BatchDecision, Ledger
 
 REPLIES, WORDS = Topic.INTERACTIONS, Topic.FEEDBACK
 GREEDY = SamplingSettings(temperature=0.0)
@@ -52,7 +52,7 @@ def fates(ledger: Ledger, topic: Topic = WORDS) -> dict[tuple[Fate, Reason], int
 
 def train(ledger: Ledger, limit: int = 100) -> None:
     ids = [example.example_id for example in ledger.ready_examples(limit)]
-    ledger.commit_release(release(ledger, ids), ids)
+    ledger.commit_release(release(ledger, ids), BatchDecision(ids))
 
 
 # --- one rater, several aspects -------------------------------------------------------------------
@@ -194,7 +194,9 @@ def test_a_rejected_or_unused_pair_leaves_the_loser_to_its_own_feedback(ledger: 
     log = Log()
     feed(ledger, log, interaction("a"), interaction("b"), preference("a", "b"))
     (example,) = ledger.ready_examples(10)
-    ledger.commit_no_update({}, {example.example_id: Reason.NO_ADVANTAGE})
+    ledger.commit_no_update(
+        BatchDecision([example.example_id], {example.example_id: Reason.NO_ADVANTAGE})
+    )
     assert fates(ledger, REPLIES)[Fate.PENDING, Reason.NONE] == 1
     feed(ledger, log, rating("b", -1))
     (example,) = ledger.ready_examples(10)
@@ -209,7 +211,7 @@ def test_a_reply_that_turns_out_untrainable_takes_preferences_over_it_along(
     feed(ledger, Log(), interaction("a"), interaction("b", at=NOW - 9), rating("b"))
     feed(ledger, Log(topic_id="t1"), preference("a", "b"), rating("a", 1, "bob"))
     worse = next(e for e in ledger.ready_examples(10) if e.interaction.interaction_id == "b")
-    ledger.commit_no_update({}, {worse.example_id: Reason.MISMATCH})
+    ledger.commit_no_update(BatchDecision([worse.example_id], {worse.example_id: Reason.MISMATCH}))
     (left,) = ledger.ready_examples(10)
     assert [one.rater for one in left.feedback] == ["bob"]
     assert fates(ledger) == {
@@ -255,7 +257,9 @@ def test_policies_are_referenced_while_their_replies_can_be_trained_on(ledger: L
     )
     assert ledger.policy_versions_referenced() == {0, 3, 4, 5, 7}
     doubted = next(e for e in ledger.ready_examples(9) if e.interaction.policy_version == 7)
-    ledger.commit_no_update({}, {doubted.example_id: Reason.MISMATCH})
+    ledger.commit_no_update(
+        BatchDecision([doubted.example_id], {doubted.example_id: Reason.MISMATCH})
+    )
     assert ledger.policy_versions_referenced() == {0, 3, 4, 5}
     ledger.expire(NOW + HORIZON + 1)
     assert ledger.policy_versions_referenced() == {5}, "a rated reply waits for its batch"

@@ -29,6 +29,7 @@ from tests.updater.ledger.fixtures import (
 )
 from updater.learning.baselines import Baselines, Cell
 from updater.ledger import (
+    BatchDecision,
     LeaseLost,
     Ledger,
     LedgerError,
@@ -65,7 +66,7 @@ def fates(ledger: Ledger, topic: Topic) -> dict[tuple[Fate, Reason], int]:
 
 def train(ledger: Ledger, limit: int = 100) -> list[str]:
     ids = [example.example_id for example in ledger.ready_examples(limit)]
-    ledger.commit_release(release(ledger, ids), ids)
+    ledger.commit_release(release(ledger, ids), BatchDecision(ids))
     return ids
 
 
@@ -205,9 +206,9 @@ def test_of_one_reply_only_the_newest_hand_out_can_be_decided(ledger: Ledger) ->
     feed(ledger, log, rating("a", -1, rater="bob", at=NOW - 1))
     (newer,) = ledger.ready_examples(1)
     assert newer.example_id != older.example_id
-    ledger.commit_release(release(ledger, [newer]), [newer.example_id])
+    ledger.commit_release(release(ledger, [newer]), BatchDecision([newer.example_id]))
     with pytest.raises(LedgerError, match="decided before"):
-        ledger.commit_release(release(ledger, [older]), [older.example_id])
+        ledger.commit_release(release(ledger, [older]), BatchDecision([older.example_id]))
     assert ledger.accounting().fates[RATINGS][Fate.TRAINED] == 1
     assert ledger.audit() == []
 
@@ -221,7 +222,7 @@ def test_a_flood_on_one_reply_is_learned_from_bit_by_bit(ledger: Ledger) -> None
         (example,) = ledger.ready_examples(1)
         assert len(example.feedback) == size
         heard += [one.rater for one in example.feedback]
-        ledger.commit_release(release(ledger, [example]), [example.example_id])
+        ledger.commit_release(release(ledger, [example]), BatchDecision([example.example_id]))
     assert sorted(heard) == raters
     assert ledger.count_ready() == 0
     assert ledger.accounting().fates[RATINGS] == {Fate.TRAINED: len(raters)}
@@ -261,7 +262,7 @@ def test_a_release_trains_its_examples_once(ledger: Ledger) -> None:
     assert (ledger.live_version(), ledger.next_version()) == (1, 2)
     assert [name for name, _ in ledger.lineage(1)] == sorted(ids)
     with pytest.raises(LedgerError, match="not handed out"):
-        ledger.commit_release(release(ledger, ids), ids)
+        ledger.commit_release(release(ledger, ids), BatchDecision(ids))
 
 
 def test_the_same_rater_teaches_one_reply_once(ledger: Ledger) -> None:
@@ -283,7 +284,7 @@ def test_another_rater_makes_a_new_example_and_the_reply_keeps_its_first_fate(
     feed(ledger, log, rating("a", -1, "bob"))
     (example,) = ledger.ready_examples(10)
     assert [one.rater for one in example.feedback] == ["bob"]
-    ledger.commit_rejection({}, [example.example_id], Reason.GATE_BLOCKED, now=NOW)
+    ledger.commit_rejection(Reason.GATE_BLOCKED, BatchDecision([example.example_id]), now=NOW)
     assert fates(ledger, REPLIES) == {(Fate.TRAINED, Reason.NONE): 1}
     assert fates(ledger, RATINGS) == {
         (Fate.TRAINED, Reason.NONE): 1,
@@ -296,7 +297,7 @@ def test_a_rating_that_comes_while_its_older_one_trains_is_not_trained(ledger: L
     feed(ledger, log, interaction("a"), rating("a", at=NOW - 5))
     (example,) = ledger.ready_examples(10)
     feed(ledger, log, rating("a", -1, at=NOW), rating("a", 1, "bob"))
-    ledger.commit_release(release(ledger, [0]), [example.example_id])
+    ledger.commit_release(release(ledger, [0]), BatchDecision([example.example_id]))
     assert fates(ledger, RATINGS) == {
         (Fate.TRAINED, Reason.NONE): 1,
         (Fate.DUPLICATE, Reason.ALREADY_TRAINED): 1,
@@ -318,7 +319,9 @@ def test_a_new_rating_after_a_rejection_gets_another_chance(ledger: Ledger) -> N
         tokens=3,
     )
     number = ledger.commit_rejection(
-        {"divergences": [divergence]}, [example.example_id], Reason.DIVERGENCE_BOUND, now=NOW
+        Reason.DIVERGENCE_BOUND,
+        BatchDecision([example.example_id], record={"divergences": [divergence]}),
+        now=NOW,
     )
     assert ledger.next_version() == 1, "a rejected candidate takes no number"
     (rejection,) = ledger.rejections()
@@ -345,7 +348,7 @@ def test_what_is_not_trainable_says_so_of_later_ratings_only_if_the_reply_is_at_
     feed(ledger, log, interaction("a"), rating("a"))
     (example,) = ledger.ready_examples(10)
     feed(ledger, log, rating("a", 1, "bob"))
-    ledger.commit_no_update({}, {example.example_id: reason})
+    ledger.commit_no_update(BatchDecision([example.example_id], {example.example_id: reason}))
     assert fates(ledger, REPLIES) == {(Fate.NOT_TRAINABLE, reason): 1}
     assert ledger.count_ready() == open_after
     feed(ledger, log, rating("a", 1, "cy"))
@@ -365,12 +368,12 @@ def test_what_a_candidate_did_not_learn_from_is_set_aside_with_its_decision(
     aside = {ids[1]: Reason.OFF_POLICY}
     if released:
         with pytest.raises(LedgerError, match="examples 2, the ledger expects 1"):
-            ledger.commit_release(release(ledger, ids), ids, set_aside=aside)
-        ledger.commit_release(release(ledger, ids[:1]), ids, set_aside=aside)
+            ledger.commit_release(release(ledger, ids), BatchDecision(ids, set_aside=aside))
+        ledger.commit_release(release(ledger, ids[:1]), BatchDecision(ids, set_aside=aside))
         assert [name for name, _ in ledger.lineage(1)] == ids[:1]
         judged = (Fate.TRAINED, Reason.NONE)
     else:
-        ledger.commit_rejection({}, ids, Reason.GATE_BLOCKED, set_aside=aside, now=NOW)
+        ledger.commit_rejection(Reason.GATE_BLOCKED, BatchDecision(ids, set_aside=aside), now=NOW)
         assert ledger.rejections()[0]["examples"] == 1
         judged = (Fate.REJECTED, Reason.GATE_BLOCKED)
     expected = {judged: 1, (Fate.NOT_TRAINABLE, Reason.OFF_POLICY): 1}
@@ -383,7 +386,9 @@ def test_what_is_set_aside_must_be_of_the_batch(ledger: Ledger) -> None:
     feed(ledger, Log(), interaction("a"), rating("a"))
     ids = [example.example_id for example in ledger.ready_examples(10)]
     with pytest.raises(LedgerError, match="not in the batch"):
-        ledger.commit_release(release(ledger, ids), ids, set_aside={"ex-0": Reason.OFF_POLICY})
+        ledger.commit_release(
+            release(ledger, ids), BatchDecision(ids, set_aside={"ex-0": Reason.OFF_POLICY})
+        )
     assert ledger.count_ready() == 1
 
 
@@ -396,29 +401,29 @@ def test_a_release_that_does_not_follow_is_refused_and_changes_nothing(
     feed(ledger, Log(), interaction("a"), rating("a"))
     ids = [example.example_id for example in ledger.ready_examples(10)]
     with pytest.raises(LedgerError, match=next(iter(wrong))):
-        ledger.commit_release(release(ledger, ids).model_copy(update=wrong), ids)
+        ledger.commit_release(release(ledger, ids).model_copy(update=wrong), BatchDecision(ids))
     assert ledger.count_ready() == 1
     assert ledger.unpublished() == []
-    ledger.commit_release(release(ledger, ids), ids)
+    ledger.commit_release(release(ledger, ids), BatchDecision(ids))
 
 
 def test_the_base_model_may_be_recorded_as_version_0(ledger: Ledger) -> None:
     values = {"kind": ReleaseKind.BASE, "version": 0, "artifact_digest": None, "parent": None}
     base = release(ledger).model_copy(update=values)
-    ledger.commit_release(base, [])
+    ledger.commit_release(base, BatchDecision([]))
     assert (ledger.live_version(), ledger.next_version()) == (0, 1)
     train(ledger)
     with pytest.raises(LedgerError, match="version 0"):
-        ledger.commit_release(base, [])
+        ledger.commit_release(base, BatchDecision([]))
 
 
 def test_baselines_are_committed_with_their_release(ledger: Ledger) -> None:
     assert ledger.baselines() == Baselines()
     baselines = Baselines({"x": Cell(1.5, 2.0)})
     with pytest.raises(LedgerError):
-        ledger.commit_release(release(ledger, version=9), [], baselines)
+        ledger.commit_release(release(ledger, version=9), BatchDecision([], baselines=baselines))
     assert ledger.baselines() == Baselines()
-    ledger.commit_release(release(ledger), [], baselines)
+    ledger.commit_release(release(ledger), BatchDecision([], baselines=baselines))
     assert ledger.baselines() == baselines
 
 
@@ -431,24 +436,6 @@ def test_the_outbox_gives_each_release_until_it_is_published(ledger: Ledger) -> 
     assert [one.version for one in ledger.unpublished()] == [2]
     assert [one.version for one in ledger.releases()] == [1, 2]
     assert ledger.release(2) == ledger.unpublished()[0]
-
-
-def test_an_operator_chooses_what_is_trained_from_until_the_next_release(ledger: Ledger) -> None:
-    for _ in range(3):
-        train(ledger)
-    ledger.set_live(1)
-    assert (ledger.live_version(), ledger.newest_version()) == (1, 3)
-    train(ledger)
-    assert ledger.live_version() == 4
-    newest = ledger.release(4)
-    assert newest is not None
-    assert newest.parent == 1
-    ledger.set_live(0)
-    assert ledger.live_version() == 0
-    ledger.set_live(None)
-    assert ledger.live_version() == 4
-    with pytest.raises(LedgerError, match="no release 77"):
-        ledger.set_live(77)
 
 
 def test_the_digest_of_examples_does_not_depend_on_their_order() -> None:
@@ -653,7 +640,7 @@ def test_examples_and_offsets_survive_a_restart(path: Path) -> None:
         stale = [example.example_id for example in ledger.ready_examples(9)]
     with Ledger(path) as ledger:
         with pytest.raises(LedgerError, match="not handed out"):
-            ledger.commit_no_update({}, dict.fromkeys(stale, Reason.MISMATCH))
+            ledger.commit_no_update(BatchDecision(stale, dict.fromkeys(stale, Reason.MISMATCH)))
         assert (ledger.offsets(), ledger.ready_examples(9), ledger.accounting()) == before
 
 
@@ -705,7 +692,7 @@ def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> 
         feed(ledger, log, rating("a", -1, at=NOW + 9), at=NOW + 9)
         assert ledger.crashes.suspects()[0].deaths == 4, "the reply is the same"
         ids = [one.example_id for one in ledger.ready_examples(9)]
-        ledger.commit_no_update({}, dict.fromkeys(ids[:1], Reason.NO_ADVANTAGE))
+        ledger.commit_no_update(BatchDecision(ids[:1], dict.fromkeys(ids[:1], Reason.NO_ADVANTAGE)))
         assert [one.key for one in ledger.crashes.suspects()] == ["b/0", "c/0"]
         ledger.crashes.begin(ids[1:])
         ledger.crashes.end()
@@ -723,7 +710,7 @@ def test_a_reply_that_kills_the_updater_is_never_read_by_an_update_again(ledger:
     feed(ledger, log, interaction("a"), rating("a"), interaction("b"))
     ids = [one.example_id for one in ledger.ready_examples(9)]
     feed(ledger, log, rating("a", 1, "bob"))
-    ledger.commit_rejection({}, ids, Reason.UPDATE_CRASHED, now=NOW)
+    ledger.commit_rejection(Reason.UPDATE_CRASHED, BatchDecision(ids), now=NOW)
     feed(ledger, log, rating("a", 1, "cy"))
     assert ledger.ready_examples(9) == []
     assert len(ledger.held_out_traffic(9)) == 1, "b"
@@ -759,7 +746,7 @@ def test_no_step_of_a_cycle_reads_a_whole_table(ledger: Ledger) -> None:
     feed(ledger, log, rating("a", -1, at=NOW + 1), at=NOW + 1, now=NOW + 1)
     ids = [example.example_id for example in ledger.ready_examples(1)]
     ledger.held_out_traffic(5, exclude=ids)
-    ledger.commit_release(release(ledger, ids), ids)
+    ledger.commit_release(release(ledger, ids), BatchDecision(ids))
     train(ledger)
     for name in (
         "policy_versions_referenced",

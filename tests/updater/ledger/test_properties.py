@@ -40,7 +40,7 @@ from tests.updater.ledger.fixtures import (
     release,
     signal,
 )
-from updater.ledger import Ledger, LedgerError, Parsed
+from updater.ledger import BatchDecision, Ledger, LedgerError, Parsed
 
 END = NOW + 10 * HORIZON
 KEYS = ("a", "b", "c", "d")
@@ -347,7 +347,7 @@ class Updater(RuleBasedStateMachine):
         self.under_way = {example.interaction.key for example in batch}
         if measure:
             self.ledger.held_out_traffic(1, exclude=ids)
-            self.under_way |= self.attempted("under_way IS NOT NULL").keys()
+            self.under_way |= self.attempted("in_update IS NOT NULL").keys()
 
     @rule(target=batches, number=NUMBERS, measure=st.booleans())
     def die_in_an_update(self, number: int, measure: bool) -> object:
@@ -375,8 +375,8 @@ class Updater(RuleBasedStateMachine):
     def attempted(self, condition: str) -> dict[str, int]:
         return dict(
             self.ledger._database.rows(
-                "SELECT i.key, a.crash_count FROM crash_counts a JOIN interactions i"
-                f" ON i.id = a.interaction WHERE {condition}"
+                "SELECT i.key, c.crash_count FROM crash_counts c JOIN interactions i"
+                f" ON i.id = c.interaction WHERE {condition}"
             )
         )
 
@@ -387,7 +387,7 @@ class Updater(RuleBasedStateMachine):
         version = self.ledger.next_version()
         made = release(self.ledger, ids[: len(ids) - left_out])
         try:
-            self.ledger.commit_release(made, ids, set_aside=aside)
+            self.ledger.commit_release(made, BatchDecision(ids, set_aside=aside))
         except LedgerError as error:
             self.check_refusal(error)
             return
@@ -410,9 +410,9 @@ class Updater(RuleBasedStateMachine):
         ids = [example.example_id for example in batch]  # type: ignore[attr-defined]
         try:
             if reason in (Reason.GATE_BLOCKED, Reason.UPDATE_CRASHED):
-                self.ledger.commit_rejection({}, ids, reason, now=self.now)
+                self.ledger.commit_rejection(reason, BatchDecision(ids), now=self.now)
             else:
-                self.ledger.commit_no_update({}, dict.fromkeys(ids, reason))
+                self.ledger.commit_no_update(BatchDecision(ids, dict.fromkeys(ids, reason)))
         except LedgerError as error:
             self.check_refusal(error)
         else:

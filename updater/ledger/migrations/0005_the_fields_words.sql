@@ -70,3 +70,6 @@ UPDATE rejections SET reason = CASE reason
     WHEN 'release_withdrawn' THEN 'release_revoked'
     WHEN 'update_killed' THEN 'update_crashed' END
 WHERE reason IN ('too_far', 'outranked_signal', 'release_withdrawn', 'update_killed');
+
+-- Nothing could set it but a test; the live version is the newest release.
+DELETE FROM meta WHERE name = 'live_version';
