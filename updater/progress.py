@@ -65,7 +65,7 @@ class Progress:
             logger.warning(
                 "what the updater waited for is back, learning goes on: %s",
                 self._phase,
-                extra={"event": "available_again", "phase": str(self._phase)},
+                extra={"event": "updater_goes_on", "phase": str(self._phase)},
             )
         self._phase = phase
         for one in Phase:
@@ -79,7 +79,7 @@ class Progress:
                 "the updater waits, nothing is lost, it will retry: %s: %s",
                 phase,
                 error,
-                extra={"event": "unavailable", "phase": str(phase), "error": str(error)},
+                extra={"event": "updater_waits", "phase": str(phase), "error": str(error)},
             )
         self.enter(phase)
 

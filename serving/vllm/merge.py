@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from moorline.adapter_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, AdapterConfig
 from moorline.errors import MoorlineError
+from moorline.logs import describe
 
 
 class AdapterInvalid(MoorlineError):
@@ -45,7 +47,10 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
         AdapterInvalid: on anything but plain LoRA on linear layers.
     """
     content = (directory / ADAPTER_CONFIG).read_bytes()
-    relied_on = AdapterConfig.model_validate_json(content)
+    try:
+        relied_on = AdapterConfig.model_validate_json(content)
+    except ValidationError as error:
+        raise AdapterInvalid(f"{ADAPTER_CONFIG} is unusable: {describe(error)}") from None
     config = json.loads(content)
     for option in (
         "use_dora",

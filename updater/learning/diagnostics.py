@@ -75,13 +75,16 @@ def show(diagnostics: Mapping[str, float]) -> None:
         metrics.UPDATE_ALARM.labels(name=alarm.name).set(rings[alarm.name])
         if rings[alarm.name]:
             logger.warning(
-                "alarm",
+                "training diagnostic out of range: %s=%.3g (expected %g to %g): %s",
+                alarm.name,
+                diagnostics[alarm.name],
+                alarm.low,
+                alarm.high,
+                alarm.meaning,
                 extra={
-                    "diagnostic": alarm.name,
-                    "value": diagnostics[alarm.name],
-                    "low": alarm.low,
-                    "high": alarm.high,
-                    "meaning": alarm.meaning,
+                    "event": "diagnostic_out_of_range",
+                    "check": alarm.name,
+                    "measured": diagnostics[alarm.name],
                 },
             )
 

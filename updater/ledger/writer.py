@@ -105,7 +105,7 @@ class Ledger(LedgerReader):
         self._keep_seconds = keep_decided_seconds
         self._watermark = Watermark(self._database)
         logger.info(
-            "ledger opened",
+            "the ledger is open for writing",
             extra={"event": "ledger_opened", "path": str(path), "epoch": self.epoch},
         )
 

@@ -66,6 +66,8 @@ def test_without_an_adapter_the_base_is_unchanged(base_dir: Path) -> None:
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("alpha_pattern", {"q_proj": 3}),
+        ("r", None),
+        ("target_modules", "all-linear"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused(
