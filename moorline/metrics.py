@@ -196,7 +196,8 @@ UPDATE_DIAGNOSTIC = _gauge(
     "moorline_update_diagnostic",
     "Last update, before the bound; name: ess_share, mean_ratio, max_ratio, k1_nats, k3_nats, "
     "chi2, tv, masked_share (_rare, _common, _positive, _negative), entropy_nats, gradient_norm, "
-    "step_norm_share, pace, mismatch_nats, staleness_versions_mean, staleness_seconds_mean, "
+    "step_norm_share, ess_lr_scale, mismatch_nats, staleness_versions_mean, "
+    "staleness_seconds_mean, "
     "behaviour_exact_share, set_aside_off_policy, corrections, preferences, credit_..., ...",
     ["name"],
 )

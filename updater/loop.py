@@ -220,16 +220,16 @@ class Loop:
 
     def _update(self, examples: Sequence[Example]) -> str:
         try:
-            batch, baselines, seen = self._credited(examples)
+            batch, baselines, staleness = self._credited(examples)
             logger.info(
                 "training batch prepared",
                 extra={
                     "event": "batch_prepared",
                     "examples": len(batch.examples),
-                    "diagnostics": {**batch.credit, **seen.diagnostics},
+                    "diagnostics": {**batch.credit, **staleness.diagnostics},
                 },
             )
-            proposal = self._trainer.propose(batch, seen)
+            proposal = self._trainer.propose(batch, staleness)
         except NothingToLearn:
             return self._make_no_update(batch, baselines)
         except NonFiniteUpdate as error:
@@ -275,22 +275,22 @@ class Loop:
     def _credited(self, examples: Sequence[Example]) -> tuple[Batch, Baselines, StalenessReport]:
         """Rated replies near enough to learn from, with credit."""
         live_version = self._ledger.live_version()
-        seen = self._trainer.measure_staleness(examples, live_version)
+        staleness = self._trainer.measure_staleness(examples, live_version)
         credited, baselines, stats = assign_credit(
-            [example for example in examples if example.example_id not in seen.set_aside],
+            [example for example in examples if example.example_id not in staleness.set_aside],
             self._ledger.baselines(),
             signals=self._settings.learning.signals,
             moved_nats=moved_from_live_nats(self._last_divergences),
-            ess_share=seen.ess_share,
+            ess_share=staleness.ess_share,
         )
         batch = Batch(
             credited,
             live_version,
-            seen.set_aside,
+            staleness.set_aside,
             stats.as_dict(),
-            behaviour_policies_unavailable(seen.behaviours),
+            behaviour_policies_unavailable(staleness.behaviours),
         )
-        return batch, baselines, seen
+        return batch, baselines, staleness
 
     def _make_no_update(self, batch: Batch, baselines: Baselines) -> str:
         """The policy stays, and every example ends with the reason why it taught nothing."""

@@ -104,10 +104,10 @@ class Quarantine:
     def _try(self, examples: Sequence[Example]) -> None:
         """Make an update of these and throw it away."""
         try:
-            batch, _, seen = self._credit(examples)
+            batch, _, staleness = self._credit(examples)
             # A reply alone is as good as expected: with an advantage of 0 nothing would be tried.
             ones = tuple(replace(one, advantage=one.advantage or 1.0) for one in batch.examples)
-            self._trainer.propose(replace(batch, examples=ones), seen)
+            self._trainer.propose(replace(batch, examples=ones), staleness)
         except (NothingToLearn, NonFiniteUpdate):
             pass
         finally:

@@ -26,7 +26,7 @@ HEADINGS = {
     "masked_share_common": "masked q>=0.1",
     "masked_share_positive": "masked A>0",
     "masked_share_negative": "masked A<0",
-    "pace": "pace",
+    "ess_lr_scale": "learning-rate scale",
     "step_scale": "step kept",
     "set_aside_off_policy": "replies too far",
 }

@@ -64,7 +64,7 @@ DIAGNOSTICS = (
     "masked_share_common",
     "masked_share_positive",
     "masked_share_negative",
-    "pace",
+    "ess_lr_scale",
     "step_scale",
     "set_aside_off_policy",
 )

@@ -30,7 +30,9 @@ class ChatTemplate:
         self._reply_opening = self._find_reply_opening()
         self._reply_ending = self._find_reply_ending()
 
-    def told(self, prompt_token_ids: tuple[int, ...], correction: str) -> tuple[int, ...] | None:
+    def prompt_with_correction(
+        self, prompt_token_ids: tuple[int, ...], correction: str
+    ) -> tuple[int, ...] | None:
         """The prompt with the correction as a last turn of the user; None where there is no way."""
         opening = self._reply_opening
         plain = self._plain(correction)

@@ -1,4 +1,5 @@
-"""Corrections and preferences of a batch, made ready for the trainer. The losses: ``lessons.py``.
+"""The losses of corrections and preferences beside the objective; their formulas are in
+``feedback_objectives.py``.
 
 All terms of one optimiser step are on one scale: a token of corrected text counts like a rated
 token with A = ``correction_weight``, and a preferred pair counts like one reply of the minibatch.
@@ -50,7 +51,7 @@ class Pair:
 
 @dataclass
 class ReplyLosses:
-    """What the corrections and preferences of one example teach."""
+    """What follows for one reply from its corrections and preferences."""
 
     advantage: Tensor | None = None
     """[tokens of the reply] to add to the rating's advantage."""
@@ -59,12 +60,12 @@ class ReplyLosses:
 
     @property
     def has_signal(self) -> bool:
-        told = self.advantage is not None and bool(self.advantage.any())
-        return told or bool(self.texts) or bool(self.pairs)
+        distilled = self.advantage is not None and bool(self.advantage.any())
+        return distilled or bool(self.texts) or bool(self.pairs)
 
 
 class FeedbackLosses:
-    """Prepares lessons with the live policy, and gives their losses under the one in training."""
+    """Prepares a batch's losses with the live policy; computes them under the one in training."""
 
     def __init__(
         self, policy: Policy, chat: ChatTemplate | None, settings: LearningSettings
@@ -79,7 +80,7 @@ class FeedbackLosses:
     # --- before the first step: the policy is the live one ------------------------------------
 
     def prepare(self, examples: Sequence[CreditedExample]) -> dict[str, ReplyLosses]:
-        """The lessons of a batch, by example id. Costs forward passes only for corrections."""
+        """Prepare a batch's losses, by example id. Costs forward passes only for corrections."""
         reply_losses = {one.example.example_id: ReplyLosses() for one in examples}
         self.diagnostics = {}
         corrected = [one for one in examples if one.corrections]
@@ -100,64 +101,64 @@ class FeedbackLosses:
     ) -> None:
         assert self._chat is not None
         settings, chat = self._settings, self._chat
-        told: list[tuple[str, TokenSequence, TokenSequence, float]] = []
+        hinted_replies: list[tuple[str, TokenSequence, TokenSequence, float]] = []
         texts: list[tuple[str, TokenSequence, float]] = []
-        not_told = not_written = 0
+        not_distilled = not_imitated = 0
         for one in corrected:
             reply = as_sequence(one.example.interaction)
             for correction in one.corrections:
                 name = one.example.example_id
-                prompt = chat.told(reply.prompt_token_ids, correction.text)
+                prompt = chat.prompt_with_correction(reply.prompt_token_ids, correction.text)
                 hinted = TokenSequence(prompt or (), reply.completion_token_ids)
                 if settings.distillation_weight > 0.0:
                     if prompt is not None and self._fits(hinted):
-                        told.append((name, hinted, reply, correction.weight))
+                        hinted_replies.append((name, hinted, reply, correction.weight))
                     else:
-                        not_told += 1
+                        not_distilled += 1
                 text = TokenSequence(reply.prompt_token_ids, chat.reply(correction.text))
                 if settings.correction_weight > 0.0:
                     if text.completion_token_ids and self._fits(text):
                         texts.append((name, text, correction.weight))
                     else:
-                        not_written += 1
-        self._tell(told, reply_losses)
-        self._write_out(texts, reply_losses)
+                        not_imitated += 1
+        self._distil(hinted_replies, reply_losses)
+        self._imitate(texts, reply_losses)
         self.diagnostics |= {
             "corrections": float(sum(len(one.corrections) for one in corrected)),
-            "corrections_not_told": float(not_told),
-            "corrections_not_written": float(not_written),
+            "corrections_not_distilled": float(not_distilled),
+            "corrections_not_imitated": float(not_imitated),
         }
 
-    def _tell(
+    def _distil(
         self,
-        told: Sequence[tuple[str, TokenSequence, TokenSequence, float]],
+        hinted_replies: Sequence[tuple[str, TokenSequence, TokenSequence, float]],
         reply_losses: Mapping[str, ReplyLosses],
     ) -> None:
-        """The same model, told the correction, on the reply that it gave."""
-        if not told:
+        """Add the advantages that the same model, given the correction, sees in its own reply."""
+        if not hinted_replies:
             return
         settings = self._settings
-        with_hint = self._live_logprobs([hinted for _, hinted, _, _ in told])
-        without = self._live_logprobs([reply for _, _, reply, _ in told])
+        with_hint = self._live_logprobs([hinted for _, hinted, _, _ in hinted_replies])
+        without = self._live_logprobs([reply for _, _, reply, _ in hinted_replies])
         sizes = []
-        for (name, _, _, weight), log_told, log_untold in zip(
-            told, with_hint, without, strict=True
+        for (name, _, _, weight), log_with_hint, log_without in zip(
+            hinted_replies, with_hint, without, strict=True
         ):
             advantage = distillation_advantage(
-                log_told, log_untold, settings.distillation_clip_nats
+                log_with_hint, log_without, settings.distillation_clip_nats
             )
             sizes.append(advantage.abs())
             advantage = settings.distillation_weight * weight * advantage
             before = reply_losses[name].advantage
             reply_losses[name].advantage = advantage if before is None else before + advantage
-        self.diagnostics["told_advantage_size"] = float(torch.cat(sizes).mean())
+        self.diagnostics["distillation_advantage_size"] = float(torch.cat(sizes).mean())
 
-    def _write_out(
+    def _imitate(
         self,
         texts: Sequence[tuple[str, TokenSequence, float]],
         reply_losses: Mapping[str, ReplyLosses],
     ) -> None:
-        """The corrected texts, with what the live policy thinks of them."""
+        """Add the corrected texts, with the live policy's log-probabilities of them."""
         if not texts:
             return
         live = self._live_logprobs([text for _, text, _ in texts])
@@ -182,7 +183,7 @@ class FeedbackLosses:
         total_tokens: int,
         behaviours: Mapping[str, Behaviour],
     ) -> Iterator[Tensor]:
-        """The losses of a minibatch's lessons beside their advantages, micro-batch by micro-batch.
+        """Yield a minibatch's losses, micro-batch by micro-batch.
 
         Args:
             total_tokens: completion tokens of the minibatch's replies.

@@ -29,12 +29,12 @@ from updater.learning.objectives import OBJECTIVES, ObjectiveOutput
 
 
 def distillation_advantage(
-    log_told: Tensor,  # [tokens] log live(y_t | x, hint, y_<t)
-    log_untold: Tensor,  # [tokens] log live(y_t | x, y_<t)
+    log_with_hint: Tensor,  # [tokens] log live(y_t | x, hint, y_<t)
+    log_without: Tensor,  # [tokens] log live(y_t | x, y_<t)
     limit_nats: float,
 ) -> Tensor:  # [tokens]
     """How much likelier each token of the reply becomes by the correction, within +-limit."""
-    return (log_told - log_untold).clamp(-limit_nats, limit_nats).detach()
+    return (log_with_hint - log_without).clamp(-limit_nats, limit_nats).detach()
 
 
 def bounded_imitation(

@@ -1,14 +1,14 @@
-"""How fast to learn from stale data, and what is too far away to learn from. Pure.
+"""Off-policy data: how fast to learn from it, and which replies are too far off. Pure.
 
-Notation as in ``objectives.py``: q of the behaviour policy, p of the live policy before the
-update, r = p / q, T tokens.
+Notation as in ``objectives.py``: q of the behaviour policy, p of the live policy before the update,
+r = p / q, T tokens.
 
-*Pace*: the learning rate of one batch is multiplied by its effective sample size as a share of its
-tokens, (sum r)^2 / (T sum r^2) (``divergence.ess_share``). At lag 0 that is 1; a batch of
+*Learning-rate scale*: the rate of one batch is multiplied by its effective sample size as a share
+of its tokens, (sum r)^2 / (T sum r^2) (``divergence.ess_share``). At lag 0 that is 1; a batch of
 which a few tokens carry all the weight moves the policy little.
 
-*Too far*: decided for each reply by what was measured, never by its age. A reply from months ago is
-learned from if the policy still writes like that; one of yesterday is not if it no longer does.
+*Off-policy*: decided for each reply by what was measured, never by its age. A reply from months ago
+is learned from if the policy still writes like that; one of yesterday is not if it no longer does.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A look at a batch before anything is learned from it: how far is it from the live policy?
+"""Measures how far the policies that wrote a batch are from the live one, before any learning.
 
-Replies that the live policy wrote need no look at lag 0: their ratio is 1. For the others one
+Replies that the live policy wrote need no measuring at lag 0: their ratio is 1. For the others one
 forward pass without gradient says what their tokens weigh, from which follow the effective sample
-size (credit and pace use it) and what is too far to learn from; where the behaviour policy's whole
-distribution is needed, it is run again here, once.
+size (credit and learning-rate scale use it) and what is off-policy; where the behaviour policy's
+whole distribution is needed, it is run again here, once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from updater.values import Example, as_sequence
 
 @dataclass(frozen=True)
 class StalenessReport:
-    """What the look found. As it is by default: nothing was stale."""
+    """What was measured. As it is by default: nothing was stale."""
 
     ess_share: float = 1.0
     """Effective sample size of what is left of the batch, as a share of its tokens."""
@@ -56,7 +56,7 @@ def measure_staleness(
     live: AdapterState,
     settings: LearningSettings,
 ) -> StalenessReport:
-    """Look at a batch with the live policy, as which ``policy`` must compute now."""
+    """Measure a batch against the live policy, as which ``policy`` must compute now."""
     # After a first step also the live policy is a behaviour policy that is no longer there.
     several_steps = settings.passes > 1 or len(examples) > settings.minibatch_examples
     replies = {

@@ -144,21 +144,21 @@ class Trainer:
         )
 
     def propose(
-        self, batch: Batch, seen: StalenessReport | None = None, *, now: float | None = None
+        self, batch: Batch, staleness: StalenessReport | None = None, *, now: float | None = None
     ) -> Proposal:
         """Take the optimiser steps of one batch from the live policy.
 
         The trainer's policy stands at the proposal afterwards: call ``accept`` or ``restore``.
 
         Args:
-            seen: what ``look`` found at these examples; None: look now.
+            staleness: what ``measure_staleness`` found at these examples; None: it is measured now.
             now: Unix seconds; the clock if None.
 
         Raises:
             NothingToLearn, NonFiniteUpdate: nothing changed.
         """
-        if seen is None:
-            seen = self.measure_staleness(
+        if staleness is None:
+            staleness = self.measure_staleness(
                 [one.example for one in batch.examples], batch.live_version
             )
         reply_losses = self._feedback_losses.prepare(batch.examples)
@@ -168,15 +168,15 @@ class Trainer:
         ):
             raise NothingToLearn("every advantage is zero, and no correction or preference is left")
         update = _Update(
-            batch, seen, reply_losses, Observation(batch, time.time() if now is None else now)
+            batch, staleness, reply_losses, Observation(batch, time.time() if now is None else now)
         )
-        pace = seen.ess_share if self._settings.scale_lr_by_ess else 1.0
+        ess_lr_scale = staleness.ess_share if self._settings.scale_lr_by_ess else 1.0
         gradient_norms: list[float] = []
         try:
             for number in range(self._settings.passes):
                 update.observed = number == 0
                 for minibatch in _chunks(batch.examples, self._settings.minibatch_examples):
-                    gradient_norms.append(self._step(minibatch, update, pace))
+                    gradient_norms.append(self._step(minibatch, update, ess_lr_scale))
                     update.observation.from_live = False
         except NonFiniteUpdate:
             self.restore()
@@ -184,16 +184,18 @@ class Trainer:
         adapter = self._policy.state()
         diagnostics = {
             **update.observation.diagnostics(),
-            **seen.diagnostics,
+            **staleness.diagnostics,
             **self._feedback_losses.diagnostics,
             **{f"credit_{name}": value for name, value in batch.credit.items()},
-            "pace": pace,
+            "ess_lr_scale": ess_lr_scale,
             "gradient_norm": max(gradient_norms),
             "step_norm_share": _relative_change(self.live_adapter, adapter),
         }
         return Proposal(adapter, self._optimizer_state(), diagnostics)
 
-    def _step(self, examples: Sequence[CreditedExample], update: _Update, pace: float) -> float:
+    def _step(
+        self, examples: Sequence[CreditedExample], update: _Update, ess_lr_scale: float
+    ) -> float:
         """One optimiser step on one minibatch; returns the gradient norm before clipping."""
         self._optimizer.zero_grad(set_to_none=True)
         for loss in self._losses(examples, update):
@@ -206,7 +208,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise NonFiniteUpdate("the gradient is not finite")
         for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.learning_rate * pace
+            group["lr"] = self._settings.learning_rate * ess_lr_scale
         self._optimizer.step()
         return norm
 
@@ -220,7 +222,8 @@ class Trainer:
                 replies, [sequences[index] for index in group], total_tokens, update
             )
         reply_losses = [update.reply_losses[one.example.example_id] for one in examples]
-        yield from self._feedback_losses.losses(reply_losses, total_tokens, update.seen.behaviours)
+        behaviours = update.staleness.behaviours
+        yield from self._feedback_losses.losses(reply_losses, total_tokens, behaviours)
 
     def _objective_loss(
         self,
@@ -279,7 +282,7 @@ class Trainer:
     ) -> _Reply:
         """What the objective needs to know of one reply."""
         interaction = credited.example.interaction
-        behaviour = update.seen.behaviours.get(interaction.key)
+        behaviour = update.staleness.behaviours.get(interaction.key)
         sampling = interaction.sampling
         possible = behaviour.possible(logits, sampling) if behaviour is not None else None
         log_p = processed_logprobs(logits, sampled, sampling, possible)
@@ -291,9 +294,9 @@ class Trainer:
             better = token_divergence(self._objective.measures or "kl", now, behaviour, rerun)
             moved = torch.where(behaviour.known, better, moved)
         advantage = torch.full_like(log_q, credited.advantage)
-        told = update.reply_losses[credited.example.example_id].advantage
-        if told is not None:
-            advantage = advantage + told
+        distilled = update.reply_losses[credited.example.example_id].advantage
+        if distilled is not None:
+            advantage = advantage + distilled
         if update.observed:
             update.observation.add_reply(interaction, log_p, log_q, behaviour)
         return _Reply(log_p, log_q, advantage, torch.ones_like(log_q, dtype=torch.bool), moved)
@@ -306,7 +309,7 @@ class Trainer:
         wanted = [
             index
             for index, one in enumerate(examples)
-            if one.example.interaction.key in update.seen.behaviours
+            if one.example.interaction.key in update.staleness.behaviours
         ]
         reruns = self._behaviours.rerun(
             [examples[index].example.interaction for index in wanted],
@@ -323,7 +326,7 @@ class _Update:
     """One update while it is being made."""
 
     batch: Batch
-    seen: StalenessReport
+    staleness: StalenessReport
     reply_losses: Mapping[str, ReplyLosses]
     observation: Observation
     observed: bool = True

@@ -45,7 +45,7 @@ def test_each_alarm_rings_outside_its_levels_and_says_so(
     with caplog.at_level(logging.WARNING, logger="moorline.diagnostics"):
         show(measured)
     (record,) = caplog.records
-    assert record.__dict__["diagnostic"] == name
+    assert record.__dict__["check"] == name
     assert shown(UPDATE_ALARM, name) == 1.0
     show(GOOD)
     assert shown(UPDATE_ALARM, name) == 0.0

@@ -76,7 +76,7 @@ def test_a_corrected_text_becomes_likelier(
     found = trainer.propose(Batch((corrected(chat_reply),), 0)).diagnostics
     assert total(policy, wanted) > before
     assert found["corrections"] == 1.0
-    assert found["corrections_not_told"] == found["corrections_not_written"] == 0.0
+    assert found["corrections_not_distilled"] == found["corrections_not_imitated"] == 0.0
     assert found["corrected_tokens"] == wanted.tokens
     assert found["corrected_logprob_nats"] == pytest.approx(before / wanted.tokens, rel=1e-4)
 
@@ -87,10 +87,10 @@ def test_the_told_models_advantage_is_the_difference_of_two_passes(
     settings = SETTINGS.model_copy(update={"correction_weight": 0.0, "distillation_weight": 0.5})
     trainer = Trainer(policy, settings, chat=chat)
     reply_losses = trainer._feedback_losses.prepare([corrected(chat_reply, weight=0.5)])
-    told = chat.told(chat_reply.prompt_token_ids, TEXT)
-    assert told is not None
+    hinted_replies = chat.prompt_with_correction(chat_reply.prompt_token_ids, TEXT)
+    assert hinted_replies is not None
     reply = as_sequence(chat_reply)
-    hinted = TokenSequence(told, reply.completion_token_ids)
+    hinted = TokenSequence(hinted_replies, reply.completion_token_ids)
     with_hint, without = sampled_logprobs(policy, [hinted, reply], 1)
     wanted = 0.25 * (with_hint - without).clamp(-2.0, 2.0)
     advantage = reply_losses["corrected"].advantage
@@ -118,9 +118,9 @@ def test_a_plain_completion_is_corrected_by_its_text_alone(
 ) -> None:
     plain = recorded(policy, some_sequences(1)[0], "chatcmpl-plain")
     found = Trainer(policy, SETTINGS, chat=chat).propose(Batch((corrected(plain),), 0)).diagnostics
-    assert found["corrections_not_told"] == 1.0
+    assert found["corrections_not_distilled"] == 1.0
     assert found["corrected_tokens"] == len(chat.reply(TEXT))
-    assert "told_advantage_size" not in found
+    assert "distillation_advantage_size" not in found
 
 
 def test_what_does_not_fit_is_counted_and_alone_makes_no_update(
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_counted_and_alone_makes_no_update(
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state().items())
     thumb = credited(chat_reply, 1.0)
     found = trainer.propose(Batch((too_long, thumb), 0)).diagnostics
-    assert found["corrections_not_written"] == found["corrections_not_told"] == 1.0
+    assert found["corrections_not_imitated"] == found["corrections_not_distilled"] == 1.0
 
 
 def test_weights_of_zero_switch_lessons_off(
@@ -213,5 +213,10 @@ def test_lessons_and_ratings_share_one_step_and_micro_batches_add_up(
         settings = SETTINGS.model_copy(update={"micro_batch_tokens": tokens})
         found = Trainer(own, settings, chat=chat).propose(batch).diagnostics
         norms.append(found["gradient_norm"])
-        assert {"corrections", "preferences", "told_advantage_size", "ess_share"} <= found.keys()
+        assert {
+            "corrections",
+            "preferences",
+            "distillation_advantage_size",
+            "ess_share",
+        } <= found.keys()
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)

@@ -21,19 +21,19 @@ betas = st.floats(0.01, 2.0)
 
 
 def test_a_told_advantage_by_hand() -> None:
-    told = torch.tensor([0.5, 0.01, 0.2]).log().requires_grad_()
+    hinted_replies = torch.tensor([0.5, 0.01, 0.2]).log().requires_grad_()
     untold = torch.tensor([0.25, 0.9, 0.2]).log().requires_grad_()
-    advantage = distillation_advantage(told, untold, 2.0)
+    advantage = distillation_advantage(hinted_replies, untold, 2.0)
     assert advantage.tolist() == pytest.approx([math.log(2), -2.0, 0.0])
     assert not advantage.requires_grad
 
 
 @given(st.lists(st.tuples(st.floats(-40, 0), st.floats(-40, 0)), min_size=1, max_size=8))
 def test_a_told_advantage_is_odd_and_bounded(rows: list[tuple[float, float]]) -> None:
-    told, untold = (torch.tensor(column) for column in zip(*rows, strict=True))
-    advantage = distillation_advantage(told, untold, 1.5)
+    hinted_replies, untold = (torch.tensor(column) for column in zip(*rows, strict=True))
+    advantage = distillation_advantage(hinted_replies, untold, 1.5)
     assert bool((advantage.abs() <= 1.5).all())
-    assert torch.equal(advantage, -distillation_advantage(untold, told, 1.5))
+    assert torch.equal(advantage, -distillation_advantage(untold, hinted_replies, 1.5))
 
 
 @given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=6), st.floats(0.01, 3.0))

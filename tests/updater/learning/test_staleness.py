@@ -133,7 +133,7 @@ def test_at_lag_zero_every_path_has_ratio_one(
         assert found["ess_share"] == pytest.approx(1.0, abs=0.02)
         assert found["mismatch_nats"] < 0.02
         assert found["masked_share"] == 0.0
-        assert found["pace"] == pytest.approx(1.0, abs=0.02)
+        assert found["ess_lr_scale"] == pytest.approx(1.0, abs=0.02)
         exact, plain = found["behaviour_exact_share"], found["behaviour_recorded_share"]
         assert exact + plain == pytest.approx(1.0)
         if sampling.truncated:
@@ -187,7 +187,7 @@ def test_pace_and_look_are_the_share_worked_out_from_the_ratios(
     assert seen.ess_share == pytest.approx(by_hand, rel=1e-3)
     assert seen.ess_share < 0.999
     found = line.trainer.propose(batch_of(replies), seen).diagnostics
-    assert found["pace"] == seen.ess_share
+    assert found["ess_lr_scale"] == seen.ess_share
     assert found["ess_share"] == pytest.approx(seen.ess_share, rel=1e-3)
 
 
@@ -199,7 +199,7 @@ def test_the_pace_scales_this_batchs_step_only(lineage: Callable[..., Lineage]) 
     full = lineage(scale_lr_by_ess=False).trainer.propose(stale)
     # Adam's first step has the size of the learning rate, whatever the gradient.
     ratio = slow.diagnostics["step_norm_share"] / full.diagnostics["step_norm_share"]
-    assert ratio == pytest.approx(slow.diagnostics["pace"], rel=1e-3)
+    assert ratio == pytest.approx(slow.diagnostics["ess_lr_scale"], rel=1e-3)
     line.trainer.restore()
     after = line.trainer.propose(fresh).diagnostics["step_norm_share"]
     anew = lineage().trainer.propose(fresh).diagnostics["step_norm_share"]
