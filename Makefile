@@ -49,7 +49,7 @@ bench-ingest: setup  ## how fast events enter the ledger, and in how much memory
 bench-outage: setup  ## reply latency while the broker is gone, silent or slow (10 minutes; QUICK=1)
 	@$(BIN)/python -m benchmarks.outage $(if $(QUICK),--quick) $(ARGS)
 
-chaos: setup  ## kill, cut, fill and corrupt a running whole, then compare the books (DURATION=600 SEED=...)
+chaos: setup  ## kill, cut, fill and corrupt a running whole, then audit it against a run without faults (DURATION=600 SEED=...)
 	@$(BIN)/python -m tests.chaos --duration $(or $(DURATION),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 constraints:  ## resolve every package anew, and pin the result for this kind of machine (CPU or GPU)

@@ -134,6 +134,7 @@ class Loop:
             self._progress.wait(Phase.DISK_UNAVAILABLE, error)
         except PinInvalid as error:
             self._progress.wait(Phase.PIN_INVALID, error)
+        self._progress.end_cycle()
 
     def _cycle(self) -> None:
         reading = self._take_in()

@@ -52,6 +52,8 @@ class Progress:
         self._alive = alive
         self._at = time.monotonic()
         self._phase = Phase.STARTING
+        self._waits_in: Phase | None = None
+        self._had_to_wait = False
         metrics.PROGRESS_AGE_SECONDS.set_function(lambda: self.age_seconds)
         self.enter(Phase.STARTING)
 
@@ -61,27 +63,33 @@ class Progress:
 
     def enter(self, phase: Phase) -> None:
         """Go on to another thing, or to the next round of the same."""
-        if self._phase in UNAVAILABLE and phase not in UNAVAILABLE:
-            logger.warning(
-                "what the updater waited for is back, learning goes on: %s",
-                self._phase,
-                extra={"event": "updater_goes_on", "phase": str(self._phase)},
-            )
         self._phase = phase
         for one in Phase:
             metrics.UPDATER_PHASE.labels(phase=one).set(one is phase)
         self.note()
 
     def wait(self, phase: Phase, error: Exception) -> None:
-        """Enter a phase of ``UNAVAILABLE``; logged once, however often it is entered again."""
-        if self._phase is not phase:
+        """Enter a phase of ``UNAVAILABLE``; logged once, until a whole cycle did not have to."""
+        if self._waits_in is not phase:
             logger.error(
                 "the updater waits, nothing is lost, it will retry: %s: %s",
                 phase,
                 error,
                 extra={"event": "updater_waits", "phase": str(phase), "error": str(error)},
             )
+        self._waits_in, self._had_to_wait = phase, True
         self.enter(phase)
+
+    def end_cycle(self) -> None:
+        """Log that what was missing is back, after the first cycle that had not to wait for it."""
+        if self._waits_in is not None and not self._had_to_wait:
+            logger.warning(
+                "what the updater waited for is back, learning goes on: %s",
+                self._waits_in,
+                extra={"event": "updater_goes_on", "phase": str(self._waits_in)},
+            )
+            self._waits_in = None
+        self._had_to_wait = False
 
     def note(self, *_: Any) -> None:
         """Something was done: a forward pass, a step of the intake. Fits as a module's hook."""

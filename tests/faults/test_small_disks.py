@@ -131,7 +131,7 @@ def test_a_full_disk_under_the_ledger_pauses_intake_and_nothing_is_lost(
     assert story["full"] == [["disk_unavailable", 4, 2]] * 3
     assert story["fates"] == {"trained": 4}
     assert story["same"]
-    assert story["log"].count("ledger unavailable, will retry") == 1
+    assert story["log"].count("it will retry: disk_unavailable") == 1
 
 
 def test_a_full_disk_under_the_store_costs_one_update_and_nothing_is_lost(
@@ -145,7 +145,7 @@ def test_a_full_disk_under_the_store_costs_one_update_and_nothing_is_lost(
     assert story["visible"] == []
     assert story["fates"] == {"trained": 4}
     assert story["same"]
-    assert story["log"].count("store unavailable, will retry") == 1
+    assert story["log"].count("it will retry: disk_unavailable") == 1
 
 
 SPOOL_FULL = """

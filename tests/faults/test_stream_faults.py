@@ -230,8 +230,8 @@ def test_intake_stops_while_dead_letters_are_refused_and_skips_nothing(
             assert ingest.step(0.2).stalled
         assert ledger.accounting().total == 1, "nothing behind it is read"
         assert ledger.offsets()[RATINGS, 0][1] == 1
-    told = [one for one in caplog.records if "dead letters not accepted" in one.getMessage()]
-    assert "max.message.bytes" in vars(told[0])["cause"], "with the remedy"
+    told = [r for r in caplog.records if vars(r).get("event") == "dead_letters_unavailable"]
+    assert "max.message.bytes" in vars(told[0])["error"], "with the remedy"
     with intake(apache, path) as (ingest, ledger):  # a restart changes nothing
         step_until(ingest, lambda: ingest.step(0.2).stalled)
         configure(apache, dlq_name(apache, RATINGS), max_message_bytes="1048588")

@@ -335,7 +335,7 @@ def test_an_update_whose_bytes_cannot_be_synced_waits_and_is_made_again(
     assert last == {"trained": 4}
     assert story["refusals"] == len(waiting)
     assert story["digest"] == json.loads(plain.stdout)["digest"]
-    assert done.stderr.count("unavailable, will retry") == 1
+    assert done.stderr.count("it will retry: disk_unavailable") == 1
 
 
 SPOOL = """

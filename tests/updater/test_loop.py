@@ -454,7 +454,7 @@ def test_an_example_that_makes_an_update_raise_is_rejected_and_the_others_teach(
     assert updater.ledger.baselines() == before
     assert updater.fates() == {Fate.REJECTED: 1, Fate.PENDING: 4}
     (loud,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "ValueError in" in loud.__dict__["cause"]
+    assert "ValueError in" in loud.__dict__["error"]
     assert "propose" in json.loads(rejection["record"])["cause"]
     assert "somebody" not in rejection["record"] + caplog.text + str(loud.__dict__)
     updater.loop.cycle()

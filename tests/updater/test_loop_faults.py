@@ -206,7 +206,7 @@ def test_a_pin_that_cannot_be_read_trains_nothing_is_said_once_and_passes(
         assert updater.loop.phase is Phase.PIN_INVALID
     assert updater.fates() == {Fate.PENDING: 4}, "read, not trained"
     (said,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "moorline resume" in vars(said)["cause"]
+    assert "moorline resume" in vars(said)["error"]
     updater.store.pin(ALIAS, 0, "again")
     updater.loop.cycle()
     assert updater.loop.phase is Phase.PINNED

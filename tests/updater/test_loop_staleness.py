@@ -141,6 +141,6 @@ def test_a_store_that_cannot_be_tidied_stops_nothing(
     pin = updater.settings.store_dir / "releases" / ALIAS / "pin.json"
     pin.write_text("{")
     collect_garbage(updater.store, updater.ledger, ALIAS, keep_releases=2)
-    assert "store not tidied" in caplog.messages
+    assert any("could not be removed" in said for said in caplog.messages)
     assert updater.store.newest(ALIAS) is not None
     updater.close()

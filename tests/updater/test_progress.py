@@ -1,0 +1,40 @@
+"""Waiting is logged once, and so is its end."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from updater.progress import Phase, Progress
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [vars(record)["event"] for record in caplog.records]
+
+
+def test_a_wait_is_logged_once_however_many_cycles_it_lasts_and_so_is_its_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "moorline.progress")
+    progress = Progress()
+    for _ in range(3):
+        progress.enter(Phase.TRAINING)  # each cycle tries before it has to wait
+        progress.wait(Phase.DISK_UNAVAILABLE, OSError("full"))
+        progress.end_cycle()
+    assert events(caplog) == ["updater_waits"]
+    for _ in range(2):
+        progress.enter(Phase.WAITING)
+        progress.end_cycle()
+    assert events(caplog) == ["updater_waits", "updater_goes_on"]
+
+
+def test_another_reason_to_wait_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "moorline.progress")
+    progress = Progress()
+    progress.wait(Phase.STREAM_UNAVAILABLE, OSError("gone"))
+    progress.wait(Phase.DISK_UNAVAILABLE, OSError("full"))
+    assert [vars(record)["phase"] for record in caplog.records] == [
+        "stream_unavailable",
+        "disk_unavailable",
+    ]
