@@ -34,7 +34,7 @@ from updater.ingest import Ingest
 from updater.learning.advantages import assign_credit
 from updater.learning.baselines import Baselines
 from updater.learning.behaviour import behaviour_policies_unavailable
-from updater.learning.diagnostics import show, show_divergences
+from updater.learning.diagnostics import export_divergences, export_metrics
 from updater.learning.policy import Policy, check_continues
 from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import (
@@ -240,7 +240,7 @@ class Loop:
         except Exception as error:  # whatever it is, this batch must not come back for ever
             guilty = self._quarantine.culprits(examples, error)
             return self._reject_for(Reason.UPDATE_FAILED, guilty, cause_of(error))
-        show(proposal.diagnostics)
+        export_metrics(proposal.diagnostics)
         failpoint("loop.after_training")
 
         self._progress.enter(Phase.MEASURING)
@@ -320,7 +320,7 @@ class Loop:
         step = self._trust_region.largest_step(
             self._trainer.live_adapter, proposal.adapter, traffic
         )
-        show_divergences(step.divergences)
+        export_divergences(step.divergences)
         return step
 
     def _write(self, batch: Batch, proposal: Proposal, step: BoundedStep) -> Candidate:

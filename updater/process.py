@@ -27,7 +27,7 @@ from moorline.stream import (
 )
 from moorline.systemd import Notifier
 from updater.assembly import assemble
-from updater.learning.diagnostics import ringing
+from updater.learning.diagnostics import ringing_alarms
 from updater.ledger import Ledger, LedgerError, LedgerUnavailable
 from updater.progress import UNAVAILABLE, Phase, Progress
 
@@ -169,7 +169,9 @@ class Updater:
                 "at": release.created_at,
                 "examples": release.examples,
                 "step_scale": release.step_scale,
-                "alarms": [name for name, rings in ringing(release.diagnostics).items() if rings],
+                "alarms": [
+                    name for name, rings in ringing_alarms(release.diagnostics).items() if rings
+                ],
                 **release.diagnostics,
             }
             for divergence in release.divergences:

@@ -28,14 +28,14 @@ class Alarm:
     """A measurement that should lie between two levels."""
 
     name: str
-    """Of the diagnostic."""
+    """The diagnostic's name."""
     low: float
     high: float
     meaning: str
     """What to think of first when it does not."""
 
     def rings(self, value: float) -> bool:
-        """Also for NaN."""
+        """Whether the value lies outside the levels, or is NaN."""
         return not self.low <= value <= self.high
 
 
@@ -47,9 +47,11 @@ ALARMS = (
     Alarm("mismatch_nats", -math.inf, 0.1, "server and trainer compute different policies"),
 )
 """Levels to start from (``moorline_update_alarm``). bfloat16 serving has a mismatch of 0.04."""
+_logged: set[str] = set()
+"""Alarms whose ringing is the last that the log says of them."""
 
 
-def ringing(diagnostics: Mapping[str, float]) -> dict[str, bool]:
+def ringing_alarms(diagnostics: Mapping[str, float]) -> dict[str, bool]:
     """Whether each alarm rings; False where its diagnostic was not measured."""
     return {
         alarm.name: alarm.name in diagnostics and alarm.rings(diagnostics[alarm.name])
@@ -57,36 +59,45 @@ def ringing(diagnostics: Mapping[str, float]) -> dict[str, bool]:
     }
 
 
-def show_divergences(divergences: Sequence[Divergence]) -> None:
-    """How far the last candidate was from each reference, as metrics."""
+def export_divergences(divergences: Sequence[Divergence]) -> None:
+    """Set the metrics that say how far the last candidate was from each reference."""
     for one in divergences:
         metrics.KL_NATS.labels(measured_from=one.measured_from, tokens_from=one.tokens_from).set(
             one.mean_kl_nats
         )
 
 
-def show(diagnostics: Mapping[str, float]) -> None:
-    """The measurements and alarms of this update on ``/metrics``; ringing ones in the log too."""
+def export_metrics(diagnostics: Mapping[str, float]) -> None:
+    """Set the metrics of this update's measurements and alarms; log what rings and what stopped."""
     metrics.UPDATE_DIAGNOSTIC.clear()
     for name, value in diagnostics.items():
         metrics.UPDATE_DIAGNOSTIC.labels(name=name).set(value)
-    rings = ringing(diagnostics)
+    rings = ringing_alarms(diagnostics)
     for alarm in ALARMS:
         metrics.UPDATE_ALARM.labels(name=alarm.name).set(rings[alarm.name])
         if rings[alarm.name]:
+            value = diagnostics[alarm.name]
             logger.warning(
-                "training diagnostic out of range: %s=%.3g (expected %g to %g): %s",
-                alarm.name,
-                diagnostics[alarm.name],
-                alarm.low,
-                alarm.high,
-                alarm.meaning,
+                "a measurement of this update is outside its levels",
                 extra={
-                    "event": "diagnostic_out_of_range",
+                    "event": "update_alarm_rings",
+                    "check": alarm.name,
+                    "measured": value,
+                    "limit": alarm.low if value < alarm.low else alarm.high,
+                    "reason": alarm.meaning,
+                },
+            )
+            _logged.add(alarm.name)
+        elif alarm.name in _logged and alarm.name in diagnostics:
+            logger.warning(
+                "a measurement of this update is within its levels again",
+                extra={
+                    "event": "update_alarm_cleared",
                     "check": alarm.name,
                     "measured": diagnostics[alarm.name],
                 },
             )
+            _logged.discard(alarm.name)
 
 
 class Observation:

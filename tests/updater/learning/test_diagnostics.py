@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moorline.metrics import UPDATE_ALARM, UPDATE_DIAGNOSTIC
-from updater.learning.diagnostics import ALARMS, ringing, show
+from updater.learning.diagnostics import ALARMS, export_metrics, ringing_alarms
 
 GOOD = {"mean_ratio": 1.0, "ess_share": 1.0, "k1_nats": 0.0, "chi2": 0.0, "mismatch_nats": 0.04}
 
@@ -20,8 +20,8 @@ def shown(metric: object, name: str) -> float:
 
 
 def test_a_fresh_batch_rings_nothing() -> None:
-    assert set(ringing(GOOD)) == {alarm.name for alarm in ALARMS}
-    assert not any(ringing(GOOD).values())
+    assert set(ringing_alarms(GOOD)) == {alarm.name for alarm in ALARMS}
+    assert not any(ringing_alarms(GOOD).values())
 
 
 @pytest.mark.parametrize(
@@ -37,23 +37,28 @@ def test_a_fresh_batch_rings_nothing() -> None:
         ("mismatch_nats", math.nan),
     ],
 )
-def test_each_alarm_rings_outside_its_levels_and_says_so(
+def test_each_alarm_rings_outside_its_levels_and_is_logged_when_it_rings_and_when_it_clears(
     name: str, value: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured = {**GOOD, name: value}
-    assert [alarm for alarm, rings in ringing(measured).items() if rings] == [name]
+    assert [alarm for alarm, rings in ringing_alarms(measured).items() if rings] == [name]
     with caplog.at_level(logging.WARNING, logger="moorline.diagnostics"):
-        show(measured)
+        export_metrics(measured)
     (record,) = caplog.records
-    assert record.__dict__["check"] == name
+    assert (record.__dict__["event"], record.__dict__["check"]) == ("update_alarm_rings", name)
     assert shown(UPDATE_ALARM, name) == 1.0
-    show(GOOD)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="moorline.diagnostics"):
+        export_metrics(GOOD)
+        export_metrics(GOOD)
+    (record,) = caplog.records
+    assert (record.__dict__["event"], record.__dict__["check"]) == ("update_alarm_cleared", name)
     assert shown(UPDATE_ALARM, name) == 0.0
 
 
 def test_what_was_not_measured_this_time_is_not_shown_from_last_time() -> None:
-    show(GOOD)
-    show({name: value for name, value in GOOD.items() if name != "mismatch_nats"})
+    export_metrics(GOOD)
+    export_metrics({name: value for name, value in GOOD.items() if name != "mismatch_nats"})
     names = {labels["name"] for _, labels, *_ in UPDATE_DIAGNOSTIC.collect()[0].samples}
     assert "ess_share" in names
     assert "mismatch_nats" not in names
