@@ -40,7 +40,7 @@ class ParitySequence(BaseModel):
     prompt_token_ids: tuple[int, ...]
     completion_token_ids: tuple[int, ...]
     candidate_logprobs: tuple[float, ...]
-    """Of each completion token under the release, nats, untempered."""
+    """The log-probability of each completion token under the release, nats, untempered."""
     parent_logprobs: tuple[float, ...]
     """Likewise, under the release's parent."""
 

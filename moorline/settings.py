@@ -170,14 +170,14 @@ class LearningSettings(_Section):
     scale_lr_by_ess: bool = True
     """Multiply the learning rate of a stale batch by its effective-sample-size share."""
     distillation_weight: float = Field(default=1.0, ge=0)
-    """Of log p(token | told the correction) - log p(token) in the advantage of a corrected reply's
-    tokens; 0: off."""
+    """Weight of log p(token | correction in the prompt) - log p(token) in the advantage of a
+    corrected reply's tokens; 0: off."""
     distillation_clip_nats: float = Field(default=2.0, gt=0)
     """That difference is cut to +- this: ratings' advantages are of the same size."""
     correction_weight: float = Field(default=1.0, ge=0)
-    """Of the corrected text: a token of it counts as a rated one of this advantage; 0: off."""
+    """Weight of the corrected text: its tokens count like rated ones of this advantage; 0: off."""
     preference_weight: float = Field(default=1.0, ge=0)
-    """Of a preference in the loss; 0: off."""
+    """Weight of a preference in the loss; 0: off."""
     preference_beta: float = Field(default=0.1, gt=0)
     """DPO's beta: the smaller, the further a pair may move the policy from those that wrote it."""
     keep_releases: int = Field(default=10, ge=2)

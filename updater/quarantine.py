@@ -157,11 +157,11 @@ class Quarantine:
             logger.warning(
                 "the updater crashed %d times while training; bisecting the examples common to all"
                 " crashes",
-                worst[0].deaths,
+                worst[0].crash_count,
                 extra={
                     "event": "bisecting_crashes",
                     "examples": len(worst),
-                    "crashes": worst[0].deaths,
+                    "crashes": worst[0].crash_count,
                 },
             )
         return self._ledger.examples_of([one.key for one in worst])
@@ -171,9 +171,9 @@ class Quarantine:
         found = self._crashes.suspects()
         if not found:
             return []
-        deaths = found[0].deaths
+        deaths = found[0].crash_count
         size = max(1, self._batch >> (deaths - self._suspect_after + 1))
-        return [one for one in found if one.deaths == deaths][:size]
+        return [one for one in found if one.crash_count == deaths][:size]
 
     def enough_to_teach(self, examples: Sequence[Example]) -> bool:
         """Whether these suspects are enough for an update that is kept."""

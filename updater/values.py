@@ -15,7 +15,7 @@ class Example:
     example_id: str
     interaction: Interaction
     feedback: tuple[Feedback, ...]
-    """Of each rater the last word on each aspect (``Feedback.aspect``)."""
+    """Each rater's last word on each aspect (``Feedback.aspect``)."""
     rejected: Mapping[str, Interaction] = field(default_factory=dict)
     """By interaction key: the replies that its preferences name as ``over``."""
 
@@ -103,7 +103,7 @@ class TokenSequence:
 
     @property
     def tokens(self) -> int:
-        """Of the completion."""
+        """How many tokens the completion has."""
         return len(self.completion_token_ids)
 
 

@@ -31,7 +31,7 @@ from moorline.stream.topics import (
 logger = logging.getLogger("moorline.stream")
 
 KEPT_BYTES = 500_000
-"""Of an original that the dead-letter topic refuses for its size."""
+"""Bytes kept of an original that the dead-letter topic refuses for its size."""
 _ACKNOWLEDGE_SECONDS = 10.0
 
 

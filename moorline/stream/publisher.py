@@ -35,7 +35,7 @@ from moorline.stream.topics import Headers, Topic, cloud_event_headers, topic_na
 logger = logging.getLogger("moorline.stream")
 
 QUEUE_MAX_BYTES = 64 * 2**20
-"""Of values in memory, beside the bound on events: 10,000 long replies would be gigabytes."""
+"""Bytes of values in memory, beside the bound on events: 10,000 long replies would be gigabytes."""
 WINDOW_MAX_EVENTS = 2_000
 WINDOW_MAX_BYTES = 16 * 2**20
 SILENCE_SECONDS = 1.0

@@ -76,7 +76,7 @@ class Letter:
     topic: Topic
     """Where it came from, by the dead-letter topic that it is on."""
     name: str
-    """Of the dead-letter topic."""
+    """The name of the dead-letter topic."""
     incarnation: str
     partition: int
     offset: int
@@ -123,7 +123,7 @@ class Wanted:
     since: float | None = None
     """Dead letters of this moment or later, Unix seconds."""
     limit: int | None = None
-    """Of letters that may go: those that must stay use none of it up."""
+    """How many letters may go; those that must stay are not counted."""
     max_redrives: int = 3
 
     def takes(self, letter: Letter) -> bool:

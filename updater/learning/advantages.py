@@ -38,10 +38,11 @@ from updater.learning.influence import (
 from updater.values import Correction, CreditedExample, Example, Preference
 
 SIGNAL_WEIGHT = 0.25
-"""Of an explicit rating: what somebody did only hints at what they thought (people also copy an
-answer to complain of it), so four signals weigh as much as one word."""
+"""A signal's share of an explicit rating's weight: what somebody did only hints at their opinion
+(people also copy an answer to complain of it), so four signals weigh as much as one word."""
 STD_FLOOR = 0.5
-"""Of rewards in [-1, 1]: a batch of nearly equal ratings is not blown up to full size."""
+"""Least standard deviation that advantages are divided by: a batch of nearly equal ratings is not
+blown up to full size."""
 
 EXPLICIT = frozenset({FeedbackKind.THUMBS, FeedbackKind.SCORE})
 """Kinds that say what the reply is worth."""
@@ -61,9 +62,9 @@ class CreditStats:
     capped_raters: int
     """Raters whose influence was cut, by their own cap or their tenant's."""
     largest_rater_share: float
-    """Of all weight, before the caps."""
+    """Share of all weight, before the caps."""
     largest_rater_share_capped: float
-    """Of the weight after them."""
+    """The same after them."""
     tenants: int
     largest_tenant_share: float
     largest_tenant_share_capped: float
@@ -75,7 +76,7 @@ class CreditStats:
     """Examples whose raters disagree on the sign."""
     mean_reward: float
     reward_std: float
-    """Of reward minus baseline, before the floor."""
+    """The standard deviation of reward minus baseline, before the floor."""
     mean_baseline: float
     """In the units of the reward, as it was used."""
     ess_share: float

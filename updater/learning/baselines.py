@@ -27,18 +27,18 @@ from dataclasses import dataclass, field
 HALF_LIFE_NATS = 0.06
 KEEP_LEAST = 0.3
 KEEP_MOST = 0.6
-"""Of the counts, from batch to batch. A policy that learns leaves an older mean behind: a baseline
-that lags praises everything, which moves the policy and teaches nothing."""
+"""Most of the counts kept from batch to batch. A policy that learns leaves an older mean behind: a
+baseline that lags praises everything, which moves the policy and teaches nothing."""
 PRIOR_COUNT = 8.0
 
 AGREEMENT_KEEP = 0.95
-"""Of a rater's counts of agreement, from batch to batch: people do not change as fast as policies,
-but whoever stops contradicting everybody is heard in full again."""
+"""Share of a rater's counts of agreement that is kept from batch to batch: people do not change as
+fast as policies, but whoever stops contradicting everybody gets full weight again."""
 ENOUGH_SHARED_REPLIES = 5.0
 """Before a rater's agreement with others says anything."""
 FULL_TRUST_SHARE = 0.5
-"""Of shared replies: who agrees this often is heard in full. To disagree is no fault; to contradict
-everybody nearly always is what spam and a misread scale look like."""
+"""Whoever agrees on this share of shared replies gets full weight. To disagree is no fault; to
+contradict everybody nearly always is what spam and a misread scale look like."""
 LEAST_TRUST = 0.2
 
 _ALL = ""  # the cell of everything; no tenant's cell has this name
@@ -118,7 +118,7 @@ class Baselines:
         return [self.cell(name).leaning_on(overall) for name in names]
 
     def trust(self, rater: str) -> float:
-        """Of one rater (``rater_name``), in [LEAST_TRUST, 1]; 1 until there is enough to judge by:
+        """The trust in one rater (``rater_name``), in [LEAST_TRUST, 1]; 1 at first:
 
         trust = clip(agreed / shared / FULL_TRUST_SHARE, LEAST_TRUST, 1)
         """

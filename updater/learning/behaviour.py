@@ -44,7 +44,7 @@ class Fallback(StrEnum):
 
 
 Fallbacks = Mapping[tuple[int, Fallback], int]
-"""Of one reply: tokens whose policy could not be run again, by its version and why."""
+"""Tokens of one reply whose policy could not be run again, by its version and why."""
 
 
 class BehaviourUnavailable(MoorlineError):

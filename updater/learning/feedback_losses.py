@@ -75,7 +75,7 @@ class FeedbackLosses:
         self._chat = chat
         self._settings = settings
         self.diagnostics: dict[str, float] = {}
-        """Of the last batch; empty where nobody corrected or preferred anything."""
+        """Measurements of the last batch; empty where nobody corrected or preferred anything."""
 
     # --- before the first step: the policy is the live one ------------------------------------
 

@@ -15,11 +15,11 @@ from itertools import accumulate
 from typing import NamedTuple
 
 MAX_RATER_SHARE = 0.25
-"""Of the weight of a tenant in a batch, where it has at least four raters; with fewer, an equal
-share: a single person's own assistant learns from that person."""
+"""A rater's largest share of a tenant's weight in a batch, where it has at least four raters; with
+fewer, an equal share: a single person's own assistant learns from that person."""
 MAX_TENANT_SHARE = 0.5
-"""Of the weight of a batch, where it has at least two tenants. A batch is the window: it is what
-one release learns from."""
+"""A tenant's largest share of the weight of a batch, where it has at least two tenants. A batch is
+the window: it is what one release learns from."""
 
 
 class RaterKey(NamedTuple):

@@ -1,7 +1,7 @@
-"""What is in the update under way, and what the updater has died with.
+"""Counts in how many crashed updates a reply was.
 
-An update leaves a mark at each of its replies when it begins, and its end takes the marks away. One
-that is still there at the next start is of an update that the process did not survive.
+An update marks each of its replies when it begins, and its end removes the marks. A mark that is
+still there at the next start belongs to an update that crashed the process.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _LOOKED_AT = 256
 
 @dataclass(frozen=True)
 class Suspect:
-    """A reply that waits for a batch, and that the process has died with too often."""
+    """A reply that waits for a batch and was in too many crashed updates."""
 
     key: str
-    deaths: int
+    crash_count: int
     """Updates with it that the process did not survive, since one came to an end."""
 
 
@@ -36,11 +36,11 @@ class Crashes:
     def __init__(self, database: Database, claims: Claims, suspect_after_crashes: int) -> None:
         self._database = database
         self._claims = claims
-        self._suspect_after_deaths = suspect_after_crashes
+        self._suspect_after_crashes = suspect_after_crashes
 
     def count_crashes(self) -> None:
-        """At a start: of whatever is still marked the process before has died."""
-        with self._database.transaction("deaths") as connection:
+        """Count a crash for whatever is still marked; once, at a start."""
+        with self._database.transaction("crashes") as connection:
             died = connection.execute(
                 "UPDATE crash_counts SET crash_count = crash_count + 1,"
                 " crash_count_alone = crash_count_alone + (in_update = ?),"
@@ -53,7 +53,7 @@ class Crashes:
                 extra={
                     "event": "crash_counted",
                     "replies": len(died),
-                    "crashes": max(deaths for (deaths,) in died),
+                    "crashes": max(crash_count for (crash_count,) in died),
                 },
             )
         self.export_metrics()
@@ -73,37 +73,37 @@ class Crashes:
             _mark(connection, replies, UpdateRole.ALONE if alone else UpdateRole.WITH_OTHERS)
 
     def measure_on(self, replies: Iterable[int]) -> None:
-        """The update under way, if one is, goes on to measure on these (``interactions.id``)."""
+        """Mark what the update under way, if one is, also measures on (``interactions.id``)."""
         if self._under_way():
             with self._database.transaction("measured") as connection:
                 _mark(connection, replies, UpdateRole.WITH_OTHERS)
 
     def end(self) -> None:
-        """Whatever is under way is none of its replies' doing any more: nothing is counted."""
+        """Take the marks away: a crash from here on is not the fault of the replies."""
         if self._under_way():
             with self._database.transaction("undecided") as connection:
                 _forget_marks(connection)
 
     def succeeded(self) -> None:
-        """What was under way came to an end without a decision: it kills nobody."""
-        with self._database.transaction("survived") as connection:
+        """Clear the counts of an update that ended without a decision: it crashed nothing."""
+        with self._database.transaction("succeeded") as connection:
             clear_update(connection)
         self.export_metrics()
 
     def suspects(self) -> list[Suspect]:
-        """What waits and has cost too many lives, most deaths first, then oldest first."""
+        """Replies that wait and were in too many crashes, most crashes first, then oldest first."""
         return [
             Suspect(*row)
             for row in self._database.rows(
                 "SELECT i.key, c.crash_count FROM crash_counts c JOIN interactions i"
                 " ON i.id = c.interaction WHERE c.crash_count >= ? AND i.open_ratings > 0"
                 " ORDER BY c.crash_count DESC, i.event_time, i.key",
-                self._suspect_after_deaths,
+                self._suspect_after_crashes,
             )
         ]
 
     def crashes_alone(self, key: str) -> int:
-        """Of this one's deaths, those with nobody else, after another had survived the same."""
+        """How often the process crashed with this reply alone, after another had succeeded."""
         rows = self._database.rows(
             "SELECT c.crash_count_alone FROM interactions i JOIN crash_counts c ON"
             " c.interaction = i.id"
@@ -116,32 +116,36 @@ class Crashes:
         """Replies that nothing is measured on (``interactions.id``): suspects, rated or not."""
         rows = self._database.rows(
             "SELECT interaction FROM crash_counts WHERE crash_count >= ?",
-            self._suspect_after_deaths,
+            self._suspect_after_crashes,
         )
         return {interaction for (interaction,) in rows}
 
-    def least_suspect(self, but: str, deaths: int) -> str | None:
-        """Of the oldest others that wait, the key of the one in the fewest, fewer than so many."""
+    def least_suspect(self, but: str, crash_count: int) -> str | None:
+        """The key of the reply in the fewest crashes, out of the oldest others that are ready.
+
+        Args:
+            crash_count: only a reply in fewer crashes than this; None where there is none.
+        """
         found = self._database.rows(
-            "SELECT key FROM (SELECT i.key, i.event_time, coalesce(c.crash_count, 0) AS deaths"
+            "SELECT key FROM (SELECT i.key, i.event_time, coalesce(c.crash_count, 0) AS crash_count"
             " FROM interactions i INDEXED BY interactions_ready"
             " LEFT JOIN crash_counts c ON c.interaction = i.id"
             " WHERE i.open_ratings > 0 AND i.key <> ? AND coalesce(c.crash_count, 0) < ?"
-            " ORDER BY i.event_time, i.key LIMIT ?) ORDER BY deaths, event_time, key LIMIT 1",
+            " ORDER BY i.event_time, i.key LIMIT ?) ORDER BY crash_count, event_time, key LIMIT 1",
             but,
-            deaths,
+            crash_count,
             _LOOKED_AT,
         )
         return found[0][0] if found else None
 
     def export_metrics(self) -> None:
         """Set the metric to the highest count among the replies that wait."""
-        ((deaths,),) = self._database.rows(
+        ((crash_count,),) = self._database.rows(
             "SELECT max(c.crash_count) FROM crash_counts c JOIN interactions i ON i.id ="
             " c.interaction"
             " WHERE i.open_ratings > 0"
         )
-        metrics.UPDATE_CRASHES.set(deaths or 0)
+        metrics.UPDATE_CRASHES.set(crash_count or 0)
 
     def _under_way(self) -> bool:
         return bool(
@@ -150,7 +154,7 @@ class Crashes:
 
 
 def clear_update(connection: sqlite3.Connection) -> None:
-    """The update under way came to an end: nothing that was in it kills the process."""
+    """Clear the counts of the replies in the update that has ended."""
     connection.execute("DELETE FROM crash_counts WHERE in_update IS NOT NULL")
 
 

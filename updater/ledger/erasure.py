@@ -51,7 +51,7 @@ class Concerned:
 
     interactions: tuple[int, ...]
     feedback: tuple[int, ...]
-    """Of their own; feedback of others on their replies is not in it."""
+    """Their own; feedback of others on their replies is not in it."""
 
 
 def concerned(connection: sqlite3.Connection, erasure: Erasure) -> Concerned:

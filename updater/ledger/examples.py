@@ -16,8 +16,8 @@ _Place = tuple[float, str]
 """Event time and key: the order in which examples wait."""
 
 MOST_FEEDBACK = 64
-"""Of one example: a bound on the work of an update (a correction costs as much as a reply). What is
-beyond it stays ready, and is the next example of the same reply."""
+"""Most ratings of one example: it bounds the work of an update (a correction costs as much as a
+reply). What is beyond it stays ready, and is the next example of the same reply."""
 _SCAN_PER_SEQUENCE = 8
 """Rows looked at for every sequence asked for: a bound on the work, not on the result."""
 

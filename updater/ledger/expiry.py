@@ -127,7 +127,7 @@ class Expiry:
         return pruned
 
     def _drop_subject(self, subject: int | None) -> None:
-        """Of whom nothing is left; their key goes too."""
+        """Delete a subject of whom nothing is left, and their key."""
         for (key,) in self._execute(
             "DELETE FROM subjects WHERE id = ?1 AND NOT EXISTS"
             " (SELECT 1 FROM interactions WHERE subject = ?1) RETURNING key",

@@ -56,7 +56,7 @@ class Joined:
     """An interaction's key, or a feedback id."""
     rater: str | None
     aspect: str | None
-    """Of feedback: what it speaks of."""
+    """What feedback speaks of; None for a reply."""
     arrived_at: float | None
     """None: it was not read yet."""
     fate: Fate | None
@@ -80,7 +80,7 @@ class EventHistory:
     arrived_at: float | None = None
     state: str | None = None
     first: Place | None = None
-    """Of a repeated event: the record that counts."""
+    """The record that counts, where this one repeats it."""
     repeats: tuple[Place, ...] = ()
     """Records that said the same again."""
     joined: tuple[Joined, ...] = ()

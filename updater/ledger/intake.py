@@ -35,7 +35,7 @@ class _Cursor:
     arrived_at: float
     seen: set[int] = field(default_factory=set)
     instructions: int = 0
-    """Of those: erasures. They have a row of their own, and no fate."""
+    """How many of those are erasures, which have a row of their own and no fate."""
 
     def is_new(self, offset: int) -> bool:
         return offset >= self.start and offset not in self.seen

@@ -9,7 +9,7 @@ from updater.ledger.database import Database
 
 
 class Watermark:
-    """Of one updater's life: it must be told what lies unread."""
+    """The event time up to which everything has been read; starts anew with each process."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -44,7 +44,7 @@ class Refused:
     """No step of useful size is inside the bound."""
 
     divergences: tuple[Divergence, ...]
-    """Of the whole proposal."""
+    """Those of the whole proposal."""
 
 
 class TrustRegion:

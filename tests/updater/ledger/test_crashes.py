@@ -32,7 +32,7 @@ from updater.ledger import BatchDecision, Ledger, Parsed, examples_digest
 STEPS = (
     *("ingest", "release", "rejection", "no_update", "expire", "published"),
     *("forget", "revocation", "keys"),
-    *("attempt", "measured", "undecided", "survived", "deaths"),
+    *("attempt", "measured", "undecided", "succeeded", "crashes"),
 )
 POINTS = (
     *(
@@ -42,7 +42,7 @@ POINTS = (
     ),
     *("keys.saved", "keys.destroyed", "keys.wiped"),
 )
-ONCE = ("expire", "no_update", "forget", "revocation", "deaths")
+ONCE = ("expire", "no_update", "forget", "revocation", "crashes")
 GONE = "r4"
 BATCH_RECORDS = 7
 BATCH_EXAMPLES = 3

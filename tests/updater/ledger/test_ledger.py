@@ -678,7 +678,7 @@ def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> 
             assert len(measured) == (0 if life == 2 else 2)
     with Ledger(path, suspect_after_crashes=2) as ledger:
         assert ledger.crashes.excluded() == {1, 2, 3, 4}
-        assert [(one.key, one.deaths) for one in ledger.crashes.suspects()] == [
+        assert [(one.key, one.crash_count) for one in ledger.crashes.suspects()] == [
             ("a/0", 3),
             ("b/0", 3),
             ("c/0", 2),
@@ -690,13 +690,13 @@ def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> 
     with Ledger(path, horizon_seconds=HORIZON, suspect_after_crashes=2) as ledger:
         assert [ledger.crashes.crashes_alone(key) for key in ("a/0", "b/0")] == [1, 0]
         feed(ledger, log, rating("a", -1, at=NOW + 9), at=NOW + 9)
-        assert ledger.crashes.suspects()[0].deaths == 4, "the reply is the same"
+        assert ledger.crashes.suspects()[0].crash_count == 4, "the reply is the same"
         ids = [one.example_id for one in ledger.ready_examples(9)]
         ledger.commit_no_update(BatchDecision(ids[:1], dict.fromkeys(ids[:1], Reason.NO_ADVANTAGE)))
         assert [one.key for one in ledger.crashes.suspects()] == ["b/0", "c/0"]
         ledger.crashes.begin(ids[1:])
         ledger.crashes.end()
-        assert [one.deaths for one in ledger.crashes.suspects()] == [3, 2]
+        assert [one.crash_count for one in ledger.crashes.suspects()] == [3, 2]
         ledger.crashes.begin(ids[1:2])
         ledger.crashes.succeeded()
         assert [one.key for one in ledger.crashes.suspects()] == ["c/0"]

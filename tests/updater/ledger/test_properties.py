@@ -478,7 +478,7 @@ class Updater(RuleBasedStateMachine):
             key: deaths for key, deaths in self.deaths.items() if key in known
         }
         suspects = self.ledger.crashes.suspects()
-        assert all(self.deaths[one.key] == one.deaths >= 3 for one in suspects)
+        assert all(self.deaths[one.key] == one.crash_count >= 3 for one in suspects)
 
     @invariant()
     def a_word_teaches_once(self) -> None:
