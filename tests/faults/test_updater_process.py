@@ -109,7 +109,7 @@ def test_a_signal_finds_it_anywhere_and_it_ends_cleanly_and_goes_on(
 
 
 def test_a_signal_while_it_starts_ends_it_at_once(start: Starter) -> None:
-    for words in ("ledger opened", "resumed"):
+    for words in ("event=ledger_opened", "event=learning_resumed"):
         updater = start()
         updater.wait_said(words)
         assert updater.stop(seconds=30) == 0, updater.said()
