@@ -54,6 +54,9 @@ from updater.values import Batch, Candidate, Example, uncredited
 
 logger = logging.getLogger("moorline.loop")
 
+INTAKE_SECONDS = 5.0
+"""Longest intake of one cycle: records that never cease must not hold up erasures and expiry."""
+
 
 class Loop:
     """One updater's life, cycle by cycle. Owned by one thread."""
@@ -156,16 +159,18 @@ class Loop:
     # --- the verbs --------------------------------------------------------------------------
 
     def _take_in(self) -> bool:
-        """Stream to ledger, until nothing is waiting or a batch is full; then the horizon.
+        """Stream to ledger, until nothing is waiting, a batch is full or it took long; then expiry.
 
         Returns:
             Whether the stream can be read on.
         """
         reading = True
         try:
+            until = time.monotonic() + INTAKE_SECONDS
             while (step := self._ingest.step(self._settings.updater.poll_seconds)).records:
                 self._progress.note()
-                if self._ledger.count_ready() >= self._settings.learning.batch_examples:
+                full = self._ledger.count_ready() >= self._settings.learning.batch_examples
+                if full or time.monotonic() > until:
                     break
             if step.stalled:  # it holds what no dead-letter topic takes, and has said so
                 self._progress.enter(Phase.STREAM_UNAVAILABLE)

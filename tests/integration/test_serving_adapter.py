@@ -51,7 +51,7 @@ async def test_streams_keep_their_adapter_to_the_end(served: Served, lineage: Li
         (event,) = await asyncio.to_thread(served.tape.of, reply_id)
         assert [span.version for span in event.policy_spans] == [version]
         assert lineage.mean_difference_nats(event) < CLOSE_NATS
-    await asyncio.to_thread(wait_for, lambda: f" version={first} " in removed(served))
+    await asyncio.to_thread(wait_for, lambda: f" version={first}\n" in removed(served) + "\n")
 
 
 def removed(served: Served) -> str:
