@@ -70,6 +70,12 @@ class Reason(StrEnum):
     """The record has a key and no value."""
     TOO_LARGE = "too_large"
     """More bytes than ``stream.max_event_bytes``."""
+    CORRUPT_RECORD = "corrupt_record"
+    """The record, or the batch that it came in, does not follow Kafka's format: a wrong checksum,
+    an unknown format or codec."""
+    UNEXPECTED = "unexpected"
+    """Taking it in raised an error that no check foresaw; the dead letter's ``moorline_error``
+    names it."""
     REPEATED_EVENT = "repeated_event"
     """The same feedback id or interaction was read before."""
     SUPERSEDED_RATING = "superseded_rating"

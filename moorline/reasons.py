@@ -27,6 +27,10 @@ REMEDIES: Mapping[Reason, str] = {
     Reason.UNSUPPORTED_SCHEMA_VERSION: "Upgrade the updater, then `moorline redrive`.",
     Reason.EMPTY_VALUE: "Repair the producer; a record without a value means nothing here.",
     Reason.TOO_LARGE: "Send less, or raise `stream.max_event_bytes`, then `moorline redrive`.",
+    Reason.CORRUPT_RECORD: "Check the brokers' disks and the producer's client library; the dead "
+    "letter has the bytes as they came.",
+    Reason.UNEXPECTED: "Report it, with the letter's `moorline_error`; after an upgrade that mends "
+    "it, `moorline redrive`.",
     Reason.REPEATED_EVENT: NOTHING,
     Reason.SUPERSEDED_RATING: NOTHING,
     Reason.ALREADY_TRAINED: NOTHING,

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from moorline import metrics
 from moorline.adapter_format import OPTIMIZER_STATE
+from moorline.errors import cause_of
 from moorline.events import Decision, Divergence, Reason, Release, Verdict
 from moorline.failpoints import failpoint
 from moorline.settings import Settings
@@ -45,7 +46,7 @@ from updater.learning.trainer import (
 )
 from updater.ledger import BatchDecision, Ledger, LedgerUnavailable
 from updater.progress import Phase, Progress
-from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
+from updater.quarantine import OF_THE_MACHINE, Quarantine
 from updater.releases import Manifests, publish_decided
 from updater.retention import collect_garbage
 from updater.safety import Gate

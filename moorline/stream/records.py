@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
+from moorline.stream.batches import RawRecord
 from moorline.stream.topics import Headers, Topic
 
 
@@ -21,6 +21,13 @@ class Record:
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
+    corrupt: str = ""
+    """Of one that cannot be decoded: what is wrong with it; its value is what there was instead."""
+
+    @property
+    def stamped_at(self) -> float | None:
+        """As ``stamped_seconds``."""
+        return stamped_seconds(self.timestamp_ms)
 
 
 class GapCause(StrEnum):
@@ -41,8 +48,20 @@ class Gap:
     cause: GapCause
 
 
-def record_from(topic: Topic, topic_id: str, raw: Any) -> Record:
-    """A record of ours from one of the library's."""
+def stamped_seconds(timestamp: int) -> float | None:
+    """What a record's timestamp says, Unix seconds; None where it says nothing.
+
+    Kafka's are milliseconds. One that would be in the early days of 1970 or beyond the year 2286
+    is in seconds, microseconds or nanoseconds.
+    """
+    for units_per_second in (1, 10**6, 10**9):
+        if 10**9 <= timestamp / units_per_second < 10**10:
+            return timestamp / units_per_second
+    return timestamp / 1000 if timestamp > 0 else None
+
+
+def record_from(topic: Topic, topic_id: str, raw: RawRecord) -> Record:
+    """A record of ours from the broker's."""
     return Record(
         topic=topic,
         topic_id=topic_id,
@@ -51,5 +70,6 @@ def record_from(topic: Topic, topic_id: str, raw: Any) -> Record:
         timestamp_ms=raw.timestamp,
         key=raw.key,
         value=raw.value,
-        headers=tuple(raw.headers or ()),
+        headers=raw.headers,
+        corrupt=raw.corrupt,
     )

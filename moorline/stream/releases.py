@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from moorline.events import Release
 from moorline.settings import StreamSettings
-from moorline.stream.client import Connection, StreamUnavailable, connect, explained
+from moorline.stream.client import Connection, StreamUnavailable, explained
 from moorline.stream.compacted import write_acknowledged
+from moorline.stream.consumer import connect_consumer
 from moorline.stream.topics import Topic, ensure_topics, topic_name
 
 logger = logging.getLogger("moorline.stream")
@@ -113,15 +114,12 @@ class ReleaseFollower:
 
     def _connect(self) -> Connection[KafkaConsumer]:
         ensure_topics(self._settings)
-        connection = connect(
-            KafkaConsumer,
+        connection = connect_consumer(
             self._settings,
             "follower",
             # Told again is harmless, so a reset needs no refusal: a topic that was compacted or
             # made again is simply read from its start.
             auto_offset_reset="earliest",
-            enable_auto_commit=False,
-            allow_auto_create_topics=False,
         )
         partition = TopicPartition(topic_name(self._settings, Topic.RELEASES), 0)
         with explained(self._settings, connection):

@@ -166,8 +166,8 @@ class Script:
 class Discarded:
     """Where the reference's dead letters go: only their count matters."""
 
-    def send(self, record: Record, reason: Reason, stage: str) -> None:
-        del record, reason, stage
+    def send(self, record: Record, reason: Reason, stage: str, error: str = "") -> None:
+        del record, reason, stage, error
 
 
 def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Decision]) -> Outcome:

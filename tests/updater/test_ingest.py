@@ -75,8 +75,9 @@ class Letters:
         self.sent: list[tuple[Record, Reason]] = []
         self.away_after: int | None = None
 
-    def send(self, record: Record, reason: Reason, stage: str) -> None:
+    def send(self, record: Record, reason: Reason, stage: str, error: str = "") -> None:
         assert stage == "ingest"
+        assert bool(error) == (reason in (Reason.UNEXPECTED, Reason.CORRUPT_RECORD))
         if self.away_after is not None and len(self.sent) >= self.away_after:
             raise StreamUnavailable("the broker is away: start it")
         self.sent.append((record, reason))

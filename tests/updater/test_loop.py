@@ -66,8 +66,8 @@ class Letters:
         self.offsets: list[int] = []
         self.away = False
 
-    def send(self, record: Record, reason: Reason, stage: str) -> None:
-        del reason, stage
+    def send(self, record: Record, reason: Reason, stage: str, error: str = "") -> None:
+        del reason, stage, error
         if self.away:
             raise StreamUnavailable("the dead-letter topic is gone")
         self.offsets.append(record.offset)

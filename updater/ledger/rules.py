@@ -39,6 +39,8 @@ class Parsed:
     """None: unreadable, and already acknowledged by the dead-letter topic."""
     reason: Reason = Reason.NONE
     """Unreadable: why. Readable: why no gradient follows from it, or ``NONE``."""
+    error: str = ""
+    """Of what nobody foresaw: the type of the error."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class Arrival:
     @classmethod
     def of(cls, record: Record, topic_partition: int, now: float) -> Arrival:
         """A record without a timestamp, or with one in the future, arrived now."""
-        stamped = record.timestamp_ms / 1000 if record.timestamp_ms > 0 else now
-        return cls(topic_partition, record.offset, min(stamped, now))
+        stamped = record.stamped_at
+        at = now if stamped is None else min(stamped, now)
+        return cls(topic_partition, record.offset, at)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ class Ledger(LedgerReader):
         Raises:
             LedgerUnavailable: the disk refused; nothing was consumed, call again.
             LeaseLost: another updater took over.
+            RecordInvalid: one record raised an error; nothing was consumed, call again without it.
         """
         now = time.time() if now is None else now
         with self._unit_of_work("ingest") as work:
