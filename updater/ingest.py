@@ -49,6 +49,7 @@ class Source(Protocol):
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]: ...
     def gaps(self) -> list[Gap]: ...
     def lag(self) -> Mapping[tuple[Topic, int], int]: ...
+    def positions(self) -> Mapping[tuple[Topic, int], tuple[str, int]]: ...
     def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None: ...
 
 
@@ -223,6 +224,8 @@ class Ingest:
         lag = self._reader.lag()
         behind = {place for place, events in lag.items() if events > 0}
         behind |= {(held.record.topic, held.record.partition) for held in self._held}
+        if not self._held and not self._held_gaps:
+            self._ledger.pass_over(self._reader.positions())
         offsets = self._ledger.offsets()
         behind |= offsets.keys() - lag.keys()
         self._ledger.set_behind(behind, as_of)

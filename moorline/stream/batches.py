@@ -49,8 +49,7 @@ class PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
 
     def _unpack_records(self, tp: Any, records: Any, *_: Any) -> Iterator[RawRecord]:
         batches = list(_split(records._buffer))
-        ends: list[int | None] = [base for base, _ in batches[1:]]
-        for (base, data), following in zip(batches, [*ends, None], strict=True):
+        for index, (base, data) in enumerate(batches):
             offset = base
             self.bytes_read += len(data)
             try:
@@ -65,6 +64,7 @@ class PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
             except (StreamUnavailable, MemoryError):
                 raise
             except Exception as error:  # a decoder may fail in any way
+                following = batches[index + 1][0] if index + 1 < len(batches) else None
                 end = following or _stated_end(data) or max(offset, self.fetch_offset) + 1
                 self.next_fetch_offset = max(end, offset + 1)
                 detail = f"{type(error).__name__}: {error}"[:200]

@@ -159,6 +159,14 @@ class Reader:
             found, self._gaps = self._gaps, []
         return found
 
+    def positions(self) -> dict[tuple[Topic, int], tuple[str, int]]:
+        """(topic, partition) -> (topic id, next offset): whatever is before it was given by
+        ``poll``, or is nobody's word (an aborted transaction, a transaction's marker)."""
+        with self._lock:
+            return {
+                key: (self._states[key[0]].topic_id, offset) for key, offset in self._next.items()
+            }
+
     def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
         """Tell the broker how far the ledger is, for lag tools. Advisory: never raises."""
         admin = self._admin
@@ -372,9 +380,7 @@ class Reader:
 
     def _keep_place(self) -> None:
         """What ``connect`` must come back to: behind the last record that was given."""
-        self._wanted = {
-            key: (self._states[key[0]].topic_id, offset) for key, offset in self._next.items()
-        } or self._wanted
+        self._wanted = self.positions() or self._wanted
 
     def _refuse_lost_ends(self, states: Mapping[Topic, TopicState]) -> None:
         """A partition of the same topic that ends before our position has lost records.

@@ -51,13 +51,14 @@ class Gap:
 def stamped_seconds(timestamp: int) -> float | None:
     """What a record's timestamp says, Unix seconds; None where it says nothing.
 
-    Kafka's are milliseconds. One that would be in the early days of 1970 or beyond the year 2286
-    is in seconds, microseconds or nanoseconds.
+    Kafka's are milliseconds, but producers write seconds, microseconds and nanoseconds too: it is
+    in the unit that puts it between the years 2001 and 2286.
     """
-    for units_per_second in (1, 10**6, 10**9):
-        if 10**9 <= timestamp / units_per_second < 10**10:
-            return timestamp / units_per_second
-    return timestamp / 1000 if timestamp > 0 else None
+    for units_per_second in (10**3, 1, 10**6, 10**9):
+        seconds = timestamp / units_per_second
+        if 10**9 <= seconds < 10**10:
+            return seconds
+    return None
 
 
 def record_from(topic: Topic, topic_id: str, raw: RawRecord) -> Record:

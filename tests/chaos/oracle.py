@@ -159,6 +159,9 @@ class Script:
     def lag(self) -> dict[Place, int]:
         return {}
 
+    def positions(self) -> Mapping[Place, tuple[str, int]]:
+        return {}
+
     def commit(self, positions: Mapping[Place, tuple[str, int]]) -> None:
         del positions
 

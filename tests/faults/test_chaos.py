@@ -67,7 +67,7 @@ def some_replies(number: int) -> list[Interaction]:
         Interaction(
             interaction_id=f"chatcmpl-{index}",
             alias=ALIAS,
-            created_at=1_000.0 + index,
+            created_at=1_750_000_000.0 + index,
             latency_seconds=0.1,
             prompt_token_ids=(1, 2),
             completion_token_ids=(3,),

@@ -64,6 +64,9 @@ class Stream:
             lag[record.topic, record.partition] += 1
         return lag
 
+    def positions(self) -> Mapping[tuple[Topic, int], tuple[str, int]]:
+        return {}
+
     def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
         self.committed = dict(positions)
 

@@ -42,7 +42,7 @@ class Tape:
 
     def add(self, topic: Topic, value: bytes) -> None:
         offset = next(self._offsets[topic])
-        self._records.append(Record(topic, "id", 0, offset, 1_000_000, None, value))
+        self._records.append(Record(topic, "id", 0, offset, 1_750_000_000_000, None, value))
 
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
         del timeout_seconds
@@ -53,6 +53,9 @@ class Tape:
         return []
 
     def lag(self) -> Mapping[tuple[Topic, int], int]:
+        return {}
+
+    def positions(self) -> Mapping[tuple[Topic, int], tuple[str, int]]:
         return {}
 
     def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
@@ -154,7 +157,7 @@ class Updater:
                     kind=FeedbackKind.THUMBS,
                     value=1 if index % 2 else -1,
                     rater=f"rater-{index}",
-                    created_at=1_000.0,
+                    created_at=1_750_000_000.0,
                 )
                 self.tape.add(Topic.FEEDBACK, thumb.to_bytes())
 
@@ -218,7 +221,7 @@ def test_every_kind_of_feedback_teaches_in_one_release(
     for index, fields in enumerate(kinds):
         name = f"chatcmpl-0-{min(index, 4)}"
         said = Feedback.model_validate(
-            {"interaction_id": name, "rater": f"r{index}", "created_at": 1_000.0, **fields}
+            {"interaction_id": name, "rater": f"r{index}", "created_at": 1_750_000_000.0, **fields}
         )
         updater.tape.add(Topic.FEEDBACK, said.to_bytes())
     updater.tape.add(Topic.INTERACTIONS, lost.to_bytes())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moorline.events import Erasure, Fate, Reason, Release
-from moorline.stream import Gap
+from moorline.stream import Gap, Topic
 from updater.ledger.bodies import Bodies, BodyErased
 from updater.ledger.claims import Claims
 from updater.ledger.crashes import Crashes
@@ -157,6 +157,33 @@ class Ledger(LedgerReader):
             new, replayed = intake.consume(records, now)
             work.erases = eraser.carried_out
         return Ingested(new, replayed, work.changes)
+
+    def pass_over(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
+        """Move offsets over what holds no event, so that its retention is no gap. Idempotent.
+
+        Args:
+            positions: (topic, partition) -> (topic id, next offset) of what was read to its end.
+
+        Raises:
+            LedgerUnavailable: the disk refused; call again.
+        """
+        known = self.offsets()
+        moved = {
+            place: (topic_id, offset)
+            for place, (topic_id, offset) in positions.items()
+            if place in known and known[place][0] == topic_id and known[place][1] < offset
+        }
+        if not moved:
+            return
+        with self._database.transaction("pass_over") as connection:
+            connection.executemany(
+                "UPDATE topic_partitions SET next_offset = max(next_offset, ?)"
+                " WHERE topic = ? AND partition = ? AND topic_id = ?",
+                [
+                    (offset, topic, partition, topic_id)
+                    for (topic, partition), (topic_id, offset) in moved.items()
+                ],
+            )
 
     def set_behind(self, partitions: Collection[tuple[str, int]], as_of: float) -> None:
         """Say which (topic, partition)s held unread records at the moment ``as_of``, Unix seconds.
