@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OR_NONE := || [ $$? -eq 5 ]  # ARGS may choose none of the one kind
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest bench-outage chaos \
+.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest bench-outage chaos fuzz \
 	constraints constraints-check clean
 
 help:  ## this list
@@ -51,6 +51,9 @@ bench-outage: setup  ## reply latency while the broker is gone, silent or slow (
 
 chaos: setup  ## kill, cut, fill and corrupt a running whole, then audit it against a run without faults (DURATION=600 SEED=...)
 	@$(BIN)/python -m tests.chaos --duration $(or $(DURATION),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+fuzz: setup  ## send the updater and the feedback route whatever can be sent, and judge it (MINUTES=30 SEED=...)
+	@$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 constraints:  ## resolve every package anew, and pin the result for this kind of machine (CPU or GPU)
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 130' INT TERM && \

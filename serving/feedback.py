@@ -55,7 +55,7 @@ def parse_feedback(body: bytes) -> Feedback:
     """
     try:
         fields: Any = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("the body is not JSON") from None
     if not isinstance(fields, dict):
         raise ValueError('the body must be a JSON object like {"id": "chatcmpl-...", "value": 1}')
