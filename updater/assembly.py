@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from moorline.base_model import check_model_dir, model_digest
 from moorline.events import Release
@@ -21,6 +23,31 @@ from updater.safety import Gate, load_probes
 from updater.safety.trust_region import TrustRegion
 
 
+@dataclass(frozen=True)
+class Assembled:
+    """The loop of one updater, and those of its parts that others ask something of."""
+
+    loop: Loop
+    policy: Policy
+    trainer: Trainer
+    trust_region: TrustRegion
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The ledger of these settings, opened for writing.
+
+    Raises:
+        LedgerError, LedgerUnavailable: as ``Ledger`` says.
+    """
+    learning = settings.learning
+    return Ledger(
+        settings.ledger_path,
+        horizon_seconds=learning.horizon_seconds,
+        keep_decided_seconds=learning.keep_decided_seconds or math.inf,
+        suspect_after_crashes=settings.updater.suspect_after_crashes,
+    )
+
+
 def assemble(
     settings: Settings,
     *,
@@ -30,7 +57,7 @@ def assemble(
     dead_letters: DeadLetterSink,
     publish: Callable[[Release], None],
     progress: Progress | None = None,
-) -> tuple[Loop, TrustRegion]:
+) -> Assembled:
     """Load the model and put the loop together; it still has to ``resume``.
 
     Args:
@@ -76,7 +103,7 @@ def assemble(
         base_model_digest=model_digest(model_dir),
         software=_software(),
     )
-    return loop, trust_region
+    return Assembled(loop, policy, trainer, trust_region)
 
 
 def _software() -> dict[str, str]:

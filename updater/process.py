@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import signal
 import time
 from types import FrameType
@@ -26,9 +25,9 @@ from moorline.stream import (
     publish_release,
 )
 from moorline.systemd import Notifier
-from updater.assembly import assemble
+from updater.assembly import assemble, open_ledger
 from updater.learning.diagnostics import ringing_alarms
-from updater.ledger import Ledger, LedgerError, LedgerUnavailable
+from updater.ledger import LedgerError, LedgerUnavailable
 from updater.progress import UNAVAILABLE, Phase, Progress
 
 logger = logging.getLogger("moorline.updater")
@@ -60,15 +59,9 @@ class Updater:
             alive=self._progress.why_stalled,
         )
         self._server.start()
-        learning = settings.learning
-        if learning.threads:
-            torch.set_num_threads(learning.threads)
-        self._ledger = Ledger(
-            settings.ledger_path,
-            horizon_seconds=learning.horizon_seconds,
-            keep_decided_seconds=learning.keep_decided_seconds or math.inf,
-            suspect_after_crashes=settings.updater.suspect_after_crashes,
-        )
+        if settings.learning.threads:
+            torch.set_num_threads(settings.learning.threads)
+        self._ledger = open_ledger(settings)
         self._store = ArtifactStore(settings.store_dir)
         disable_progress_bar()  # a log is no terminal
         self._reader = Reader(settings.stream, (Topic.INTERACTIONS, Topic.FEEDBACK, Topic.ERASURES))
@@ -77,7 +70,7 @@ class Updater:
         )
         self._dead_letters = DeadLetters(settings.stream)
         register_module_forward_hook(self._progress.note)
-        self._loop, self._trust_region = assemble(
+        parts = assemble(
             settings,
             progress=self._progress,
             ledger=self._ledger,
@@ -86,6 +79,7 @@ class Updater:
             dead_letters=self._dead_letters,
             publish=lambda release: publish_release(settings.stream, release),
         )
+        self._loop, self._trust_region = parts.loop, parts.trust_region
         self._loop.resume()
 
     def run(self) -> None:

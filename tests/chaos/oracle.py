@@ -178,24 +178,24 @@ def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Deci
     """
     import torch
 
-    from updater.assembly import assemble
+    from updater.assembly import assemble, open_ledger
     from updater.loop import Loop
 
     torch.set_num_threads(settings.learning.threads or torch.get_num_threads())
     script = Script(log, [one.offsets for one in made])
     settings.state_dir.mkdir(parents=True)
     store = ArtifactStore(settings.store_dir)
-    ledger = Ledger(settings.ledger_path, horizon_seconds=settings.learning.horizon_seconds)
+    ledger = open_ledger(settings)
 
     def started() -> Loop:
-        loop, _ = assemble(
+        loop = assemble(
             settings,
             ledger=ledger,
             store=store,
             reader=script,
             dead_letters=Discarded(),
             publish=lambda _: None,
-        )
+        ).loop
         loop.resume()
         return loop
 

@@ -14,8 +14,8 @@ import pytest
 
 from moorline.events import Reason
 from moorline.stream import Topic
+from tests.updater.harness import Updater
 from tests.updater.learning.fixtures import recorded, some_sequences
-from tests.updater.test_loop import Updater
 
 TINY, HUGE = 5e-324, 1.7e308
 SAMPLING: list[dict[str, float]] = [

@@ -66,7 +66,7 @@ def on_a_small_disk(disk: Path, size: str, script: str, *arguments: object) -> A
 
 
 UPDATER = """
-from tests.updater.test_loop import Updater
+from tests.updater.harness import Updater
 import torch
 
 torch.set_num_threads(1)

@@ -99,7 +99,7 @@ def words(calls: list[Call]) -> str:
 CYCLE = """
 import sys
 from pathlib import Path
-from tests.updater.test_loop import Updater
+from tests.updater.harness import Updater
 
 updater = Updater(Path(sys.argv[2]), Path(sys.argv[1]))
 updater.interact(4)
@@ -294,7 +294,7 @@ LOOP = """
 import json, sys
 from pathlib import Path
 import torch
-from tests.updater.test_loop import Updater
+from tests.updater.harness import Updater
 from moorline import metrics
 
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ import torch
 from moorline.events import Fate, Feedback, Reason, SamplingSettings
 from moorline.store import ArtifactMissing, ArtifactStore
 from moorline.stream import Topic
+from tests.updater.harness import Tape, Updater
 from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
-from tests.updater.test_loop import Tape, Updater
 from updater.retention import collect_garbage
 
 
