@@ -20,8 +20,9 @@ from typing import Any
 from moorline.events import Feedback, Reason, Release
 from moorline.settings import Settings, StreamSettings
 from moorline.store import ArtifactStore
-from moorline.stream import Gap, Reader, Record, ReleaseFollower, Topic
+from moorline.stream import Gap, Reader, Record, Topic
 from tests.chaos.world import damaged
+from tests.integration.streams import announced
 from updater.ledger import Ledger, LedgerReader
 
 READ_SECONDS = 60.0
@@ -284,20 +285,14 @@ def _unread(log: Sequence[Record], found: Outcome) -> list[str]:
 
 def _announcements(settings: Settings, releases: Sequence[Release]) -> list[str]:
     ours = {release.version: release for release in releases}
-    announced: dict[int, Release] = {}
-    follower = ReleaseFollower(settings.stream, settings.alias)
-    try:
-        while told := follower.poll(5.0):
-            announced |= {release.version: release for release in told}
-    finally:
-        follower.close()
+    on_topic = {release.version: release for release in announced(settings.stream)}
     # Compaction may leave only the newest.
     violations = [
         f"v{version} on the topic is not what the ledger says"
-        for version, release in announced.items()
+        for version, release in on_topic.items()
         if ours.get(version) != release
     ]
-    if releases and releases[-1].version not in announced:
+    if releases and releases[-1].version not in on_topic:
         violations.append(f"v{releases[-1].version} is not on the topic")
     store = ArtifactStore(settings.store_dir)
     violations += [

@@ -4,6 +4,7 @@ of it in order, and what is beyond the bound is counted. Apache Kafka behind a p
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from daemon.broker import free_port
 from moorline import metrics
 from moorline.settings import StreamSettings
-from moorline.stream import Publisher, ReleaseFollower, Topic
+from moorline.stream import Publisher, Reader, StreamUnavailable, Topic
 from moorline.stream.client import _WatchedClient
 from tests.integration.test_kafka_publisher import (
     assert_exactly,
@@ -110,19 +111,26 @@ def test_who_accepts_and_hangs_up_is_not_stormed(
     settings = StreamSettings(bootstrap=proxy.address, topic_prefix=topic_prefix)
     publisher = Publisher(settings, tmp_path / "spool")
     publisher.start()
-    follower = ReleaseFollower(settings)
+    reader = Reader(settings, [Topic.FEEDBACK])
+
+    def read_for(seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with contextlib.suppress(StreamUnavailable):
+                reader.poll(1, 0.5)
+
     publish_numbers(publisher, range(10))
     assert publisher.flush(90)
-    follower.poll(1.0)
+    read_for(1.0)
     proxy.hang_up()
     publish_numbers(publisher, range(10, 30))
-    follower.poll(2.0)
+    read_for(2.0)
     before = proxy.connections
-    follower.poll(4.0)
+    read_for(4.0)
     assert proxy.connections - before < 100, "it was hundreds a second, and most of a core"
     proxy.pass_on()
     assert publisher.flush(90)
-    follower.close()
+    reader.close()
     publisher.close()
     assert_exactly(read_all(settings, Topic.INTERACTIONS, 30), 30)
 
