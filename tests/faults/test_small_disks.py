@@ -47,7 +47,7 @@ def may_mount() -> bool:
 
 
 def on_a_small_disk(disk: Path, size: str, script: str, *arguments: object) -> Any:
-    """What the script prints as JSON; its first argument is the mounted directory."""
+    """Run a script on a small disk, its first argument; returns the JSON that it prints."""
     if not may_mount():
         pytest.skip("no right to mount a small disk (unshare -Urm)")
     disk.mkdir(parents=True)

@@ -44,7 +44,7 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def settings(apache_kafka: str, topic_prefix: str) -> StreamSettings:
-    """One partition, so that order is told."""
+    """One partition, so that records have one order."""
     return StreamSettings(bootstrap=apache_kafka, topic_prefix=topic_prefix, partitions=1)
 
 
