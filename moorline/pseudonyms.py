@@ -1,4 +1,4 @@
-"""What replaces a user's name in every recorded interaction."""
+"""Pseudonyms: what every recorded interaction holds in place of a user's name."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ class Pseudonyms:
             sync_directory(path.parent)
         return cls(path.read_bytes())
 
-    def of(self, user: str) -> str:
-        """32 hexadecimal digits."""
+    def pseudonym_of(self, user: str) -> str:
+        """The pseudonym of a user: 32 hexadecimal digits."""
         return hashlib.blake2b(user.encode(), key=self._key, digest_size=16).hexdigest()

@@ -151,7 +151,7 @@ class RequestMiddleware:
         context.streamed = fields.get("stream") is True
         user: Any = fields.get("user")
         if self._record_user and isinstance(user, str) and user:
-            context.user = self._pseudonyms.of(user)
+            context.user = self._pseudonyms.pseudonym_of(user)
 
 
 async def _read_body(receive: Receive) -> tuple[bytes, Receive]:

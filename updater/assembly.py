@@ -1,4 +1,4 @@
-"""Puts an updater's loop together from its settings and its ways in and out."""
+"""Puts an updater's loop together from its settings and its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def assemble(
     Args:
         reader: has been sought to the ledger's offsets.
         publish: writes a release to its topic and returns when it is acknowledged.
-        progress: told how the loop gets on; None: nobody asks.
+        progress: is told what the loop does; None: nobody reads it.
 
     Raises:
         ModelInvalid, ProbesInvalid, ObjectiveInvalid: with one line that says what to do.

@@ -103,7 +103,7 @@ class Ingest:
         self._held: list[Parsed] = []
         self._held_gaps: list[Gap] = []
         self._acknowledged = 0  # so many of the held ones need no dead-lettering any more
-        self._looked_at = -math.inf
+        self._progress_noted_at = -math.inf
         self._announced: dict[tuple[Topic, int], tuple[str, int]] = {}
         ledger.set_behind(ledger.offsets(), as_of=0.0)  # nothing expires before the first look
 
@@ -189,7 +189,7 @@ class Ingest:
 
     def _note_progress(self) -> None:
         """Tell the ledger what is still unread, so that nothing expires that may have a partner."""
-        if time.monotonic() - self._looked_at < _PROGRESS_SECONDS:
+        if time.monotonic() - self._progress_noted_at < _PROGRESS_SECONDS:
             return
         as_of = time.time()
         lag = self._reader.lag()
@@ -201,7 +201,7 @@ class Ingest:
         if offsets != self._announced:
             self._reader.commit(offsets)  # advisory, for lag tools
             self._announced = offsets
-        self._looked_at = time.monotonic()
+        self._progress_noted_at = time.monotonic()
 
 
 def parse(record: Record, max_event_bytes: int) -> Parsed:

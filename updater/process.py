@@ -33,7 +33,7 @@ from updater.progress import UNAVAILABLE, Phase, Progress
 logger = logging.getLogger("moorline.updater")
 
 _RETRY_SECONDS = 5.0
-_LOOK_SECONDS = 0.1
+_CHECK_SECONDS = 0.1
 
 
 class Updater:
@@ -100,11 +100,11 @@ class Updater:
         self.close()
 
     def _alive(self) -> None:
-        """The loop's thread got on."""
+        """Called at every sign of progress of the loop's thread."""
         self._notifier.ping()
-        if self._stopping:  # being killed because the grace is over is no fault of the batch
+        if self._stopping:  # a kill after the grace period is no fault of the batch
             with contextlib.suppress(LedgerError):
-                self._ledger.crashes.end()
+                self._ledger.crashes.remove_marks()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # A plain flag: an Event's lock may be held by the very thread that this interrupts.
@@ -114,7 +114,7 @@ class Updater:
     def _rest(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self._stopping and time.monotonic() < until:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_CHECK_SECONDS)
 
     def close(self) -> None:
         """Give back the lock, the sockets and the port."""

@@ -1,4 +1,4 @@
-"""What the updater is doing, and when it last got anywhere.
+"""What the updater is doing, and when it last made progress.
 
 Status pages answer on threads of their own, so that a long training step does not look dead; a step
 that hangs must not look alive for that. So the loop's thread says how it gets on, and ``/healthz``
@@ -92,7 +92,7 @@ class Progress:
         self._had_to_wait = False
 
     def note(self, *_: Any) -> None:
-        """Something was done: a forward pass, a step of the intake. Fits as a module's hook."""
+        """Note progress: a forward pass, a step of the intake. Usable as a forward hook."""
         self._at = time.monotonic()
         self._alive()
 
@@ -102,7 +102,7 @@ class Progress:
         return time.monotonic() - self._at
 
     def why_stalled(self) -> str | None:
-        """None while it gets on."""
+        """Why it counts as stalled; None while it makes progress."""
         age = self.age_seconds
         if age <= self._stall_seconds:
             return None

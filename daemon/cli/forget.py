@@ -114,7 +114,7 @@ def _erasure(
     names = list(users)
     if users and settings.pseudonym_key_path.exists():  # what the server made of the same names
         pseudonyms = Pseudonyms.from_file(settings.pseudonym_key_path)
-        names += [pseudonyms.of(name) for name in users]
+        names += [pseudonyms.pseudonym_of(name) for name in users]
     try:
         return Erasure(
             interaction_id=interaction,

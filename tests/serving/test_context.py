@@ -95,7 +95,9 @@ async def test_a_user_is_a_pseudonym_that_needs_the_key() -> None:
     seen: list[RequestContext | None] = []
     await post(app_with(seen), {"user": "bob"})
     assert seen[0] is not None
-    assert seen[0].user == PSEUDONYMS.of("bob") != Pseudonyms(b"x" * 32).of("bob")
+    assert (
+        seen[0].user == PSEUDONYMS.pseudonym_of("bob") != Pseudonyms(b"x" * 32).pseudonym_of("bob")
+    )
     assert "bob" not in (seen[0].user or "")
 
 
@@ -118,7 +120,7 @@ async def test_a_closed_door_holds_new_requests_until_it_opens() -> None:
 
 def test_the_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "state" / "pseudonym.key"
-    first = Pseudonyms.from_file(path).of("bob")
-    assert Pseudonyms.from_file(path).of("bob") == first
+    first = Pseudonyms.from_file(path).pseudonym_of("bob")
+    assert Pseudonyms.from_file(path).pseudonym_of("bob") == first
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert len(list(path.parent.iterdir())) == 1

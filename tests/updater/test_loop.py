@@ -278,9 +278,9 @@ class Refusing(Trainer):
     error: Exception = ValueError("somebody's words")
 
     def propose(
-        self, batch: Batch, seen: StalenessReport | None = None, **options: Any
+        self, batch: Batch, staleness: StalenessReport | None = None, **options: Any
     ) -> Proposal:
-        proposal = super().propose(batch, seen, **options)
+        proposal = super().propose(batch, staleness, **options)
         names = {one.example.interaction.interaction_id for one in batch.examples}
         if names & self.poison or len(names) >= self.together:
             raise self.error

@@ -42,12 +42,12 @@ class Mortal(Trainer):
     error: BaseException = Died()
 
     def propose(
-        self, batch: Batch, seen: StalenessReport | None = None, **options: Any
+        self, batch: Batch, staleness: StalenessReport | None = None, **options: Any
     ) -> Proposal:
         names = {one.example.interaction.interaction_id for one in batch.examples}
         if names & self.poison or len(names) >= self.together:
             raise self.error
-        return super().propose(batch, seen, **options)
+        return super().propose(batch, staleness, **options)
 
 
 @pytest.fixture

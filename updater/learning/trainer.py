@@ -26,7 +26,7 @@ from updater.learning.behaviour import Archive, BehaviourPolicies, Rerun, token_
 from updater.learning.chat_template import ChatTemplate
 from updater.learning.diagnostics import Observation
 from updater.learning.feedback_losses import FeedbackLosses, ReplyLosses
-from updater.learning.objectives import OBJECTIVES, Unusable, token_mean, why_unusable
+from updater.learning.objectives import OBJECTIVES, BatchFault, find_batch_fault, token_mean
 from updater.learning.policy import AdapterState, Policy, micro_batches
 from updater.learning.sampling import processed_distribution, processed_logprobs
 from updater.learning.staleness import StalenessReport, measure_staleness
@@ -250,8 +250,8 @@ class Trainer:
             pad_sequence([getattr(reply, name) for reply in replies], True)
             for name in ("log_p", "log_q", "advantage", "mask", "moved")
         )
-        why = why_unusable(log_p.detach(), log_q, advantage, mask)
-        if why is not None and why is not Unusable.NO_SIGNAL:  # the batch as a whole has some
+        why = find_batch_fault(log_p.detach(), log_q, advantage, mask)
+        if why is not None and why is not BatchFault.NO_SIGNAL:  # the batch as a whole has some
             raise NonFiniteUpdate(f"a micro-batch was refused: {why}")
         output = self._objective(
             log_p,

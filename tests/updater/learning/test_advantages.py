@@ -1,4 +1,4 @@
-"""Rewards, advantages, corrections and preferences, and what each voice weighs in them."""
+"""Rewards, advantages, corrections and preferences, and what each rater weighs in them."""
 
 from __future__ import annotations
 
