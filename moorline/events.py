@@ -292,7 +292,7 @@ class Feedback(Event):
 
     @property
     def aspect(self) -> str:
-        """What it speaks of. A rater's later word on an aspect of a reply replaces the earlier:
+        """What it rates. A rater's later rating of an aspect of a reply replaces the earlier one:
         thumbs and scores are one aspect, each lost reply and each signal is one of its own."""
         match self.kind:
             case FeedbackKind.CORRECTION:
@@ -376,7 +376,7 @@ class Erasure(Event):
 
 
 def user_digest(name: str) -> str:
-    """Names a person without saying the name: sha256, 64 hexadecimal digits."""
+    """The sha256 of a person's name: 64 hexadecimal digits."""
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
