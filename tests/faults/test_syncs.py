@@ -350,14 +350,14 @@ def test_an_update_whose_bytes_cannot_be_synced_waits_and_is_made_again(
     )
     _, done = traced(LOOP, tmp_path / "state", tiny_model_dir, inject="fsync:error=EIO:when=6..12")
     assert done.returncode == 0, done.stderr
-    story = json.loads(done.stdout)
-    *waiting, last = story["fates"]
+    report = json.loads(done.stdout)
+    *waiting, last = report["fates"]
     assert waiting
     assert all(one == {"pending": 4} for one in waiting)
-    assert set(story["phases"][:-1]) == {"disk_unavailable"}
+    assert set(report["phases"][:-1]) == {"disk_unavailable"}
     assert last == {"trained": 4}
-    assert story["refusals"] == len(waiting)
-    assert story["digest"] == json.loads(plain.stdout)["digest"]
+    assert report["refusals"] == len(waiting)
+    assert report["digest"] == json.loads(plain.stdout)["digest"]
     assert done.stderr.count("it will retry: disk_unavailable") == 1
 
 

@@ -60,8 +60,8 @@ def environment(
     model_dir: Path, state_dir: Path, stream: StreamSettings, port: int, **settings: str
 ) -> dict[str, str]:
     """An updater's environment; ``settings`` without the prefix."""
-    told = SETTINGS | settings
-    return {f"MOORLINE_{name}": value for name, value in told.items()} | {
+    given = SETTINGS | settings
+    return {f"MOORLINE_{name}": value for name, value in given.items()} | {
         "MOORLINE_MODEL__PATH": str(model_dir),
         "MOORLINE_STATE_DIR": str(state_dir),
         "MOORLINE_STREAM__BOOTSTRAP": str(stream.bootstrap),
@@ -84,13 +84,13 @@ def _die_of(tokens: Sequence[int]) -> None:
     """From now on a forward pass over these tokens ends the process, as bad native code does."""
     wanted = ",".join(map(str, tokens))
 
-    def look(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+    def kill_at_tokens(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         if isinstance(module, torch.nn.Embedding):
             for row in given[0].tolist():
                 if wanted in ",".join(map(str, row)):
                     os.kill(os.getpid(), signal.SIGKILL)
 
-    register_module_forward_pre_hook(look)
+    register_module_forward_pre_hook(kill_at_tokens)
 
 
 class UpdaterProcess:
