@@ -117,6 +117,12 @@ def test_a_gap_that_reaches_beyond_the_start_counts_before_it_only() -> None:
     assert found.unread == 10
 
 
+def test_a_gap_that_reaches_beyond_the_start_hides_no_offset_before_it() -> None:
+    # 12 and 13 are nobody's; of the gap 14-19 only 14 is before the start.
+    found = compared(Broker([], 15, 30), Books([10, 11], gaps=[(14, 20)]), 20)
+    assert (found.before, found.missed, found.unknown) == (2, 6, 2)
+
+
 def test_a_gap_before_the_first_event_was_expected_too() -> None:
     found = compared(Broker([20], 20, 21), Books([20], gaps=[(5, 18)]), 21)
     assert (found.missed, found.unknown) == (13, 2)

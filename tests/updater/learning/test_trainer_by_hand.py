@@ -122,6 +122,16 @@ def test_the_gradient_norm_reported_is_the_largest_of_the_steps() -> None:
     assert found["gradient_norm"] == pytest.approx(2.0 * math.sqrt(0.5), rel=0.05)
 
 
+def test_micro_batches_are_one_mean() -> None:
+    """Two replies, each in a micro-batch of its own: half of each one's mean."""
+    found = first_gradient(
+        trainer(micro_batch_tokens=2),
+        with_advantage(reply("a", [0], [0.5]), 1.0),
+        with_advantage(reply("b", [1], [0.5], prompt=1), 1.0),
+    )
+    assert found.abs().flatten().tolist() == pytest.approx([0.25] * 4)
+
+
 class Corrector:
     """A chat template of single tokens: the correction ends the prompt with token 1."""
 
