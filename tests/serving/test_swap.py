@@ -197,6 +197,7 @@ async def test_while_serving_a_damaged_pinned_version_changes_nothing(tmp_path: 
     for _ in range(2):
         await server.swaps.serve_wanted()
     assert server.strategy.loaded == [2]
+    assert [one.version for one in server.swaps.history] == [2, 1], "no other was tried"
 
 
 @pytest.mark.parametrize(("off_by_nats", "served"), [(0.09, True), (0.11, False)])
