@@ -11,7 +11,7 @@ import torch
 from moorline.events import SamplingSettings
 from moorline.settings import LearningSettings
 from tests.updater.learning.bigram import ROWS, BigramPolicy, Rows, reply, rows, with_advantage
-from updater.learning.trainer import NonFiniteUpdate, Trainer
+from updater.learning.trainer import NonFiniteUpdate, Trainer, optimizer_bytes
 from updater.values import Batch, Correction, CreditedExample
 
 SETTINGS = LearningSettings(anchor_weight=0.0, learning_rate=0.01)
@@ -210,3 +210,28 @@ def test_step_norm_share_is_the_step_over_the_adapter_it_left() -> None:
     step = float((proposal.adapter[ROWS] - made.live_adapter[ROWS]).norm())
     before = float(made.live_adapter[ROWS].norm())
     assert proposal.diagnostics["step_norm_share"] == pytest.approx(step / before, rel=1e-5)
+
+
+def test_what_no_token_speaks_of_does_not_move_and_the_moments_are_adams() -> None:
+    made = trainer()
+    batch = Batch((with_advantage(reply("a", [0], [0.5]), 1.0),), live_version=0)
+    proposal = made.propose(batch)
+    assert torch.equal(proposal.adapter[ROWS][1], made.live_adapter[ROWS][1]), "no weight decay"
+    # Of a gradient of -+0.5: 0.1 of it, and 0.05 of its square.
+    first, second = (proposal.optimizer[f"{ROWS}.{name}"][0] for name in ("exp_avg", "exp_avg_sq"))
+    assert first.tolist() == pytest.approx([-0.05, 0.05])
+    assert second.tolist() == pytest.approx([0.0125, 0.0125])
+
+
+def test_a_release_is_continued_from_with_its_moments() -> None:
+    made = trainer()
+    batch = Batch((with_advantage(reply("a", [0], [0.5]), 1.0),), live_version=0)
+    once = made.propose(batch)
+    made.accept(once.adapter, once.optimizer)
+    twice = made.propose(batch)
+    other = trainer()
+    other.resume(once.adapter, optimizer_bytes(once.optimizer))
+    assert torch.equal(other.propose(batch).adapter[ROWS], twice.adapter[ROWS])
+    assert float(twice.optimizer[f"{ROWS}.step"]) == 2.0
+    other.resume(once.adapter, None)
+    assert float(other.propose(batch).optimizer[f"{ROWS}.step"]) == 1.0
