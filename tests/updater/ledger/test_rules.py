@@ -166,3 +166,13 @@ def test_of_two_erasures_the_later_moment_counts(tmp_path: Path, latest_first: b
         said = interaction("a", at=NOW + 3, user="ana")
         ledger.ingest([log.parsed(said, at=NOW + 9)], now=NOW + 9)
         assert fates(ledger, Topic.INTERACTIONS) == {Fate.ERASED: 1}
+
+
+def test_a_preference_read_after_its_losing_reply_was_erased_is_erased(tmp_path: Path) -> None:
+    log = Log()
+    with Ledger(tmp_path / "ledger.sqlite", horizon_seconds=HORIZON) as ledger:
+        gone = erasure(interaction_id="lost")
+        ledger.ingest([log.parsed(gone), log.parsed(interaction("won"))], now=NOW)
+        ledger.ingest([log.parsed(preference("won", "lost"), at=NOW + 9)], now=NOW + 9)
+        assert fates(ledger, Topic.FEEDBACK) == {Fate.ERASED: 1}
+        assert fates(ledger, Topic.INTERACTIONS) == {Fate.PENDING: 1}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moorline.events import Check, Decision, Divergence, Verdict
+from moorline.metrics import GATE_CHECKS
 from moorline.settings import BoundSettings, GateSettings
 from moorline.store import ArtifactStore
 from tests.updater.learning.bigram import ROWS, BigramPolicy, rows
@@ -278,3 +279,25 @@ def test_infinite_weights_and_infinite_answers_are_both_not_finite(tmp_path: Pat
         (failed,) = [check for check in verdict.checks if not check.passed]
         assert failed.name == "finite"
         assert str(failed.detail).startswith(what)
+
+
+def test_each_check_is_counted_as_it_ended(tmp_path: Path) -> None:
+    judged = Judged(tmp_path, {}, perplexity_rise_share=1e-6)
+    name = "perplexity_rise_from_live"
+
+    def counted() -> list[float]:
+        return [
+            GATE_CHECKS.labels(check=name, outcome=outcome)._value.get()
+            for outcome in ("passed", "failed")
+        ]
+
+    before = counted()
+    judged.judge({}, {2: (0.4, 0.3, 0.3)})
+    judged.judge({}, {})
+    judged.judge({}, {})
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [2.0, 1.0]
+    last = Judged(tmp_path / "b", {}, perplexity_rise_share_from_anchor=1e-6)
+    failed = GATE_CHECKS.labels(check="perplexity_rise_from_anchor", outcome="failed")._value
+    then = failed.get()
+    assert 0.0 <= last.judge({}, {2: (0.4, 0.3, 0.3)}).seconds < 60.0
+    assert failed.get() == then + 1
