@@ -176,3 +176,14 @@ def test_a_preference_read_after_its_losing_reply_was_erased_is_erased(tmp_path:
         ledger.ingest([log.parsed(preference("won", "lost"), at=NOW + 9)], now=NOW + 9)
         assert fates(ledger, Topic.FEEDBACK) == {Fate.ERASED: 1}
         assert fates(ledger, Topic.INTERACTIONS) == {Fate.PENDING: 1}
+
+
+def test_an_erasure_covers_what_is_read_with_it_and_a_reply_for_ever(tmp_path: Path) -> None:
+    log = Log()
+    with Ledger(tmp_path / "ledger.sqlite", horizon_seconds=HORIZON) as ledger:
+        events = [erasure("ana"), interaction("a", user="ana")]
+        ledger.ingest([log.parsed(event) for event in events], now=NOW)
+        ledger.ingest([log.parsed(erasure(interaction_id="b", at=NOW))], now=NOW)
+        later = interaction("b", at=NOW + 60)
+        ledger.ingest([log.parsed(later, at=NOW + 60)], now=NOW + 60)
+        assert fates(ledger, Topic.INTERACTIONS) == {Fate.ERASED: 2}
