@@ -124,3 +124,20 @@ def test_the_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> Non
     assert Pseudonyms.from_file(path).pseudonym_of("bob") == first
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert len(list(path.parent.iterdir())) == 1
+
+
+async def test_nobodys_name_is_recorded_where_the_setting_says_so() -> None:
+    seen: list[RequestContext | None] = []
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    async def chat() -> None:
+        seen.append(current_request())
+
+    app.add_middleware(
+        RequestMiddleware, admission=Admission(), pseudonyms=PSEUDONYMS, record_user=False
+    )
+    await post(app, {"user": "bob", "stream": True})
+    assert seen[0] is not None
+    assert seen[0].user is None
+    assert seen[0].streamed

@@ -179,3 +179,61 @@ def test_sampling_settings_speak_our_vocabulary() -> None:
     params = SamplingParams(temperature=0.0, top_k=-1, top_p=0.9, presence_penalty=0.1)
     found = sampling_settings(params)
     assert (found.temperature, found.top_k, found.altered_by) == (0.0, 0, ("presence_penalty",))
+
+
+def test_what_a_request_says_of_itself_is_recorded(
+    in_a_request: request_context.RequestContext,
+) -> None:
+    in_a_request.tenant, in_a_request.task, in_a_request.user = "blue", "sql", "u-1"
+    in_a_request.streamed = True
+    published, _, _ = recorded([(0, [5], "stop")])
+    (event,) = published
+    assert (event.tenant, event.task, event.user, event.streamed) == ("blue", "sql", "u-1", True)
+    assert event.alias == "assistant"
+
+
+ALTERING: dict[str, Any] = {
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "repetition_penalty": 1.05,
+    "min_tokens": 1,
+    "logit_bias": {1: 1.0},
+    "allowed_token_ids": [1],
+    "bad_words": ["x"],
+}
+
+
+@pytest.mark.parametrize("name", ALTERING)
+def test_each_setting_that_alters_the_distribution_is_named(name: str) -> None:
+    assert sampling_settings(SamplingParams()).altered_by == ()
+    assert sampling_settings(SamplingParams(**{name: ALTERING[name]})).altered_by == (name,)
+
+
+def test_each_setting_that_truncates_is_recorded_as_it_was() -> None:
+    found = sampling_settings(SamplingParams(temperature=0.7, top_p=0.9, top_k=40, min_p=0.05))
+    assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.7, 0.9, 40, 0.05)
+
+
+def test_a_reply_of_an_adapter_is_its_versions_whatever_is_live_at_its_end() -> None:
+    engine = ScriptedEngine([(0, [5, 6], "stop")])
+    published: list[Interaction] = []
+
+    def publish(event: Interaction) -> bool:
+        published.append(event)
+        return True
+
+    recorder = Recorder(engine, "assistant", publish, lambda: 3)
+    uses: list[tuple[int, int]] = []
+    recorder.on_adapter = lambda adapter, change: uses.append((adapter, change))
+    recorder.install()
+    adapter = SimpleNamespace(lora_name="assistant@v000005", lora_int_id=2)
+
+    async def handle() -> None:
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+        async for _ in engine.generate("prompt", params, REPLY_ID, lora_request=adapter):
+            pass
+
+    asyncio.run(handle())
+    (event,) = published
+    assert [(span.version, span.start, span.end) for span in event.policy_spans] == [(5, 0, 2)]
+    assert uses == [(2, 1), (2, -1)]
