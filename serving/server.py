@@ -24,7 +24,7 @@ from moorline.adapter_format import TARGET_MODULES
 from moorline.base_model import check_model_dir, model_digest
 from moorline.errors import MoorlineError
 from moorline.http import base_url, port_problem
-from moorline.settings import Settings
+from moorline.settings import ServingSettings, Settings
 from moorline.stream import Publisher, SpoolLocked
 from moorline.systemd import Notifier
 from serving.lifetime import nothing_outlives_this_process
@@ -262,7 +262,7 @@ async def _serve_engine(
             break
         await asyncio.sleep(0.02)
     parts.readiness.why_not = None
-    await _listen(parts, bound, engine, following, settings.serving.drain_seconds)
+    await _listen(parts, bound, engine, following, settings.serving)
 
 
 async def _listen(
@@ -270,17 +270,20 @@ async def _listen(
     bound: socket.socket,
     engine: Any,
     following: asyncio.Task[None],
-    drain_seconds: float,
+    serving: ServingSettings,
 ) -> None:
     """Answer until a signal; then let the running replies end. A broken engine ends it at once."""
     import uvicorn
+
+    from serving.stalled_clients import ending_stalled_clients
 
     server = uvicorn.Server(
         uvicorn.Config(
             parts.app,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(drain_seconds),
+            http=ending_stalled_clients(serving.stream_stall_seconds),  # type: ignore[arg-type]
+            timeout_graceful_shutdown=int(serving.drain_seconds),
         )
     )
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
@@ -315,7 +318,7 @@ async def _listen(
     server.should_exit = True
     if failure is not None:
         server.config.timeout_graceful_shutdown = 1
-    await asyncio.wait([http], timeout=drain_seconds + 2)
+    await asyncio.wait([http], timeout=serving.drain_seconds + 2)
     for task in (http, notifying, *watchers):
         task.cancel()
     if failure is not None:

@@ -138,6 +138,9 @@ PRIVATE_NAMES = (
         f"{_OUTPUTS}.OutputProcessor.external_req_ids", "serving.vllm.sampling", "likewise"
     ),
     PrivateName(f"{_OUTPUTS}.OutputProcessor.request_states", "serving.vllm.sampling", "likewise"),
+    PrivateName(
+        f"{_OUTPUTS}.RequestState.lora_request", "serving.vllm.models", "adapters still in use"
+    ),
     PrivateName(f"{_OUTPUTS}.RequestState.request_index", "serving.vllm.sampling", "likewise"),
     PrivateName(
         f"{_OUTPUTS}.RequestState.weight_version_starts", "serving.vllm.sampling", "likewise"
