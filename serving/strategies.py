@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from moorline.clock import running_seconds
 from moorline.errors import MoorlineError
 from moorline.events import policy_name
 from moorline.failpoints import failpoint
@@ -37,6 +38,8 @@ logger = logging.getLogger("moorline.serving.swap")
 
 NAMED_TO_SUBMITTED_SECONDS = 0.05
 """Time for a request that was given its policy's name to be rendered and reach the engine."""
+
+_LOOK_SECONDS = 0.5
 
 Check = Callable[[LoRARequest | None], Awaitable[None]]
 """Scores what the engine serves; raises ParityError."""
@@ -213,6 +216,14 @@ class WeightReload(SwapStrategy):
         return time.monotonic() - start
 
     async def _call(self, method: str, *arguments: Any) -> None:
-        await asyncio.wait_for(
-            self._engine.collective_rpc(method, args=arguments), self._timeout_seconds
-        )
+        call = asyncio.ensure_future(self._engine.collective_rpc(method, args=arguments))
+        deadline = running_seconds() + self._timeout_seconds
+        try:
+            while not call.done():
+                left = deadline - running_seconds()
+                if left <= 0:
+                    raise TimeoutError(f"no answer in {self._timeout_seconds:g} s")
+                await asyncio.wait({call}, timeout=min(left, _LOOK_SECONDS))
+            call.result()
+        finally:
+            call.cancel()

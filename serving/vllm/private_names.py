@@ -50,6 +50,11 @@ PRIVATE_NAMES = (
         "what waits; None for a queue without shared memory",
     ),
     PrivateName(
+        f"{_SHARED_MEMORY}.MessageQueue.dequeue(timeout, indefinite)",
+        "serving.vllm.executor",
+        "its limit is measured in running time",
+    ),
+    PrivateName(
         f"{_SHARED_MEMORY}.SpinCondition.busy_loop_s",
         "serving.vllm.executor",
         "set to BUSY_SECONDS",
