@@ -63,6 +63,10 @@ INTERACTIONS = _counter(
     "Replies seen by the recorder; outcome: recorded, opted_out, aborted, dropped or failed",
     ["outcome"],
 )
+STALLED_CLIENTS = _counter(
+    "moorline_stalled_clients_total",
+    "Connections closed because the client took nothing of its reply for stream_stall_seconds",
+)
 FEEDBACK_RECEIVED = _counter(
     "moorline_feedback_received_total",
     "POST /v1/feedback; outcome: accepted, invalid, too_large, unauthorized or unavailable",

@@ -62,8 +62,6 @@ class Recorder:
         self._live_version = live_version
         self.plain_generate = engine.generate
         """The engine's own method: for warm-up and parity, which are nobody's interactions."""
-        self.on_adapter: Callable[[int, int], None] = lambda _adapter_id, _change: None
-        """Told +1 when a request starts on an adapter (by its integer id) and -1 when it ends."""
 
     def install(self) -> None:
         """From now on, every request of this process goes through the recorder."""
@@ -115,10 +113,7 @@ class Recorder:
         request_id: str,
         options: dict[str, Any],
     ) -> AsyncGenerator[Any, None]:
-        lora_request = options.get("lora_request")
         outputs = self.plain_generate(prompt, params, request_id, **options)
-        if lora_request is not None:
-            self.on_adapter(lora_request.lora_int_id, 1)
         try:
             async for output in outputs:
                 if recording is not None:
@@ -135,8 +130,6 @@ class Recorder:
             try:
                 await outputs.aclose()
             finally:
-                if lora_request is not None:
-                    self.on_adapter(lora_request.lora_int_id, -1)
                 if recording is not None:
                     self._close(recording)
 

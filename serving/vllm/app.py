@@ -69,7 +69,6 @@ async def assemble(
     strategy: SwapStrategy
     if mode == "adapter":
         strategy = AdapterFlip(engine, models, live, settings.serving.max_loras)
-        recorder.on_adapter = strategy.on_use
     else:
         timeout = settings.serving.swap_timeout_seconds
         strategy = WeightReload(engine, live, model_dir, admission, timeout)

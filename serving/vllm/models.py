@@ -57,6 +57,12 @@ def adapter_request(name: str, adapter_id: int, directory: Path) -> LoRARequest:
     return LoRARequest(name, adapter_id, str(directory))
 
 
+def adapters_in_use(engine: Any) -> set[int]:
+    """The integer ids of the adapters of which the engine still computes replies."""
+    adapters = [state.lora_request for state in engine.output_processor.request_states.values()]
+    return {adapter.lora_int_id for adapter in adapters if adapter is not None}
+
+
 class PolicyModels(OpenAIServingModels):  # type: ignore[misc]  # vLLM is not typed for us
     """vLLM's model names, answered by the live policy."""
 

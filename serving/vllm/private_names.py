@@ -50,6 +50,11 @@ PRIVATE_NAMES = (
         "what waits; None for a queue without shared memory",
     ),
     PrivateName(
+        f"{_SHARED_MEMORY}.MessageQueue.dequeue(timeout, indefinite)",
+        "serving.vllm.executor",
+        "its limit is measured in running time",
+    ),
+    PrivateName(
         f"{_SHARED_MEMORY}.SpinCondition.busy_loop_s",
         "serving.vllm.executor",
         "set to BUSY_SECONDS",
@@ -138,6 +143,9 @@ PRIVATE_NAMES = (
         f"{_OUTPUTS}.OutputProcessor.external_req_ids", "serving.vllm.sampling", "likewise"
     ),
     PrivateName(f"{_OUTPUTS}.OutputProcessor.request_states", "serving.vllm.sampling", "likewise"),
+    PrivateName(
+        f"{_OUTPUTS}.RequestState.lora_request", "serving.vllm.models", "adapters still in use"
+    ),
     PrivateName(f"{_OUTPUTS}.RequestState.request_index", "serving.vllm.sampling", "likewise"),
     PrivateName(
         f"{_OUTPUTS}.RequestState.weight_version_starts", "serving.vllm.sampling", "likewise"
