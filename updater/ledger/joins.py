@@ -21,6 +21,7 @@ NOT_MEASURABLE = frozenset(
     {
         Reason.TOKEN_OUT_OF_VOCABULARY,
         Reason.EMPTY_PROMPT,
+        Reason.MULTIMODAL_PROMPT,
         Reason.EMPTY_COMPLETION,
         Reason.TOO_LONG,
         Reason.UNKNOWN_POLICY,
