@@ -113,23 +113,24 @@ class Recorder:
         options: dict[str, Any],
     ) -> _Recording | None:
         """Start to record one prompt's reply; None, counted and noted: it is no interaction."""
-        reply_id = context.reply_id
-        lora_request = options.get("lora_request")
+        reply_id, lora_request = context.reply_id, options.get("lora_request")
         version = (
             None if lora_request is None else version_of_policy(self._alias, lora_request.lora_name)
         )
-        suffix = request_id.removeprefix(reply_id or request_id)
-        place = _PROMPT_SUFFIX.fullmatch(suffix)
+        suffix = None if reply_id is None else request_id.removeprefix(reply_id)
+        place = None if suffix is None else _PROMPT_SUFFIX.fullmatch(suffix)
         why = context.not_recorded
-        if why is None and _BEAM in suffix:
+        if why is None and suffix is not None and _BEAM in suffix:
             why = NotRecorded.BEAM_SEARCH
-        elif why is None and (reply_id is None or place is None or only_scores_prompt(params)):
+        if why is None and (place is None or only_scores_prompt(params)):
             why = NotRecorded.SCORING
-        elif why is None and lora_request is not None and version is None:
+        if why is None and lora_request is not None and version is None:
             why = NotRecorded.OTHER_ADAPTER
-        if why is not None or reply_id is None or place is None:
-            self._note_not_recorded(context, why or NotRecorded.SCORING)
+        if why is not None:
+            self._note_not_recorded(context, why)
             return None
+        assert reply_id is not None
+        assert place is not None
         prompt_index = int(place["prompt"] or 0)
         prefixes = context.reply_prefixes
         return _Recording(

@@ -41,8 +41,8 @@ def counted(served: Served) -> Callable[[str], float]:
 
 def post(served: Served, route: str, body: Any, **headers: str) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    sent = {"content-type": "application/json"} | {
-        name.replace("_", "-"): value for name, value in headers.items()
+    sent = {"content-type": b"application/json"} | {
+        name.replace("_", "-"): value.encode() for name, value in headers.items()
     }
     return httpx.post(f"{served.server.url}{route}", content=content, headers=sent, timeout=120)
 
@@ -149,8 +149,8 @@ def test_one_request_id_twice_is_two_interactions(served: Served, route: str) ->
         "/v1/responses": {"model": "assistant", "input": "Hi", "max_output_tokens": 4},
     }
     body = bodies[route] | {"request_id": "in-the-body"}
-    first = post(served, route, body, x_request_id="gateway 7 é".encode().decode("latin-1"))
-    second = post(served, route, body, x_request_id="gateway 7 é".encode().decode("latin-1"))
+    first = post(served, route, body, x_request_id="gateway 7 é")
+    second = post(served, route, body, x_request_id="gateway 7 é")
     events = [*recorded(served, first), *recorded(served, second)]
     assert len({event.interaction_id for event in events}) == 2
     assert {event.client_request_id for event in events} == {"gateway 7 é"}
