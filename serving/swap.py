@@ -146,6 +146,7 @@ class SwapController:
         self.pinned_version = None if pin is None else pin.version
         metrics.PINNED.set(pin is not None)
         metrics.STORE_NEWEST_VERSION.set(versions[-1] if versions else 0)
+        self._live.newest_released = max(self._live.newest_released, *versions, 0)
         for version in self._wanted(pin, versions):
             if version == self._live.version or await self._swap_to(version):
                 break

@@ -37,6 +37,8 @@ class LivePolicy:
     def __init__(self, alias: str) -> None:
         self.alias = alias
         self.policy = ServedPolicy(0)
+        self.newest_released = 0
+        """The highest version that the store was seen to have."""
 
     @property
     def version(self) -> int:
@@ -88,10 +90,12 @@ class PolicyModels(OpenAIServingModels):  # type: ignore[misc]  # vLLM is not ty
         return model_name == self._live.alias or self._names_a_policy(model_name)
 
     def _names_a_policy(self, model_name: object) -> bool:
-        """Of any version: a name that was listed or read in a reply goes on to be answered, by the
-        live policy, and the reply says which that is."""
-        alias = self._live.alias
-        return isinstance(model_name, str) and version_of_policy(alias, model_name) is not None
+        """Any that there was: a name that was listed or read in a reply goes on to be answered, by
+        the live policy, and the reply says which that is."""
+        if not isinstance(model_name, str):
+            return False
+        version, live = version_of_policy(self._live.alias, model_name), self._live
+        return version is not None and version <= max(live.version, live.newest_released)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name for the reply; noted in the request's context for the version header."""

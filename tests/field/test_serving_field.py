@@ -200,13 +200,14 @@ def test_a_rating_of_a_reply_that_cannot_teach_is_answered_so(served: Served) ->
     assert rated.json()["not_trainable"] == "greedy_sampling"
 
 
-def test_a_name_that_was_listed_is_answered_after_the_next_release(served: Served) -> None:
-    listed = [model["id"] for model in served.server.get("/v1/models").json()["data"]]
-    for name in [*listed, "assistant@v000003"]:
+def test_a_name_that_was_listed_is_answered_and_one_that_never_was_is_not(served: Served) -> None:
+    for name in [model["id"] for model in served.server.get("/v1/models").json()["data"]]:
         response = post(served, "/v1/chat/completions", CHAT | {"model": name})
         assert response.status_code == 200, name
         assert response.json()["model"] == "assistant@v000000"
-    assert post(served, "/v1/chat/completions", CHAT | {"model": "assistant@v3"}).status_code == 404
+    for name in ("assistant@v000003", "assistant@v0", "other"):
+        response = post(served, "/v1/chat/completions", CHAT | {"model": name})
+        assert response.status_code == 404, name
 
 
 def test_a_given_beginning_is_recorded_and_the_prompt_ends_with_it(

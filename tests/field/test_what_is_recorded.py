@@ -289,7 +289,8 @@ def models() -> PolicyModels:
     engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=9), renderer=None)
     engine.input_processor = None
     live = LivePolicy("assistant")
-    live.policy = ServedPolicy(4)
+    live.policy = ServedPolicy(4)  # pinned: there was a later one
+    live.newest_released = 7
     return PolicyModels(live, engine_client=engine, base_model_paths=[])
 
 
@@ -306,7 +307,17 @@ def test_a_listed_name_stays_answered_by_the_live_policy(models: PolicyModels, n
 
 
 @pytest.mark.parametrize(
-    "name", ["other", "assistant@v3", "other@v000003", "assistant@v", "assistant@v00000٣", "", None]
+    "name",
+    [
+        "assistant@v000008",
+        "other",
+        "assistant@v3",
+        "other@v000003",
+        "assistant@v",
+        "assistant@v00000٣",
+        "",
+        None,
+    ],
 )
 def test_another_name_is_not(models: PolicyModels, name: str | None) -> None:
     assert not models.is_base_model(name)  # type: ignore[arg-type]

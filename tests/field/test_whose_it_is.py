@@ -73,6 +73,30 @@ def test_labels_are_read_as_utf8_and_composed() -> None:
     assert (context.tenant, context.task) == (COMPOSED, COMPOSED)
 
 
+def test_the_handler_gets_an_id_of_ours_each_time_and_the_clients_is_kept() -> None:
+    headers = ((b"x-request-id", b"mine"), (b"x-request-id", b"mine-too"), (b"accept", b"*/*"))
+    first, second = ask(b"{}", headers=headers), ask(b'{"request_id":"b"}', headers=headers)
+    for found in (first, second):
+        assert found.context is not None
+        ours = (b"x-request-id", found.context.request_id.encode())
+        assert sorted(found.headers) == [(b"accept", b"*/*"), ours]
+        assert found.context.client_request_id == "mine"
+    assert sorted(first.headers) != sorted(second.headers)
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (b'{"request_id":"mine"}', "mine"),
+        (b'{"request_id":"\\ud83d"}', "?"),
+        (b'{"request_id":7}', None),
+        (b"{}", None),
+    ],
+)
+def test_an_id_of_the_client_in_the_body_is_kept_too(body: bytes, kept: str | None) -> None:
+    assert context_of(body).client_request_id == kept
+
+
 def pseudonyms(state: Path) -> Pseudonyms:
     return Pseudonyms.from_file(state / "pseudonym.key")
 
