@@ -158,6 +158,7 @@ class SwapController:
         self.pinned_version = None if pin is None else pin.version
         metrics.PINNED.set(pin is not None)
         metrics.STORE_NEWEST_VERSION.set(versions[-1] if versions else 0)
+        self._live.newest_released = max(self._live.newest_released, *versions, 0)
         return next(self._wanted(pin, versions), self._live.version)
 
     def _pin_and_versions(self) -> tuple[Pin | None, list[int]]:

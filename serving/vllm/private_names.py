@@ -82,6 +82,12 @@ PRIVATE_NAMES = (
     PrivateName(
         f"{_REPLY}.request_id", "serving.context", "the reply's id, in the request's state"
     ),
+    PrivateName(
+        "vllm.entrypoints.openai.responses.serving.OpenAIServingResponses"
+        ".create_responses(request, raw_request)",
+        "serving.vllm.responses",
+        "replaced on the instance: ids are ours",
+    ),
     PrivateName("vllm.logger.set_vllm_process_name", "serving.__main__", "its field is removed"),
     # Model names.
     PrivateName(f"{_MODELS}.is_base_model", "serving.vllm.models", "overridden"),
@@ -162,6 +168,20 @@ PRIVATE_NAMES = (
         f"{_PARAMS}.thinking_token_budget", "serving.vllm.sampling", "alters the distribution"
     ),
     PrivateName(f"{_PARAMS}.watermarking", "serving.vllm.sampling", "alters the distribution"),
+    PrivateName(
+        f"{_PARAMS}.trace_decode_token_ids", "serving.vllm.sampling", "alters the distribution"
+    ),
+    PrivateName(f"{_PARAMS}.prompt_logprobs", "serving.vllm.sampling", "who scores a prompt"),
+    PrivateName(
+        "vllm.v1.sample.logits_processor.cached_load_custom_logitsprocs(logits_processors)",
+        "serving.vllm.sampling",
+        "logits processors that vLLM does not ship",
+    ),
+    PrivateName(
+        "vllm.inputs.engine.mm_input(mm_placeholders)",
+        "serving.vllm.sampling",
+        "what a prompt holds beside tokens",
+    ),
     PrivateName(
         "vllm.outputs.CompletionOutput.weight_versions", "serving.recorder", "spans of versions"
     ),

@@ -15,7 +15,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from moorline.events import Interaction, LogprobConvention
 from serving import context as request_context
+from serving.context import NotRecorded
 from serving.recorder import Recorder, sampling_settings
+from serving.unusable_replies import UnusableReplies
 from serving.vllm.worker import PROCESSED_ROW
 
 REPLY_ID = "chatcmpl-1"
@@ -30,6 +32,11 @@ class ScriptedEngine:
         self.deltas = deltas
         self.seen_params: SamplingParams | None = None
         self.closed = False
+        self.vllm_config = SimpleNamespace(
+            speculative_config=None,
+            watermark_config=None,
+            model_config=SimpleNamespace(logits_processors=None),
+        )
         self.output_processor = SimpleNamespace(external_req_ids={}, request_states={})
 
     async def generate(
@@ -59,7 +66,9 @@ class ScriptedEngine:
 def in_a_request() -> Iterator[request_context.RequestContext]:
     """Runs the test inside one HTTP request."""
     metadata = SimpleNamespace(request_id=REPLY_ID)
-    context = request_context.RequestContext({"state": {"request_metadata": metadata}})
+    context = request_context.RequestContext(
+        {"state": {"request_metadata": metadata}}, not_recorded=None
+    )
     token = request_context._current.set(context)
     yield context
     request_context._current.reset(token)
@@ -75,7 +84,7 @@ def recorded(
         published.append(event)
         return True
 
-    recorder = Recorder(engine, "assistant", publish, lambda: 3)
+    recorder = Recorder(engine, "assistant", publish, lambda: 3, UnusableReplies())
     recorder.install()
 
     async def handle() -> None:
@@ -150,7 +159,7 @@ def test_a_handler_that_leaves_aborts_the_engine_and_records_what_was_seen() -> 
 def test_an_opted_out_request_reaches_the_engine_unchanged(
     in_a_request: request_context.RequestContext,
 ) -> None:
-    in_a_request.opted_out = True
+    in_a_request.not_recorded = NotRecorded.OPTED_OUT
     published, outputs, engine = recorded([(0, [5], "stop")])
     assert not published
     assert engine.seen_params is not None
@@ -164,7 +173,7 @@ def test_no_error_of_the_recorder_reaches_a_reply() -> None:
     def publish(_: Interaction) -> bool:
         raise OSError("disk on fire")
 
-    Recorder(engine, "assistant", publish, lambda: 3).install()
+    Recorder(engine, "assistant", publish, lambda: 3, UnusableReplies()).install()
 
     async def handle() -> list[Any]:
         params = SamplingParams(output_kind=RequestOutputKind.DELTA)

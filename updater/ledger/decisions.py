@@ -99,7 +99,9 @@ class Decisions:
                 " WHERE i.id = ?",
                 (reply,),
             ).fetchone()
-            self._execute(_TAUGHT, (user, tenants[reply], version))
+            others = self._execute("SELECT user FROM other_users WHERE interaction = ?", (reply,))
+            for name in (user, *(other for (other,) in others.fetchall())):
+                self._execute(_TAUGHT, (name, tenants[reply], version))
         for rating in claim.feedback:
             (rater,) = self._execute(
                 "SELECT rater FROM feedback WHERE id = ?", (rating,)

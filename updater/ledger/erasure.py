@@ -23,6 +23,14 @@ from updater.ledger.fates import Fates
 from updater.ledger.keys import KeyRing
 from updater.ledger.schema import FeedbackState, InteractionState
 
+_REPLIES_OF_NAMES = """
+    SELECT s.user, s.tenant, i.id, i.event_time
+    FROM subjects s JOIN interactions i ON i.subject = s.id
+    UNION ALL
+    SELECT o.user, s.tenant, i.id, i.event_time
+    FROM other_users o JOIN interactions i ON i.id = o.interaction
+    JOIN subjects s ON s.id = i.subject
+"""
 _UNDECIDED = (FeedbackState.WAITING, FeedbackState.READY)
 
 
@@ -76,8 +84,7 @@ def concerned(connection: sqlite3.Connection, erasure: Erasure) -> Concerned:
     whose, names = _whose(erasure)
     interactions = _ids(
         connection,
-        "SELECT i.id FROM subjects s JOIN interactions i ON i.subject = s.id"
-        f" WHERE {whose} AND i.event_time <= ?",
+        f"SELECT DISTINCT s.id FROM ({_REPLIES_OF_NAMES}) s WHERE {whose} AND s.event_time <= ?",
         (*names, erasure.erased_at),
     )
     return Concerned(interactions, _own_words(connection, erasure))

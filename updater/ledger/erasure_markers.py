@@ -13,8 +13,7 @@ def scopes_of(event: Interaction | Feedback) -> list[str]:
     """Every scope of an ``Erasure`` that this event alone says it is in."""
     if isinstance(event, Interaction):
         scopes = [f"interaction/{event.interaction_id}", f"tenant/{event.tenant}"]
-        if event.user is not None:
-            digest = user_digest(event.user)
+        for digest in map(user_digest, event.users):
             scopes += [f"user/{digest}", f"user/{digest}/{event.tenant}"]
         return scopes
     scopes = [f"interaction/{event.interaction_id}", f"user/{user_digest(event.rater)}"]

@@ -21,6 +21,7 @@ NOT_MEASURABLE = frozenset(
     {
         Reason.TOKEN_OUT_OF_VOCABULARY,
         Reason.EMPTY_PROMPT,
+        Reason.MULTIMODAL_PROMPT,
         Reason.EMPTY_COMPLETION,
         Reason.TOO_LONG,
         Reason.UNKNOWN_POLICY,
@@ -93,7 +94,7 @@ class Joins:
 
     def _subject(self, event: Interaction) -> tuple[int, int]:
         """Its row of ``subjects``, and the key for its body: the user's, or one of its own."""
-        user = "" if event.user is None else user_digest(event.user)
+        user = user_digest(event.users[0]) if event.users else ""
         row = self._execute(
             "SELECT id, key FROM subjects WHERE tenant = ? AND user = ?", (event.tenant, user)
         ).fetchone()
@@ -139,6 +140,12 @@ class Joins:
             f" ON CONFLICT (key) DO UPDATE SET {assignments} RETURNING id",
             tuple(row.values()),
         ).fetchone()
+        if not erased:
+            for user in event.users[1:]:
+                self._execute(
+                    "INSERT OR IGNORE INTO other_users (user, interaction) VALUES (?, ?)",
+                    (user_digest(user), identity),
+                )
         if trainable:
             for version in {min(span.version, 2**63 - 1) for span in event.policy_spans}:
                 self._execute(

@@ -1,4 +1,4 @@
--- The ledger, format 5. A change of it is a new format: see migrations/.
+-- The ledger, format 6. A change of it is a new format: see migrations/.
 --
 -- One row of `events` for every record that was consumed, with exactly one fate. Rows that scans
 -- and look-ups touch are small; bodies lie compressed and encrypted in tables of their own, their
@@ -106,6 +106,21 @@ END;
 CREATE TRIGGER ready_fewer AFTER UPDATE OF open_ratings ON interactions
 WHEN OLD.open_ratings > 0 AND NEW.open_ratings = 0 BEGIN
     UPDATE meta SET value = CAST(value AS INTEGER) - 1 WHERE name = 'ready_examples';
+END;
+
+-- Further names that a request gave the person whose reply it is.
+CREATE TABLE other_users (
+    user TEXT NOT NULL,                      -- moorline.events.user_digest
+    interaction INTEGER NOT NULL,            -- interactions.id
+    PRIMARY KEY (user, interaction)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX other_users_by_interaction ON other_users (interaction);
+CREATE TRIGGER other_users_erased AFTER UPDATE OF subject ON interactions
+WHEN NEW.subject IS NULL BEGIN
+    DELETE FROM other_users WHERE interaction = NEW.id;
+END;
+CREATE TRIGGER other_users_forgotten AFTER DELETE ON interactions BEGIN
+    DELETE FROM other_users WHERE interaction = OLD.id;
 END;
 
 -- Which policies wrote a reply that may still be trained on: their adapters must be kept.
