@@ -119,7 +119,7 @@ def forget(state: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", ["ana", "s-1"])
 def test_either_of_two_names_is_enough_to_be_forgotten(tmp_path: Path, name: str) -> None:
-    of = pseudonyms(tmp_path).of
+    of = pseudonyms(tmp_path).pseudonym_of
     both = interaction("r1", user=of("ana")).model_copy(update={"other_users": (of("s-1"),)})
     fed(tmp_path, both, rating("r1"), interaction("r2", user=of("ben")), rating("r2"))
     told = forget(tmp_path, name)
@@ -128,7 +128,7 @@ def test_either_of_two_names_is_enough_to_be_forgotten(tmp_path: Path, name: str
 
 
 def test_a_name_that_is_not_the_first_is_not_everybody_of_the_first(tmp_path: Path) -> None:
-    of = pseudonyms(tmp_path).of
+    of = pseudonyms(tmp_path).pseudonym_of
     app = interaction("r1", user=of("app"))
     person = interaction("r2", user=of("app")).model_copy(update={"other_users": (of("ana"),)})
     fed(tmp_path, app, rating("r1"), person, rating("r2"))
@@ -137,7 +137,7 @@ def test_a_name_that_is_not_the_first_is_not_everybody_of_the_first(tmp_path: Pa
 
 
 def test_who_was_forgotten_by_a_further_name_does_not_come_back(tmp_path: Path) -> None:
-    of = pseudonyms(tmp_path).of
+    of = pseudonyms(tmp_path).pseudonym_of
     log = Log(partitions=1)
     with Ledger(tmp_path / "ledger.sqlite", horizon_seconds=HORIZON) as ledger:
         ledger.ingest([log.parsed(interaction("r1", user=of("ben")))], now=NOW)
