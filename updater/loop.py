@@ -8,7 +8,7 @@
     bound              safety/trust_region.py       its largest step inside the divergence bound
     write              candidates.py                the candidate's bytes, under their hash
     judge              safety/gate.py               a verdict on exactly those bytes
-    decide             ledger/decisions.py          one transaction: fates, offsets, release
+    decide             outcomes.py                  one transaction: fates, offsets, release
     publish            releases.py                  manifest to the store, announcement to the topic
     collect garbage    retention.py                 bytes that nobody can ask for any more
 
@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from moorline import metrics
 from moorline.adapter_format import OPTIMIZER_STATE
-from moorline.events import Decision, Divergence, Reason, Release, Verdict
+from moorline.events import Decision, Divergence, Reason, Release
 from moorline.failpoints import failpoint
 from moorline.settings import Settings
 from moorline.store import ArtifactStore, PinInvalid, StoreUnavailable
@@ -43,14 +43,15 @@ from updater.learning.trainer import (
     Proposal,
     Trainer,
 )
-from updater.ledger import BatchDecision, Ledger, LedgerUnavailable
+from updater.ledger import Ledger, LedgerUnavailable
+from updater.outcomes import Outcomes
 from updater.progress import Phase, Progress
 from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
 from updater.releases import Manifests, publish_decided
 from updater.retention import collect_garbage
 from updater.safety import Gate
 from updater.safety.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
-from updater.values import Batch, Candidate, Example, uncredited
+from updater.values import Batch, Candidate, Example
 
 logger = logging.getLogger("moorline.loop")
 
@@ -88,6 +89,7 @@ class Loop:
         self._gate = gate
         self._publish = publish
         self._manifests = Manifests(settings, ledger, store, base_model_digest, software)
+        self._outcomes = Outcomes(ledger, self._manifests, trainer, trust_region)
         self._quarantine = Quarantine(settings, ledger, trainer, trust_region, self._credited)
         self._base_model_digest = base_model_digest
         self._base_adapter = trainer.live_adapter
@@ -120,7 +122,7 @@ class Loop:
             "learning goes on from the live release",
             extra={"event": "learning_resumed", "version": version, "epoch": self._ledger.epoch},
         )
-        self._export_version(version)
+        self._outcomes.export_version(version, self._last_divergences)
 
     def cycle(self) -> None:
         """Take in what there is; learn from it if it is enough; announce what was decided.
@@ -219,7 +221,11 @@ class Loop:
         suspects = self._quarantine.suspects()
         if suspects and not self._quarantine.enough_to_teach(suspects):
             cause = self._quarantine.bisect(suspects)
-            return self._reject_for(Reason.UPDATE_CRASHED, suspects, cause) if cause else "trial"
+            return (
+                self._outcomes.reject_alone(Reason.UPDATE_CRASHED, suspects, cause)
+                if cause
+                else "trial"
+            )
         examples = suspects or self._ledger.ready_examples(self._settings.learning.batch_examples)
         with self._quarantine.watch(examples):
             return self._update(examples)
@@ -237,21 +243,23 @@ class Loop:
             )
             proposal = self._trainer.propose(batch, staleness)
         except NothingToLearn:
-            return self._make_no_update(batch, baselines)
+            return self._outcomes.no_update(batch, baselines)
         except NonFiniteUpdate as error:
-            return self._reject(batch, baselines, Reason.NON_FINITE_UPDATE, cause=str(error))
+            return self._outcomes.reject(
+                batch, baselines, Reason.NON_FINITE_UPDATE, cause=str(error)
+            )
         except OF_THE_MACHINE:
             raise
         except Exception as error:  # whatever it is, this batch must not come back for ever
             guilty = self._quarantine.culprits(examples, error)
-            return self._reject_for(Reason.UPDATE_FAILED, guilty, cause_of(error))
+            return self._outcomes.reject_alone(Reason.UPDATE_FAILED, guilty, cause_of(error))
         export_metrics(proposal.diagnostics)
         failpoint("loop.after_training")
 
         self._progress.enter(Phase.MEASURING)
         step = self._bound(batch, proposal)
         if isinstance(step, Refused):
-            return self._reject(
+            return self._outcomes.reject(
                 batch,
                 baselines,
                 Reason.DIVERGENCE_BOUND,
@@ -266,7 +274,7 @@ class Loop:
         )
         failpoint("loop.after_gate")
         if verdict.decision is not Decision.PASS:
-            return self._reject(
+            return self._outcomes.reject(
                 batch,
                 baselines,
                 Reason.GATE_BLOCKED,
@@ -274,7 +282,8 @@ class Loop:
                 diagnostics=candidate.diagnostics,
                 verdict=verdict,
             )
-        self._accept(batch, baselines, candidate, verdict)
+        release = self._outcomes.release(batch, baselines, candidate, verdict)
+        self._last_divergences = release.divergences
         self._trainer.accept(step.adapter, proposal.optimizer)
         return "released"
 
@@ -297,23 +306,6 @@ class Loop:
             behaviour_policies_unavailable(staleness.behaviours),
         )
         return batch, baselines, staleness
-
-    def _make_no_update(self, batch: Batch, baselines: Baselines) -> str:
-        """The policy stays, and every example ends with the reason why it taught nothing."""
-        reasons = dict.fromkeys(batch.example_ids, Reason.NO_ADVANTAGE) | dict(batch.set_aside)
-        learned = baselines if batch.examples else None
-        self._ledger.commit_no_update(
-            BatchDecision(
-                list(reasons), reasons, baselines=learned, record=self._circumstances(batch)
-            )
-        )
-        return _log_no_release(batch, next(iter(reasons.values())))
-
-    def _reject_for(self, reason: Reason, guilty: Sequence[Example], cause: str) -> str:
-        """No update survives these: they end here, whatever was with them stays ready."""
-        return self._reject(
-            uncredited(guilty, self._ledger.live_version()), None, reason, cause=cause
-        )
 
     def _bound(self, batch: Batch, proposal: Proposal) -> BoundedStep | Refused:
         """The largest step inside the divergence bound, measured on traffic outside the batch."""
@@ -344,66 +336,6 @@ class Loop:
         metrics.STEP_SCALE.set(step.scale)
         return candidate
 
-    def _accept(
-        self,
-        batch: Batch,
-        baselines: Baselines,
-        candidate: Candidate,
-        verdict: Verdict,
-    ) -> None:
-        """One transaction: the examples are trained, and the release is in the outbox."""
-        release = self._manifests.accepted(batch, candidate, verdict)
-        failpoint("loop.before_release")
-        self._ledger.commit_release(
-            release, BatchDecision(batch.handed_out, set_aside=batch.set_aside, baselines=baselines)
-        )
-        failpoint("loop.after_release")
-        self._last_divergences = release.divergences
-        self._export_version(release.version)
-        logger.info(
-            "update released as a new version",
-            extra={
-                "event": "update_released",
-                "version": release.version,
-                "examples": len(batch.examples),
-            },
-        )
-
-    def _reject(
-        self,
-        batch: Batch,
-        baselines: Baselines | None,
-        reason: Reason,
-        *,
-        divergences: Sequence[Divergence] = (),
-        diagnostics: Mapping[str, float] | None = None,
-        verdict: Verdict | None = None,
-        cause: str = "",
-    ) -> str:
-        """One transaction: the examples end with their candidate, and the policy goes back."""
-        record = {
-            "divergences": [divergence.model_dump() for divergence in divergences],
-            "diagnostics": dict(diagnostics or {}),
-            "verdict": verdict.model_dump(mode="json") if verdict else None,
-            "cause": cause,
-            **self._circumstances(batch),
-        }
-        self._trainer.restore()
-        self._ledger.commit_rejection(
-            reason,
-            BatchDecision(
-                batch.handed_out, set_aside=batch.set_aside, baselines=baselines, record=record
-            ),
-        )
-        return _log_no_release(batch, reason)
-
-    def _circumstances(self, batch: Batch) -> dict[str, object]:
-        """What a batch depended on besides its examples: with it, its end can be made again."""
-        return {
-            "offsets": self._ledger.release_offsets(),
-            "behaviour_policies_unavailable": dict(batch.behaviour_policies_unavailable),
-        }
-
     def _publish_decided(self) -> None:
         """Publish what the ledger has decided and nobody was told of yet."""
         publish_decided(self._ledger, self._store, self._publish)
@@ -411,25 +343,3 @@ class Loop:
     def _collect_garbage(self) -> None:
         keep = self._settings.learning.keep_releases
         collect_garbage(self._store, self._ledger, self._settings.alias, keep)
-
-    def _export_version(self, version: int) -> None:
-        """Set the metrics of the live policy."""
-        metrics.POLICY_VERSION.labels(role="updater").set(version)
-        if self._last_divergences:
-            metrics.ANCHOR_BUDGET_LEFT_NATS.set(
-                self._trust_region.anchor_budget_left_nats(self._last_divergences)
-            )
-
-
-def _log_no_release(batch: Batch, reason: Reason) -> str:
-    """Log that a batch made no release; returns the reason, which is the outcome's name."""
-    logger.info(
-        "update made no release: %s",
-        reason,
-        extra={
-            "event": "update_unreleased",
-            "reason": str(reason),
-            "examples": len(batch.examples),
-        },
-    )
-    return str(reason)
