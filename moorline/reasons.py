@@ -36,6 +36,11 @@ REMEDIES: Mapping[Reason, str] = {
     Reason.GREEDY_SAMPLING: "Sample at a temperature above 0 where replies shall teach.",
     Reason.ALTERED_SAMPLING: "Leave out penalties, logit bias and structured output where replies "
     "shall teach.",
+    Reason.CUSTOM_LOGITS_PROCESSOR: "Serve without it (`--logits-processors` in "
+    "`serving.vllm_args`, or an installed vLLM plugin) where replies shall teach.",
+    Reason.SPECULATIVE_DECODING: "Leave `--speculative-config` out of `serving.vllm_args` where "
+    "replies shall teach.",
+    Reason.MULTIMODAL_PROMPT: NOTHING,
     Reason.RAW_LOGPROBS: "Record with Moorline's server, or sample at temperature 1 without "
     "truncation.",
     Reason.NO_LOGPROBS: "Record with Moorline's server; another producer must write one logprob "

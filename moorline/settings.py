@@ -82,6 +82,9 @@ class ServingSettings(_Section):
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
     drain_seconds: float = Field(default=30.0, ge=1)
     """At a stop, running replies get this long to end."""
+    stream_stall_seconds: float = Field(default=120.0, gt=0)
+    """A client that takes nothing of its reply for so long, while more waits to be sent, is ended.
+    One that reads slowly but steadily is not."""
     store_wait_seconds: float = Field(default=30.0, gt=0)
     """A start waits this long for a release store that does not answer; then it serves the base
     model until the store does."""

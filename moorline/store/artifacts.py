@@ -131,7 +131,7 @@ class ArtifactStore:
         return digest, tuple(written)
 
     def _make_visible(self, temporary: Path, digest: str, files: tuple[ArtifactFile, ...]) -> None:
-        """Give it its name, durably, or take it out of sight again."""
+        """Rename it to its digest, durably; where that fails, remove it again."""
         final = self._artifacts / digest
         try:
             temporary.rename(final)
@@ -157,7 +157,7 @@ class ArtifactStore:
             raise
 
     def check_room(self, size_bytes: int) -> None:
-        """Before long work: ``StoreUnavailable`` if the disk has less than its result needs."""
+        """Raise ``StoreUnavailable`` if the disk has no room for what long work will write."""
         with disk_errors(self.root):
             make_directory(self._artifacts)
             free_bytes = shutil.disk_usage(self._artifacts).free

@@ -1,4 +1,4 @@
-"""The chaos harness: its schedule follows from the seed, and its oracle sees what it must."""
+"""The chaos harness: its schedule follows from the seed, and its oracle finds every difference."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def a_log(interactions: Sequence[Interaction], equal: int = 0) -> list[Record]:
 
 
 def some_replies(number: int) -> list[Interaction]:
-    """What nobody wrote: good enough to be counted."""
+    """Replies with invented tokens: enough for whatever only counts them."""
     return [
         Interaction(
             interaction_id=f"chatcmpl-{index}",
@@ -119,7 +119,7 @@ def settings_in(tiny_model_dir: Path, tmp_path: Path) -> Callable[[str], Setting
 
 @pytest.fixture
 def policy(settings_in: Callable[[str], Settings]) -> Policy:
-    """What the references start from."""
+    """The policy that the reference runs start from."""
     settings = settings_in("any")
     learning = settings.learning
     return Policy(

@@ -16,8 +16,8 @@ from torch import Tensor
 from moorline import metrics
 from moorline.events import Fate, Feedback, FeedbackKind, Reason
 from moorline.stream import Topic
+from tests.updater.harness import Tape, Updater
 from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
-from tests.updater.test_loop import Tape, Updater
 from updater.learning.policy import Policy
 from updater.progress import Phase
 

@@ -17,9 +17,9 @@ from moorline.events import Fate, Reason
 from moorline.settings import Settings, load_settings
 from moorline.store import ArtifactMissing
 from moorline.stream import Topic
+from tests.updater.harness import Updater
 from tests.updater.learning.fixtures import some_sequences
 from tests.updater.ledger.fixtures import FAST_DISK, NOW, Log, interaction, rating, release
-from tests.updater.test_loop import Updater
 from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import Proposal, Trainer
 from updater.ledger import BatchDecision, Ledger
@@ -42,17 +42,17 @@ class Mortal(Trainer):
     error: BaseException = Died()
 
     def propose(
-        self, batch: Batch, seen: StalenessReport | None = None, **options: Any
+        self, batch: Batch, staleness: StalenessReport | None = None, **options: Any
     ) -> Proposal:
         names = {one.example.interaction.interaction_id for one in batch.examples}
         if names & self.poison or len(names) >= self.together:
             raise self.error
-        return super().propose(batch, seen, **options)
+        return super().propose(batch, staleness, **options)
 
 
 @pytest.fixture
 def mortal(monkeypatch: pytest.MonkeyPatch) -> type[Mortal]:
-    monkeypatch.setattr("tests.updater.test_loop.Trainer", Mortal)
+    monkeypatch.setattr("updater.assembly.Trainer", Mortal)
     return Mortal
 
 

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 
 from moorline.events import Fate, Reason, Release, ReleaseKind, user_digest
 from updater.learning.baselines import Baselines
-from updater.ledger.crashes import clear_update
+from updater.ledger.crashes import clear_counts
 from updater.ledger.database import LedgerError, set_meta
 from updater.ledger.examples import Claim
 from updater.ledger.fates import Fates
@@ -100,7 +100,9 @@ class Decisions:
                 " WHERE i.id = ?",
                 (reply,),
             ).fetchone()
-            self._execute(_TAUGHT, (user, tenants[reply], version))
+            others = self._execute("SELECT user FROM other_users WHERE interaction = ?", (reply,))
+            for name in (user, *(other for (other,) in others.fetchall())):
+                self._execute(_TAUGHT, (name, tenants[reply], version))
         for rating in claim.feedback:
             (rater,) = self._execute(
                 "SELECT rater FROM feedback WHERE id = ?", (rating,)
@@ -154,7 +156,7 @@ class Decisions:
 
     def finish(self, baselines: Baselines | None) -> None:
         """End the update under way, and keep what the credit knows now."""
-        clear_update(self._connection)
+        clear_counts(self._connection)
         if baselines is not None:
             set_meta(self._connection, "baselines", baselines.to_json())
 

@@ -1,4 +1,4 @@
-"""The ledger as an auditor asks: what was consumed where, and what is behind a release.
+"""Answers for an auditor: what was consumed where, and what is behind a release.
 
 Questions of an operator, not of a cycle: some of them read a whole table. None touches a body.
 """
@@ -121,7 +121,7 @@ class LedgerInspector(Histories):
     # --- for an erasure ---------------------------------------------------------------------
 
     def would_forget(self, erasure: Erasure) -> Forgotten:
-        """What an erasure would come to now. Reads whole tables."""
+        """What an erasure would do now. Reads whole tables."""
         with self._database.snapshot() as connection:
             rows = concerned(connection, erasure)
             taught = taught_versions(connection, erasure)

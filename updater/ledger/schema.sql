@@ -108,6 +108,21 @@ WHEN OLD.open_ratings > 0 AND NEW.open_ratings = 0 BEGIN
     UPDATE meta SET value = CAST(value AS INTEGER) - 1 WHERE name = 'ready_examples';
 END;
 
+-- Further names that a request gave the person whose reply it is.
+CREATE TABLE other_users (
+    user TEXT NOT NULL,                      -- moorline.events.user_digest
+    interaction INTEGER NOT NULL,            -- interactions.id
+    PRIMARY KEY (user, interaction)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX other_users_by_interaction ON other_users (interaction);
+CREATE TRIGGER other_users_erased AFTER UPDATE OF subject ON interactions
+WHEN NEW.subject IS NULL BEGIN
+    DELETE FROM other_users WHERE interaction = NEW.id;
+END;
+CREATE TRIGGER other_users_forgotten AFTER DELETE ON interactions BEGIN
+    DELETE FROM other_users WHERE interaction = OLD.id;
+END;
+
 -- Which policies wrote a reply that may still be trained on: their adapters must be kept.
 CREATE TABLE behaviour_policies (
     interaction INTEGER NOT NULL REFERENCES interactions (id),

@@ -299,7 +299,7 @@ class Ledger(LedgerReader):
         found = self._readable(
             lambda connection, bodies: read_traffic(connection, bodies, limit, max_tokens, excluded)
         )
-        self.crashes.measure_on(found)
+        self.crashes.mark_measured(found)
         return list(found.values())
 
     # --- how it ends --------------------------------------------------------------------------
