@@ -2,6 +2,8 @@
 
     take in            ingest.py                    the stream's records become rows of the ledger
     revoke             ledger/revocation.py         what learned from an erased person is taken back
+    reanchor           anchors.py                   distances are measured from where a person says
+    choose a batch     batches.py                   what the next update learns from
     measure staleness  learning/staleness.py        how far those who acted are from this policy
     assign credit      learning/advantages.py       ratings become advantages
     propose            learning/trainer.py          one update of the live adapter
@@ -29,6 +31,8 @@ from moorline.failpoints import failpoint
 from moorline.settings import Settings
 from moorline.store import ArtifactStore, PinInvalid, StoreUnavailable
 from moorline.stream import StreamUnavailable
+from updater.anchors import Anchors
+from updater.batches import Batches
 from updater.candidates import write_candidate
 from updater.ingest import Ingest
 from updater.learning.advantages import assign_credit
@@ -89,10 +93,15 @@ class Loop:
         self._gate = gate
         self._publish = publish
         self._manifests = Manifests(settings, ledger, store, base_model_digest, software)
-        self._outcomes = Outcomes(ledger, self._manifests, trainer, trust_region)
+        self._outcomes = Outcomes(
+            ledger, self._manifests, trainer, trust_region, settings.learning.max_tries
+        )
         self._quarantine = Quarantine(settings, ledger, trainer, trust_region, self._credited)
         self._base_model_digest = base_model_digest
+        self._batches = Batches(settings.learning, ledger, self._quarantine)
+        self._anchors = Anchors(settings.alias, ledger, store, policy)
         self._base_adapter = trainer.live_adapter
+        self._exhausted_at: int | None = None
         self._progress = progress
         self._last_divergences: tuple[Divergence, ...] = ()
         self._candidate_bytes = 0
@@ -118,11 +127,12 @@ class Loop:
         else:
             self._trainer.resume(self._base_adapter, None)
         self._last_divergences = release.divergences if release is not None else ()
+        self._load_anchor()
         logger.info(
             "learning goes on from the live release",
             extra={"event": "learning_resumed", "version": version, "epoch": self._ledger.epoch},
         )
-        self._outcomes.export_version(version, self._last_divergences)
+        self._outcomes.export_version(version, release)
 
     def cycle(self) -> None:
         """Take in what there is; learn from it if it is enough; announce what was decided.
@@ -144,11 +154,12 @@ class Loop:
     def _cycle(self) -> None:
         reading = self._take_in()
         self._revoke()
+        self._reanchor()
         self._publish_decided()
-        pinned = self._store.pinned(self._settings.alias) is not None
-        if pinned or not self._enough():
+        waits_in = self._why_no_update()
+        if waits_in is not None:
             if reading:
-                self._progress.enter(Phase.PINNED if pinned else Phase.WAITING)
+                self._progress.enter(waits_in)
             return
         self._store.check_room(self._candidate_bytes)
         start = time.monotonic()
@@ -157,6 +168,16 @@ class Loop:
         metrics.UPDATE_SECONDS.observe(time.monotonic() - start)
         self._publish_decided()
         self._collect_garbage()
+
+    def _why_no_update(self) -> Phase | None:
+        """What an update waits for; None: it is due. Never while an erasure is unread."""
+        if self._store.pinned(self._settings.alias) is not None:
+            return Phase.PINNED
+        if self._exhausted_at == self._ledger.live_version():
+            return Phase.ANCHOR_EXHAUSTED
+        if self._batches.due() and not self._ingest.erasures_unread():
+            return None
+        return Phase.WAITING
 
     # --- the verbs --------------------------------------------------------------------------
 
@@ -200,20 +221,18 @@ class Loop:
         self._publish_decided()
         self._collect_garbage()
 
-    def _enough(self) -> bool:
-        """Whether an update is due.
+    def _reanchor(self) -> None:
+        """Measure distances from another policy, where a person has asked for it."""
+        request = self._anchors.requested()
+        if request is not None and self._anchors.apply(request):
+            self._load_anchor()
+            self._collect_garbage()
 
-        It is with a full batch, with a smaller one that has waited long enough, or with suspects of
-        a crash; never while an erasure is unread.
-        """
-        learning = self._settings.learning
-        ready = self._ledger.count_ready()
-        oldest = self._ledger.oldest_ready_at()
-        waited = time.time() - oldest if oldest is not None else 0.0
-        long_enough = ready >= learning.min_batch_examples and waited >= learning.max_wait_seconds
-        full = ready >= learning.batch_examples
-        due = self._quarantine.due(full or long_enough)
-        return due and not self._ingest.erasures_unread()
+    def _load_anchor(self) -> None:
+        version, adapter = self._anchors.current()
+        self._trainer.set_anchor(adapter)
+        self._trust_region.set_anchor(adapter, version)
+        self._exhausted_at = None
 
     def _learn(self) -> str:
         """One batch to its decision, suspects first; returns the outcome's name."""
@@ -226,7 +245,7 @@ class Loop:
                 if cause
                 else "trial"
             )
-        examples = suspects or self._ledger.ready_examples(self._settings.learning.batch_examples)
+        examples = suspects or self._batches.take()
         with self._quarantine.watch(examples):
             return self._update(examples)
 
@@ -245,9 +264,7 @@ class Loop:
         except NothingToLearn:
             return self._outcomes.no_update(batch, baselines)
         except NonFiniteUpdate as error:
-            return self._outcomes.reject(
-                batch, baselines, Reason.NON_FINITE_UPDATE, cause=str(error)
-            )
+            return self._outcomes.reject(batch, baselines, Reason.NON_FINITE_UPDATE, str(error))
         except OF_THE_MACHINE:
             raise
         except Exception as error:  # whatever it is, this batch must not come back for ever
@@ -259,9 +276,11 @@ class Loop:
         self._progress.enter(Phase.MEASURING)
         step = self._bound(batch, proposal)
         if isinstance(step, Refused):
-            return self._outcomes.reject(
+            if step.anchor_exhausted:
+                self._exhausted_at = batch.live_version
+                return self._outcomes.anchor_exhausted(batch)
+            return self._outcomes.refuse(
                 batch,
-                baselines,
                 Reason.DIVERGENCE_BOUND,
                 divergences=step.divergences,
                 diagnostics=proposal.diagnostics,
@@ -274,9 +293,8 @@ class Loop:
         )
         failpoint("loop.after_gate")
         if verdict.decision is not Decision.PASS:
-            return self._outcomes.reject(
+            return self._outcomes.refuse(
                 batch,
-                baselines,
                 Reason.GATE_BLOCKED,
                 divergences=candidate.divergences,
                 diagnostics=candidate.diagnostics,
@@ -315,7 +333,7 @@ class Loop:
             max_tokens=self._settings.learning.max_example_tokens,
         )
         step = self._trust_region.largest_step(
-            self._trainer.live_adapter, proposal.adapter, traffic
+            self._trainer.live_adapter, proposal.adapter, traffic, self._batches.step_share(batch)
         )
         export_divergences(step.divergences)
         return step

@@ -26,8 +26,15 @@ class Outcomes:
     """Writes the ends of batches into the ledger."""
 
     def __init__(
-        self, ledger: Ledger, manifests: Manifests, trainer: Trainer, trust_region: TrustRegion
+        self,
+        ledger: Ledger,
+        manifests: Manifests,
+        trainer: Trainer,
+        trust_region: TrustRegion,
+        max_tries: int,
     ) -> None:
+        """``max_tries``: so often a rating may be in a candidate that is refused."""
+        self._max_tries = max_tries
         self._ledger = ledger
         self._manifests = manifests
         self._trainer = trainer
@@ -43,7 +50,7 @@ class Outcomes:
             release, BatchDecision(batch.handed_out, set_aside=batch.set_aside, baselines=baselines)
         )
         failpoint("loop.after_release")
-        self.export_version(release.version, release.divergences)
+        self.export_version(release.version, release)
         logger.info(
             "update released as a new version",
             extra={
@@ -54,42 +61,70 @@ class Outcomes:
         )
         return release
 
-    def reject(
+    def refuse(
         self,
         batch: Batch,
-        baselines: Baselines | None,
         reason: Reason,
         *,
-        divergences: Sequence[Divergence] = (),
-        diagnostics: Mapping[str, float] | None = None,
+        divergences: Sequence[Divergence],
+        diagnostics: Mapping[str, float],
         verdict: Verdict | None = None,
-        cause: str = "",
     ) -> str:
-        """The examples end with their candidate, and the policy goes back.
+        """The candidate may not be released, which says little of each rating: they are tried again
+        in smaller batches, ``learning.max_tries`` times in all.
+
+        What they say of the baselines counts when they have taught.
 
         Returns:
             The outcome's name, as ``moorline_updates_total`` labels it; so do the others below.
         """
         record = {
             "divergences": [divergence.model_dump() for divergence in divergences],
-            "diagnostics": dict(diagnostics or {}),
+            "diagnostics": dict(diagnostics),
             "verdict": verdict.model_dump(mode="json") if verdict else None,
-            "cause": cause,
-            **self._circumstances(batch),
         }
+        return self._reject(batch, reason, record, max_tries=self._max_tries)
+
+    def reject(self, batch: Batch, baselines: Baselines | None, reason: Reason, cause: str) -> str:
+        """The examples end here, and the policy goes back."""
+        return self._reject(batch, reason, {"cause": cause}, baselines)
+
+    def anchor_exhausted(self, batch: Batch) -> str:
+        """The line has used up its distance from the anchor: nothing is consumed, all waits."""
+        self._trainer.restore()
+        self._ledger.crashes.remove_marks()
+        logger.error(
+            "the line has used up its distance from the anchor: ratings wait, nothing is learned;"
+            " roll back, raise bound.anchor_kl_nats, or `moorline reanchor`",
+            extra={"event": "anchor_exhausted", "version": batch.live_version},
+        )
+        return "anchor_exhausted"
+
+    def _reject(
+        self,
+        batch: Batch,
+        reason: Reason,
+        record: Mapping[str, object],
+        baselines: Baselines | None = None,
+        max_tries: int = 1,
+    ) -> str:
         self._trainer.restore()
         self._ledger.commit_rejection(
             reason,
             BatchDecision(
-                batch.handed_out, set_aside=batch.set_aside, baselines=baselines, record=record
+                batch.handed_out,
+                set_aside=batch.set_aside,
+                baselines=baselines,
+                record={**record, **self._circumstances(batch)},
             ),
+            max_tries=max_tries,
         )
         return _log_no_release(batch, reason)
 
     def reject_alone(self, reason: Reason, guilty: Sequence[Example], cause: str) -> str:
         """No update survives these: they end here, whatever was with them stays ready."""
         batch = uncredited(guilty, self._ledger.live_version())
-        return self.reject(batch, None, reason, cause=cause)
+        return self.reject(batch, None, reason, cause)
 
     def no_update(self, batch: Batch, baselines: Baselines) -> str:
         """The policy stays, and every example ends with the reason why it taught nothing."""
@@ -102,13 +137,12 @@ class Outcomes:
         )
         return _log_no_release(batch, next(iter(reasons.values())))
 
-    def export_version(self, version: int, divergences: Sequence[Divergence]) -> None:
+    def export_version(self, version: int, release: Release | None) -> None:
         """Set the metrics of the live policy."""
         metrics.POLICY_VERSION.labels(role="updater").set(version)
-        if divergences:
-            metrics.ANCHOR_BUDGET_LEFT_NATS.set(
-                self._trust_region.anchor_budget_left_nats(divergences)
-            )
+        left = self._trust_region.budget_left_nats(release) if release else None
+        if left is not None:
+            metrics.ANCHOR_BUDGET_LEFT_NATS.set(left)
 
     def _circumstances(self, batch: Batch) -> dict[str, object]:
         """What a batch depended on besides its examples: with it, its end can be made again."""

@@ -60,5 +60,6 @@ class AnchorRequests:
             return None
         except (OSError, ValidationError) as error:
             raise ManifestInvalid(
-                f"{path} cannot be read ({describe(error)}): `moorline reanchor` again, or remove it"
+                f"{path} cannot be read ({describe(error)}): `moorline reanchor` again, or remove "
+                "the file"
             ) from None

@@ -37,7 +37,7 @@ def test_a_candidate_that_could_not_be_judged_is_not_released(
         updater.loop.cycle()
     assert updater.published == []
     assert updater.store.newest("assistant") is None
-    assert updater.fates() == {Fate.REJECTED: 4}
+    assert updater.fates() == {Fate.PENDING: 4}, "they wait for another try"
     (rejection,) = updater.ledger.rejections()
     assert rejection["reason"] == Reason.GATE_BLOCKED
     assert json.loads(rejection["record"])["verdict"]["decision"] == Decision.HOLD

@@ -1,4 +1,4 @@
-"""Which policy the line's distance is measured from: the base model, or what a person chose since."""
+"""Which policy the line's distance is measured from: the base model, or a person's choice."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def count_refusal(
     Returns:
         The examples that have had their tries, and those that wait for another.
     """
-    ended, returned = {}, {}
+    ended: dict[str, Claim] = {}
+    returned: dict[str, Claim] = {}
     for example_id, claim in claims.items():
         (refused,) = connection.execute(
             "INSERT INTO refused_counts (interaction, refused) VALUES (?, 1)"

@@ -21,7 +21,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from moorline.events import Divergence
+from moorline.events import Divergence, Release
 from moorline.settings import BoundSettings
 from updater.learning.divergence import exact_kl
 from updater.learning.policy import AdapterState, Policy, interpolate
@@ -70,9 +70,9 @@ class TrustRegion:
         self.set_anchor(None)
         self._live: tuple[AdapterState, list[Tensor]] | None = None
 
-    def set_anchor(self, anchor: AdapterState | None) -> None:
-        """Measure from this policy from now on (None: the base model)."""
-        self._anchor = anchor
+    def set_anchor(self, anchor: AdapterState | None, version: int = 0) -> None:
+        """Measure from this version's policy from now on (None: the base model)."""
+        self._anchor, self._anchor_version = anchor, version
         self.anchor_probe_logprobs = self.logprobs(anchor, self.probes)
 
     def logprobs(
@@ -167,6 +167,17 @@ class TrustRegion:
         spent = max(one.mean_kl_nats for one in divergences if one.measured_from == "anchor")
         return self._bound.anchor_kl_nats - spent
 
+    def budget_left_nats(self, live: Release) -> float | None:
+        """The same after the live release.
+
+        None: another anchor was chosen since it was measured; the next release will tell.
+        """
+        if live.version == self._anchor_version or not live.divergences:
+            return self._bound.anchor_kl_nats
+        if live.anchor != self._anchor_version:
+            return None
+        return self.anchor_budget_left_nats(live.divergences)
+
     def _limit(self, divergence: Divergence) -> float:
         if divergence.measured_from == "live":
             return self._bound.live_kl_nats
@@ -216,10 +227,10 @@ def largest_inside(
 ) -> float | None:
     """The largest scale found whose ``measure`` (share of the limit used) is at most 1.
 
-    Tries the ``whole`` step first. Then, because a divergence grows about with the square of a small
-    step, guesses from the last measurement and falls back to bisection where the guess leaves the
-    bracket. ``None`` when nothing of at least ``min_scale`` was inside within ``steps`` tries after
-    the first, or when a measurement is NaN (never taken for being inside).
+    Tries the ``whole`` step first. Then, because a divergence grows about with the square of a
+    small step, guesses from the last measurement and falls back to bisection where the guess leaves
+    the bracket. ``None`` when nothing of at least ``min_scale`` was inside within ``steps`` tries
+    after the first, or when a measurement is NaN (never taken for being inside).
     """
     used = measure(whole)
     if used <= 1.0:
