@@ -10,9 +10,9 @@ import torch
 from moorline.events import Decision, Fate, Reason, Verdict
 from moorline.store import AnchorRequests
 from tests.updater.harness import Updater
-from updater.loop import Loop
 from updater.progress import Phase
 from updater.safety import Gate
+from updater.update import Updates
 from updater.values import Batch
 
 ALIAS = "assistant"
@@ -28,13 +28,13 @@ def state_dir(tmp_path: Path) -> Path:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many replies each candidate was made of, in order."""
     found: list[int] = []
-    bound = Loop._bound
+    bound = Updates._bound
 
-    def noted(self: Loop, batch: Batch, proposal: object) -> object:
+    def noted(self: Updates, batch: Batch, proposal: object) -> object:
         found.append(len(batch.examples))
         return bound(self, batch, proposal)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Loop, "_bound", noted)
+    monkeypatch.setattr(Updates, "_bound", noted)
     return found
 
 
@@ -66,9 +66,9 @@ def test_the_good_half_of_a_refused_batch_teaches(
     updater = Updater(tiny_model_dir, state_dir, **SMALL)
     poison = "chatcmpl-0-7"
     in_batch: list[bool] = []
-    bound, judge = Loop._bound, Gate.judge
+    bound, judge = Updates._bound, Gate.judge
 
-    def noted(self: Loop, batch: Batch, proposal: object) -> object:
+    def noted(self: Updates, batch: Batch, proposal: object) -> object:
         names = {one.example.interaction.interaction_id for one in batch.examples}
         in_batch.append(poison in names)
         return bound(self, batch, proposal)  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_the_good_half_of_a_refused_batch_teaches(
         decision = Decision.BLOCK if in_batch[-1] else verdict.decision
         return verdict.model_copy(update={"decision": decision})
 
-    monkeypatch.setattr(Loop, "_bound", noted)
+    monkeypatch.setattr(Updates, "_bound", noted)
     monkeypatch.setattr(Gate, "judge", blocking)
     updater.interact(8)
     for _ in range(12):
