@@ -18,7 +18,7 @@ def versions_to_keep(ledger: LedgerReader, keep_releases: int) -> set[int]:
     last = range(max(1, newest - keep_releases + 1), newest + 1)
     wanted = {*last, ledger.live_version(), ledger.anchor().version}
     wanted |= ledger.policy_versions_referenced()
-    return wanted - ledger.revoked_versions()
+    return wanted - ledger.revoked_versions() - {0}
 
 
 def collect_garbage(

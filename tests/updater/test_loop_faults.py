@@ -81,7 +81,10 @@ def test_a_learning_rate_a_thousand_times_too_large_releases_nothing_outside_the
 ) -> None:
     limits = {"bound.live_kl_nats": 0.05, "bound.anchor_kl_nats": 0.1}
     updater = Updater(
-        tiny_model_dir, state_dir, **{"learning.learning_rate": 2.0, "learning.passes": 3}, **limits
+        tiny_model_dir,
+        state_dir,
+        **{"learning.learning_rate": 2.0, "learning.passes": 3, "learning.max_tries": 1},
+        **limits,
     )
     before = updater.policy.state()
     for seed in range(3):

@@ -193,7 +193,7 @@ def test_the_anchor_is_kept_in_the_store(tiny_model_dir: Path, state_dir: Path) 
     first = updater.published[0]
     directory = updater.store.open(str(first.artifact_digest), first.files)
     adapter = updater.policy.read_adapter(directory)
-    anchor = updater.loop._trust_region._anchor
+    anchor = updater.trust_region._anchor
     assert anchor is not None
     assert all(torch.equal(adapter[name], tensor) for name, tensor in anchor.items())
     updater.close()
