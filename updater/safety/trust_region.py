@@ -27,6 +27,7 @@ from updater.learning.divergence import exact_kl
 from updater.learning.policy import AdapterState, Policy, interpolate
 from updater.values import TokenSequence
 
+_EXHAUSTED = 0.5  # of the anchor's limit: below, it is the proposal that is far, not the line
 _AIM = 0.97  # of the limit, when the size of a step is guessed: measuring noise must not decide
 
 
@@ -126,8 +127,9 @@ class TrustRegion:
         scale = largest_inside(used_at(live), steps, min_scale, whole)
         if scale is not None:
             return tried[scale]
-        refused = self._refused(tried[whole], tried[min(tried)])
-        if self._used(self._measure(live, 0.0, traffic, origins).divergences, "anchor") <= 1.0:
+        spent = self._used(self._measure(live, 0.0, traffic, origins).divergences, "anchor")
+        refused = self._refused(tried[whole], tried[min(tried)], spent)
+        if spent <= 1.0:
             return refused
         back = self._base if self._anchor is None else self._anchor
         scale = largest_inside(used_at(back), steps, min_scale)
@@ -148,8 +150,9 @@ class TrustRegion:
         )
         return BoundedStep(scale, adapter, measured, on_probes)
 
-    def _refused(self, whole: BoundedStep, smallest: BoundedStep) -> Refused:
-        too_far = self._used(smallest.divergences, "anchor") > 1.0
+    def _refused(self, whole: BoundedStep, smallest: BoundedStep, spent: float) -> Refused:
+        """``spent``: the share of its limit that the live policy's distance from the anchor is."""
+        too_far = spent > _EXHAUSTED and self._used(smallest.divergences, "anchor") > 1.0
         jumps = self._used(smallest.divergences, "live") > 1.0
         return Refused(whole.divergences, anchor_exhausted=too_far and not jumps)
 

@@ -131,12 +131,15 @@ def test_the_way_back_to_the_anchor_is_searched_where_the_live_policy_itself_is_
 
 def test_a_refusal_says_whether_the_anchor_or_the_jump_was_too_far() -> None:
     near = rows((0.48, 0.52), EVEN)
-    for limits, exhausted in (
-        ({"anchor_kl_nats": kl(EVEN, (0.48, 0.52)) * 1.001}, True),
-        ({"live_kl_nats": 1e-9}, False),
+    spent = {"anchor_kl_nats": kl(EVEN, (0.48, 0.52)) * 1.001}
+    for live, limits, exhausted in (
+        (near, spent, True),
+        (near, {"live_kl_nats": 1e-9}, False),
+        (near, {"live_kl_nats": 1e-9, **spent}, False),
+        (rows(EVEN, EVEN), spent, False),  # the line has not moved yet: the proposal is far
     ):
         region = region_of((EVEN, EVEN), CALM, min_step_scale=0.5, **limits)
-        refused = region.largest_step(near, rows((0.2, 0.8), EVEN), [])
+        refused = region.largest_step(live, rows((0.2, 0.8), EVEN), [])
         assert isinstance(refused, Refused)
         assert refused.anchor_exhausted is exhausted
 
