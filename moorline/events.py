@@ -516,6 +516,9 @@ class Release(Event):
     examples_digest: str = ""
     step_scale: float = Field(default=1.0, description="Share of the update inside the bound")
     divergences: tuple[Divergence, ...] = ()
+    anchor: int = Field(
+        default=0, ge=0, description="The version that its distances from the anchor start at"
+    )
     verdict: Verdict | None = None
     diagnostics: dict[str, float] = Field(default_factory=dict)
     behaviour_policies_unavailable: dict[int, str] = Field(

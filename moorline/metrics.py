@@ -164,8 +164,8 @@ for _where in ("ledger", "store", "spool"):
 
 UPDATES = _counter(
     "moorline_updates_total",
-    "Updates tried; outcome: released, the Reason that it was not, or trial: of replies that the "
-    "process has died with",
+    "Updates tried; outcome: released, the Reason that it was not, anchor_exhausted, or trial: of "
+    "replies that the process has died with",
     ["outcome"],
 )
 UPDATE_CRASHES = _gauge(

@@ -61,9 +61,7 @@ REMEDIES: Mapping[Reason, str] = {
     "bfloat16 raise `learning.mismatch_limit_nats` a little.",
     Reason.NO_ADVANTAGE: "Nothing. If always: all replies are rated alike, so ask for ratings that "
     "tell them apart.",
-    Reason.DIVERGENCE_BOUND: "Lower `learning.learning_rate`. If "
-    "`moorline_anchor_budget_left_nats` is near 0: roll back, or raise "
-    "`bound.anchor_kl_nats` on purpose.",
+    Reason.DIVERGENCE_BOUND: "Lower `learning.learning_rate`.",
     Reason.GATE_BLOCKED: "Read the failed check in the rejection; do not raise its limit before "
     "you know why it failed.",
     Reason.NON_FINITE_UPDATE: "Lower `learning.learning_rate`; if it stays, report it.",

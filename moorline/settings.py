@@ -183,6 +183,9 @@ class LearningSettings(_Section):
     """Weight of a preference in the loss; 0: off."""
     preference_beta: float = Field(default=0.1, gt=0)
     """DPO's beta: the smaller, the further a pair may move the policy from those that wrote it."""
+    max_tries: int = Field(default=4, ge=1)
+    """So many candidates with a rating may be refused by the bound or the gate; each further try is
+    made with half the ratings and half the step. After the last one the rating is rejected."""
     keep_releases: int = Field(default=10, ge=2)
     """The newest releases whose bytes stay in the store, to roll back to. Older ones stay only
     while a reply that they wrote can still be trained on."""

@@ -147,6 +147,7 @@ class Updater:
         shown: dict[str, Any] = {
             "alias": self._settings.alias,
             "live_version": version,
+            "anchor_version": self._ledger.anchor().version,
             "pinned": self._pinned_version(),
             "ready_examples": self._ledger.count_ready(),
             "updates": {
@@ -171,10 +172,7 @@ class Updater:
             for divergence in release.divergences:
                 if divergence.tokens_from == "traffic":
                     shown[f"kl_{divergence.measured_from}_nats"] = divergence.mean_kl_nats
-            if release.divergences:  # else it is the base model again
-                shown["anchor_budget_left_nats"] = self._trust_region.anchor_budget_left_nats(
-                    release.divergences
-                )
+            shown["anchor_budget_left_nats"] = self._trust_region.budget_left_nats(release)
         return shown
 
     def _pinned_version(self) -> int | None:

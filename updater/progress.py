@@ -30,6 +30,8 @@ class Phase(StrEnum):
     GATING = "gating"
     PINNED = "pinned"
     """An operator has pinned a version: events are taken in, nothing is trained."""
+    ANCHOR_EXHAUSTED = "anchor_exhausted"
+    """The line has used up its distance from the anchor: ratings wait until a person decides."""
     PIN_INVALID = "pin_invalid"
     """There is a pin that nobody can read: as if pinned, until an operator writes it again."""
     STREAM_UNAVAILABLE = "stream_unavailable"

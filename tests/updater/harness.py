@@ -100,6 +100,7 @@ class Updater:
             publish=self.publish,
         )
         self.loop, self.policy, self.trainer = parts.loop, parts.policy, parts.trainer
+        self.trust_region = parts.trust_region
         self.loop.resume()
 
     def publish(self, release: Release) -> None:

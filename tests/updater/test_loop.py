@@ -238,7 +238,7 @@ def test_a_release_decided_while_the_broker_is_away_is_announced_later_and_once(
 def test_a_refused_candidate_leaves_the_policy_and_says_why(
     tiny_model_dir: Path, state_dir: Path, override: dict[str, float], reason: Reason
 ) -> None:
-    updater = Updater(tiny_model_dir, state_dir, **override)
+    updater = Updater(tiny_model_dir, state_dir, **override, **{"learning.max_tries": 1})
     before = updater.policy.state()
     updater.interact(4)
     updater.loop.cycle()

@@ -37,7 +37,7 @@ def test_a_candidate_that_could_not_be_judged_is_not_released(
         updater.loop.cycle()
     assert updater.published == []
     assert updater.store.newest("assistant") is None
-    assert updater.fates() == {Fate.REJECTED: 4}
+    assert updater.fates() == {Fate.PENDING: 4}, "they wait for another try"
     (rejection,) = updater.ledger.rejections()
     assert rejection["reason"] == Reason.GATE_BLOCKED
     assert json.loads(rejection["record"])["verdict"]["decision"] == Decision.HOLD
@@ -82,7 +82,7 @@ def test_the_second_release_is_measured_from_the_first_and_from_the_anchor(
         updater.policy.read_adapter(updater.store.open(str(one.artifact_digest), one.files))
         for one in (first, second)
     ]
-    region = updater.loop._trust_region
+    region = updater.trust_region
     before, after = (region.logprobs(one, region.probes) for one in adapters)
     anchor = region.logprobs(None, region.probes)
 
@@ -124,13 +124,13 @@ def test_traffic_that_bounds_an_update_is_not_what_it_learned_from(
     tiny_model_dir: Path, state_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     updater = Updater(tiny_model_dir, state_dir, **{"bound.traffic_examples": 2})
-    region = updater.loop._trust_region
+    region = updater.trust_region
     seen: list[Any] = []
     search = region.largest_step
 
-    def noted(live: Any, proposed: Any, traffic: Any) -> Any:
+    def noted(live: Any, proposed: Any, traffic: Any, whole: float) -> Any:
         seen.append((live, traffic))
-        return search(live, proposed, traffic)
+        return search(live, proposed, traffic, whole)
 
     monkeypatch.setattr(region, "largest_step", noted)
     updater.interact(3, seed=9, rated=False)

@@ -45,7 +45,7 @@ def test_an_updater_is_stalled_just_beyond_its_limit(
     monkeypatch: pytest.MonkeyPatch, silent_seconds: float, stalled: bool
 ) -> None:
     clock = [1000.0]
-    monkeypatch.setattr("updater.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("updater.progress.running_seconds", lambda: clock[0])
     alive: list[float] = []
     progress = Progress(10.0, lambda: alive.append(clock[0]))
     progress.enter(Phase.TRAINING)

@@ -192,10 +192,12 @@ def test_a_reply_that_kills_whoever_measures_on_it_is_not_measured_on(
     killer = some_sequences(1, seed=1)[0].completion_token_ids
     measure = TrustRegion.largest_step
 
-    def dying(self: TrustRegion, live: object, proposal: object, traffic: Any) -> object:
+    def dying(
+        self: TrustRegion, live: object, proposal: object, traffic: Any, whole: float
+    ) -> object:
         if killer in [one.completion_token_ids for one in traffic]:
             raise Died
-        return measure(self, live, proposal, traffic)  # type: ignore[arg-type]
+        return measure(self, live, proposal, traffic, whole)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TrustRegion, "largest_step", dying)
     with pytest.raises(Died):

@@ -200,6 +200,11 @@ _NEVER = (
         "crashes counted for replies that are not here",
     ),
     (
+        "SELECT count(*) FROM refused_counts WHERE interaction NOT IN"
+        " (SELECT id FROM interactions)",
+        "refused candidates counted for replies that are not here",
+    ),
+    (
         "SELECT count(*) FROM (SELECT 1 FROM events WHERE fate = 'trained'"
         " AND (decided_by IS NULL OR decided_by NOT IN (SELECT version FROM releases)))",
         "trained events without their release",

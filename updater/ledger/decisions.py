@@ -16,6 +16,7 @@ from updater.ledger.database import LedgerError, set_meta
 from updater.ledger.examples import Claim
 from updater.ledger.fates import Fates
 from updater.ledger.joins import NOT_MEASURABLE
+from updater.ledger.refusals import count_refusal, forget_refusals
 from updater.ledger.schema import FeedbackState, InteractionState
 
 OF_THE_BATCH = frozenset(
@@ -115,16 +116,18 @@ class Decisions:
         claims: Mapping[str, Claim],
         reason: Reason,
         now: float,
+        max_tries: int = 1,
     ) -> int:
-        """Examples end with their candidate.
+        """Examples end with their candidate, once so many candidates were refused with them.
 
         Returns:
             The rejection's number.
         """
+        claims, returned = count_refusal(self._connection, claims, max_tries)
         (number,) = self._execute(
-            "INSERT INTO rejections (reason, parent, examples, at, record)"
-            " VALUES (?, ?, ?, ?, ?) RETURNING id",
-            (reason, parent, len(claims), now, _json(record)),
+            "INSERT INTO rejections (reason, parent, examples, at, record, returned)"
+            " VALUES (?, ?, ?, ?, ?, ?) RETURNING id",
+            (reason, parent, len(claims), now, _json(record), len(returned)),
         ).fetchone()
         self.decide(claims, ExampleOutcome(Fate.REJECTED, FeedbackState.REJECTED, reason, number))
         return int(number)
@@ -219,6 +222,7 @@ class Decisions:
             self._mark_untrainable(identity, outcome.reason)
         self._decide_interaction(identity, outcome)
         self._execute("DELETE FROM crash_counts WHERE interaction = ?", (identity,))
+        forget_refusals(self._connection, identity)
 
     def _decide_interaction(self, identity: int, outcome: ExampleOutcome) -> None:
         """An interaction keeps the first fate that was decided of it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moorline.events import Erasure, Fate, Release
 from moorline.stream import GapCause, Topic
+from updater.ledger.anchors import Anchor
 from updater.ledger.database import Database, LedgerError
 from updater.ledger.erasure import Forgotten, concerned, last_clean_version, taught_versions
 from updater.ledger.history import Histories
@@ -46,6 +47,8 @@ class Lineage:
     """Different ones among the feedback whose rows are still here."""
     revoked: bool = False
     """For an erasure: what it had learned from is erased, or waits to be learned from again."""
+    anchors: tuple[Anchor, ...] = ()
+    """Every policy that a person made the anchor of the line, oldest first."""
 
 
 class LedgerInspector(Histories):
@@ -180,4 +183,5 @@ class LedgerInspector(Histories):
             dict(events),
             int(raters),
             revoked=version in self.revoked_versions(),
+            anchors=tuple(self.anchors()),
         )

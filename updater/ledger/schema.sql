@@ -223,7 +223,8 @@ CREATE TABLE rejections (
     parent INTEGER NOT NULL,
     examples INTEGER NOT NULL,
     at REAL NOT NULL,
-    record TEXT NOT NULL                     -- JSON: verdict, divergences, diagnostics
+    record TEXT NOT NULL,                    -- JSON: verdict, divergences, diagnostics
+    returned INTEGER NOT NULL DEFAULT 0      -- more examples, which wait for a smaller try
 ) STRICT;
 
 -- Batches from which there was nothing to learn.
@@ -254,6 +255,25 @@ CREATE TABLE crash_counts (
 CREATE TRIGGER crash_counts_forgotten AFTER DELETE ON interactions BEGIN
     DELETE FROM crash_counts WHERE interaction = OLD.id;
 END;
+
+-- In how many refused candidates a reply was that waits for another try.
+CREATE TABLE refused_counts (
+    interaction INTEGER PRIMARY KEY,         -- interactions.id
+    refused INTEGER NOT NULL                 -- candidates that were refused with it
+) STRICT;
+CREATE TRIGGER refused_counts_forgotten AFTER DELETE ON interactions BEGIN
+    DELETE FROM refused_counts WHERE interaction = OLD.id;
+END;
+
+-- The policies that somebody made the anchor of the line; the newest unrevoked one counts.
+CREATE TABLE anchors (
+    id INTEGER PRIMARY KEY,
+    version INTEGER NOT NULL,                -- 0: the base model
+    reason TEXT NOT NULL,
+    requested_by TEXT NOT NULL,
+    requested_at REAL NOT NULL,              -- Unix seconds
+    applied_at REAL NOT NULL                 -- Unix seconds
+) STRICT;
 
 -- Whose words and replies are in which release, also after their rows are gone.
 CREATE TABLE taught (

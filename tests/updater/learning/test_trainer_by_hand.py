@@ -135,7 +135,9 @@ def test_micro_batches_are_one_mean() -> None:
 class Corrector:
     """A chat template of single tokens: the correction ends the prompt with token 1."""
 
-    def prompt_with_correction(self, prompt: tuple[int, ...], _text: str) -> tuple[int, ...]:
+    def prompt_with_correction(
+        self, prompt: tuple[int, ...], _text: str, _prefix: str
+    ) -> tuple[int, ...]:
         return (*prompt, 1)
 
     def reply(self, _text: str) -> tuple[int, ...]:

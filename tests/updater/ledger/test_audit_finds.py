@@ -103,6 +103,7 @@ TAMPERED = [
     ("INSERT INTO doomed_keys SELECT key FROM interaction_bodies LIMIT 1", "key is about to be"),
     ("INSERT INTO doomed_keys SELECT key FROM feedback_bodies LIMIT 1", "key is about to be"),
     ("INSERT INTO crash_counts VALUES (999, NULL, 1, 0)", "crashes counted"),
+    ("INSERT INTO refused_counts VALUES (999, 1)", "refused candidates counted"),
     ("UPDATE events SET decided_by = NULL WHERE fate = 'trained'", "without their release"),
     ("UPDATE events SET decided_by = 99 WHERE fate = 'trained'", "without their release"),
     ("DELETE FROM releases", "without their release"),

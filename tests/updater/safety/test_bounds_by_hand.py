@@ -112,6 +112,62 @@ def test_a_refusal_reports_the_whole_proposal() -> None:
     )
 
 
+def test_the_way_back_to_the_anchor_is_searched_where_the_live_policy_itself_is_too_far() -> None:
+    """The traffic of today shows a distance that the probes do not."""
+    far = (0.05, 0.95)
+    limit = kl(EVEN, far) / 2
+    region = region_of((EVEN, EVEN), CALM, anchor_kl_nats=limit, min_step_scale=0.05)
+    live, proposed = rows(EVEN, far), rows(EVEN, (0.04, 0.96))
+    step = region.largest_step(live, proposed, [MOVED])
+    assert isinstance(step, BoundedStep)
+    found = {(one.measured_from, one.tokens_from): one.mean_kl_nats for one in step.divergences}
+    assert 0.9 * limit <= found["anchor", "traffic"] <= limit
+    # It may not jump back either: then a person decides.
+    region = region_of((EVEN, EVEN), CALM, anchor_kl_nats=limit, live_kl_nats=1e-4)
+    refused = region.largest_step(live, proposed, [MOVED])
+    assert isinstance(refused, Refused)
+    assert refused.anchor_exhausted
+
+
+def test_a_refusal_says_whether_the_anchor_or_the_jump_was_too_far() -> None:
+    near = rows((0.48, 0.52), EVEN)
+    spent = {"anchor_kl_nats": kl(EVEN, (0.48, 0.52)) * 1.001}
+    for live, limits, exhausted in (
+        (near, spent, True),
+        (near, {"live_kl_nats": 1e-9}, False),
+        (near, {"live_kl_nats": 1e-9, **spent}, False),
+        (rows(EVEN, EVEN), spent, False),  # the line has not moved yet: the proposal is far
+    ):
+        region = region_of((EVEN, EVEN), CALM, min_step_scale=0.5, **limits)
+        refused = region.largest_step(live, rows((0.2, 0.8), EVEN), [])
+        assert isinstance(refused, Refused)
+        assert refused.anchor_exhausted is exhausted
+
+
+def test_a_step_may_begin_smaller_than_the_proposal() -> None:
+    region = region_of((EVEN, EVEN), CALM, min_step_scale=0.05)
+    step = region.largest_step(rows(EVEN, EVEN), rows(LIVE, EVEN), [], 0.25)
+    assert isinstance(step, BoundedStep)
+    assert step.scale == 0.25
+
+
+def test_distances_are_from_the_anchor_that_was_set() -> None:
+    region = region_of((EVEN, EVEN), CALM)
+    region.set_anchor(rows(ANCHOR, ANCHOR), 3)
+    step = region.largest_step(rows(LIVE, EVEN), rows(CANDIDATE, EVEN), [MOVED])
+    assert isinstance(step, BoundedStep)
+    found = {(one.measured_from, one.tokens_from): one.mean_kl_nats for one in step.divergences}
+    assert found["anchor", "probes"] == pytest.approx(kl(ANCHOR, CANDIDATE), rel=1e-4)
+    assert found["anchor", "traffic"] == pytest.approx(kl(ANCHOR, EVEN), rel=1e-4)
+
+
+def test_a_number_that_is_none_is_never_inside() -> None:
+    nothing = divergence("anchor", math.nan, "traffic")
+    region = region_of((EVEN, EVEN), CALM)
+    for order in ([divergence("live", 0.1), nothing], [nothing, divergence("live", 0.1)]):
+        assert math.isnan(region._used(order))
+
+
 def test_the_probes_alone_are_measured_where_there_is_no_traffic() -> None:
     region = region_of((ANCHOR, EVEN), CALM)
     step = region.largest_step(rows(LIVE, EVEN), rows(CANDIDATE, EVEN), [])
