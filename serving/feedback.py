@@ -16,16 +16,24 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from moorline import metrics
-from moorline.events import Feedback
+from moorline.events import Feedback, Reason
+from serving.context import NotRecorded
 
 logger = logging.getLogger("moorline.serving.feedback")
+
+WhyUnusable = Callable[[str, int], NotRecorded | Reason | None]
+"""Why no rating of this choice of a reply can teach; None where nothing is known against it."""
 
 PublishFeedback = Callable[[Feedback], Awaitable[bool]]
 """Keeps a rating; True once it is safe, False when queue and spool are full."""
 
 
-def feedback_router(publish: PublishFeedback, max_bytes: int) -> APIRouter:
-    """The route, bound to a publisher."""
+def feedback_router(
+    publish: PublishFeedback,
+    max_bytes: int,
+    why_unusable: WhyUnusable = lambda _reply_id, _choice: None,
+) -> APIRouter:
+    """The route, bound to a publisher and to what the recorder knows of replies."""
     router = APIRouter()
 
     @router.post("/v1/feedback", status_code=202)
@@ -37,14 +45,28 @@ def feedback_router(publish: PublishFeedback, max_bytes: int) -> APIRouter:
             feedback = parse_feedback(body)
         except ValueError as error:
             return _refuse(422, "invalid", str(error))
+        unusable = _why_unusable(feedback, why_unusable)
+        if isinstance(unusable, NotRecorded):
+            return _refuse(409, "not_recorded", f"the reply was not recorded: {unusable}")
         if not await publish(feedback):
             return _refuse(
                 503, "unavailable", "feedback cannot be kept now (queue and spool are full): retry"
             )
         metrics.FEEDBACK_RECEIVED.labels("accepted").inc()
-        return JSONResponse({"feedback_id": feedback.feedback_id}, status_code=202)
+        answer = {"feedback_id": feedback.feedback_id}
+        if unusable is not None:
+            answer["not_trainable"] = unusable
+        return JSONResponse(answer, status_code=202)
 
     return router
+
+
+def _why_unusable(feedback: Feedback, why: WhyUnusable) -> NotRecorded | Reason | None:
+    """Of the reply, or of the one that it is preferred over."""
+    found = why(feedback.interaction_id, feedback.choice)
+    if found is None and feedback.over is not None:
+        return why(feedback.over, feedback.over_choice)
+    return found
 
 
 def parse_feedback(body: bytes) -> Feedback:

@@ -4,6 +4,7 @@ Nothing outside this package imports sqlite3.
 """
 
 from updater.ledger.accounting import Accounting
+from updater.ledger.anchors import Anchor
 from updater.ledger.crashes import Suspect
 from updater.ledger.database import (
     LeaseLost,
@@ -18,11 +19,13 @@ from updater.ledger.examples import examples_digest
 from updater.ledger.expiry import Expired
 from updater.ledger.intake import Ingested
 from updater.ledger.reader import LedgerReader
+from updater.ledger.refusals import RefusedReply
 from updater.ledger.rules import Parsed
 from updater.ledger.writer import Ledger
 
 __all__ = [
     "Accounting",
+    "Anchor",
     "BatchDecision",
     "Expired",
     "Forgotten",
@@ -35,6 +38,7 @@ __all__ = [
     "LedgerUnavailable",
     "Parsed",
     "RecordInvalid",
+    "RefusedReply",
     "Suspect",
     "examples_digest",
 ]

@@ -1,4 +1,4 @@
-"""What waits to be learned from, and what divergences are measured on."""
+"""Reads the examples that wait for a batch, and the traffic that divergences are measured on."""
 
 from __future__ import annotations
 
@@ -131,8 +131,10 @@ def _example(connection: sqlite3.Connection, bodies: Bodies, key: str) -> tuple[
         )
         for row in rows
     }
-    silent = {one.feedback_id for one in overridden_signals(feedback.values())}
-    weighted = {rating: one for rating, one in feedback.items() if one.feedback_id not in silent}
+    overridden = {one.feedback_id for one in overridden_signals(feedback.values())}
+    weighted = {
+        rating: one for rating, one in feedback.items() if one.feedback_id not in overridden
+    }
     over = tuple(sorted({row[1] for row in rows if row[1] is not None}))
     example = Example(
         example_id=example_id(key, (one.feedback_id for one in weighted.values())),

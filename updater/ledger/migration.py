@@ -1,4 +1,4 @@
-"""From an older ledger format to the newest, so that what was learned survives every upgrade.
+"""Migrates a ledger of an older format to the newest: what was learned survives every upgrade.
 
 The file is copied first, durably; then one transaction runs the numbered scripts of the folder
 ``migrations``.
@@ -21,7 +21,7 @@ from moorline.failpoints import failpoint
 
 logger = logging.getLogger("moorline.ledger")
 
-NEWEST_FORMAT = 5
+NEWEST_FORMAT = 6
 OLDEST_FORMAT = 4
 """Older ones were never released."""
 

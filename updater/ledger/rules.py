@@ -6,7 +6,7 @@ which it is read: the same events shuffled, repeated or interleaved give the sam
 * The same interaction, or the same feedback id for it, again: ``duplicate/repeated_event``.
 * Feedback that arrived more than a horizon after its interaction's event time: ``late``. An
   interaction that arrived more than a horizon after feedback for it: that feedback ``expired``.
-* Of one rater's words on one aspect of a reply (``Feedback.aspect``) the last counts (event time,
+* Of one rater's ratings of one aspect of a reply (``Feedback.aspect``) the last counts (event time,
   then feedback id); the others are ``duplicate/superseded_rating``. Once it is in the weights, all
   others of that rater and aspect are ``duplicate/already_trained``.
 * An interaction that no gradient follows from still joins; its feedback gets its reason.
@@ -92,7 +92,7 @@ class Rating:
 
     @property
     def order(self) -> tuple[float, str]:
-        """The last of these is its rater's word."""
+        """The last rating in this order is the one of its rater that counts."""
         return (self.event_time, self.feedback_id)
 
 
@@ -121,7 +121,7 @@ def rule(
 
     Args:
         over: of a preference: the reply that lost.
-        latest: the same rater's word on the same aspect so far, if any.
+        latest: the same rater's rating of the same aspect so far, if any.
     """
     closed = FeedbackState.CLOSED
     named = (of,) if over is None else (of, over)
