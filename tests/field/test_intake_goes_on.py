@@ -69,7 +69,7 @@ def test_a_record_that_cannot_be_joined_is_a_dead_letter_and_leaves_no_row(
     assert (done.records, done.dead_lettered) == (8, 4)
     assert ledger.count_ready() == 2
     fates = ledger.accounting().events[Topic.FEEDBACK]
-    assert fates[Fate.DEAD_LETTERED] == {Reason.MALFORMED_JSON: 2, Reason.UNEXPECTED: 2}
+    assert fates[Fate.DEAD_LETTERED] == {Reason.SCHEMA_MISMATCH: 2, Reason.UNEXPECTED: 2}
     assert sorted(record.offset for record, _ in letters.sent) == [0, 2, 3, 4]  # each once
     assert "a word of Bob's" not in caplog.text
     assert {vars(one)["event"] for one in caplog.records} == {"record_unexpected"}

@@ -27,7 +27,7 @@ class Tape:
 
     def add(self, topic: Topic, value: bytes) -> None:
         offset = next(self._offsets[topic])
-        self._records.append(Record(topic, "id", 0, offset, 1_000_000, None, value))
+        self._records.append(Record(topic, "id", 0, offset, 1_750_000_000_000, None, value))
 
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
         del timeout_seconds
@@ -38,6 +38,9 @@ class Tape:
         return []
 
     def lag(self) -> Mapping[tuple[Topic, int], int]:
+        return {}
+
+    def positions(self) -> Mapping[tuple[Topic, int], tuple[str, int]]:
         return {}
 
     def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
@@ -51,8 +54,8 @@ class Letters:
         self.offsets: list[int] = []
         self.away = False
 
-    def send(self, record: Record, reason: Reason, stage: str) -> None:
-        del reason, stage
+    def send(self, record: Record, reason: Reason, stage: str, error: str = "") -> None:
+        del reason, stage, error
         if self.away:
             raise StreamUnavailable("the dead-letter topic is gone")
         self.offsets.append(record.offset)
@@ -123,7 +126,7 @@ class Updater:
                     kind=FeedbackKind.THUMBS,
                     value=1 if index % 2 else -1,
                     rater=f"rater-{index}",
-                    created_at=1_000.0,
+                    created_at=1_750_000_000.0,
                 )
                 self.tape.add(Topic.FEEDBACK, thumb.to_bytes())
 

@@ -114,10 +114,20 @@ def test_a_preference_takes_the_reason_of_either_reply_and_of_different_prompts(
 
 
 @pytest.mark.parametrize(
-    ("stamp_ms", "at"), [(0, NOW), (-1, NOW), (1_000, 1.0), (int(NOW * 1000) + 9_000, NOW)]
+    ("stamp", "at"),
+    [
+        (0, NOW),
+        (-1, NOW),
+        (1_000, NOW),
+        (1_600_000_000_500, 1_600_000_000.5),
+        (1_600_000_000, 1_600_000_000.0),
+        (1_600_000_000_500_000, 1_600_000_000.5),
+        (1_600_000_000_500_000_000, 1_600_000_000.5),
+        (int(NOW * 1000) + 9_000, NOW),
+    ],
 )
-def test_a_record_arrived_when_it_says_but_never_after_now(stamp_ms: int, at: float) -> None:
-    record = replace(Log().record(rating("a")), timestamp_ms=stamp_ms)
+def test_a_record_arrived_when_it_says_in_any_unit_but_never_after_now(stamp: int, at: float) -> None:
+    record = replace(Log().record(rating("a")), timestamp_ms=stamp)
     assert Arrival.of(record, 1, NOW).at == at
 
 
