@@ -57,7 +57,7 @@ def a_log(interactions: Sequence[Interaction], equal: int = 0) -> list[Record]:
         )
         for topic, event in ((Topic.INTERACTIONS, interaction), (Topic.FEEDBACK, rating)):
             place = (topic, str(topic), number % 2, number // 2)
-            records.append(Record(*place, 3_000_000, None, event.to_bytes()))
+            records.append(Record(*place, 1_750_000_003_000, None, event.to_bytes()))
     return records
 
 
