@@ -6,17 +6,17 @@ only speak HTTP. vLLM's own middleware has checked the API key before a request 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel
 
 from moorline import metrics
-from moorline.events import Feedback
+from moorline.events import Feedback, json_schemas
+from moorline.feedback import FeedbackInvalid, read_feedback
 
 logger = logging.getLogger("moorline.serving.feedback")
 
@@ -24,18 +24,52 @@ PublishFeedback = Callable[[Feedback], Awaitable[bool]]
 """Keeps a rating; True once it is safe, False when queue and spool are full."""
 
 
+class Kept(BaseModel):
+    """It is kept, and is read with its topic: `moorline explain` says what became of it."""
+
+    feedback_id: str
+
+
+class RefusalDetail(BaseModel):
+    """Why, and what to do."""
+
+    message: str
+    type: str
+    code: int
+
+
+class Refusal(BaseModel):
+    """Nothing was kept."""
+
+    error: RefusalDetail
+
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    413: {"model": Refusal, "description": "Larger than `serving.feedback_max_bytes`"},
+    422: {"model": Refusal, "description": "Not feedback; the message has the remedy"},
+    503: {"model": Refusal, "description": "Queue and spool are full: send it again later"},
+}
+
+
 def feedback_router(publish: PublishFeedback, max_bytes: int) -> APIRouter:
     """The route, bound to a publisher."""
     router = APIRouter()
 
-    @router.post("/v1/feedback", status_code=202)
+    @router.post(
+        "/v1/feedback",
+        status_code=202,
+        response_model=Kept,
+        responses=_REFUSALS,
+        openapi_extra={"requestBody": _request_body()},
+    )
     async def post_feedback(request: Request) -> JSONResponse:
+        """Rate a reply, or take a rating back."""
         body = await _read_at_most(request, max_bytes)
         if body is None:
             return _refuse(413, "too_large", f"feedback may have at most {max_bytes} bytes")
         try:
-            feedback = parse_feedback(body)
-        except ValueError as error:
+            feedback = read_feedback(body)
+        except FeedbackInvalid as error:
             return _refuse(422, "invalid", str(error))
         if not await publish(feedback):
             return _refuse(
@@ -47,28 +81,13 @@ def feedback_router(publish: PublishFeedback, max_bytes: int) -> APIRouter:
     return router
 
 
-def parse_feedback(body: bytes) -> Feedback:
-    """The event in a request body; ``id`` is accepted for ``interaction_id``.
-
-    Raises:
-        ValueError: with what is wrong, without quoting what was sent.
-    """
-    try:
-        fields: Any = json.loads(body)
-    except ValueError:
-        raise ValueError("the body is not JSON") from None
-    if not isinstance(fields, dict):
-        raise ValueError('the body must be a JSON object like {"id": "chatcmpl-...", "value": 1}')
-    if "id" in fields and "interaction_id" not in fields:
-        fields["interaction_id"] = fields.pop("id")
-    try:
-        return Feedback.model_validate(fields)
-    except ValidationError as error:
-        places = (
-            f"{'.'.join(map(str, entry['loc'])) or 'feedback'}: {entry['msg']}"
-            for entry in error.errors(include_input=False, include_url=False, include_context=False)
-        )
-        raise ValueError("; ".join(places)) from None
+def _request_body() -> dict[str, Any]:
+    """For OpenAPI: the schema of the topic, on its own (FastAPI collects no ``$defs`` of ours)."""
+    schema = json_schemas()["feedback.v1"]
+    kinds = schema.pop("$defs")["FeedbackKind"]
+    kind = schema["properties"]["kind"]
+    kind["anyOf"] = [kinds, {"type": "null"}]
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
 
 
 async def _read_at_most(request: Request, max_bytes: int) -> bytes | None:

@@ -26,6 +26,7 @@ from moorline.events import (
     Reason,
 )
 from moorline.failpoints import failpoint
+from moorline.feedback import FeedbackInvalid, read_feedback, read_retraction
 from moorline.stream import Gap, Record, StreamUnavailable, Topic
 from updater.learning.advantages import why_no_credit
 from updater.ledger import Ledger, Parsed
@@ -212,7 +213,8 @@ def parse(record: Record, max_event_bytes: int) -> Parsed:
     """
     value = record.value
     if not value:
-        return Parsed(record, None, Reason.EMPTY_VALUE)
+        retraction = read_retraction(record.key) if _takes_back(record) else None
+        return Parsed(record, retraction, Reason.EMPTY_VALUE if retraction is None else Reason.NONE)
     if len(value) > max_event_bytes:
         return Parsed(record, None, Reason.TOO_LARGE)
     event: Interaction | Feedback | Erasure
@@ -222,13 +224,20 @@ def parse(record: Record, max_event_bytes: int) -> Parsed:
         elif record.topic is Topic.ERASURES:
             event = Erasure.model_validate_json(value)
         else:
-            event = Feedback.model_validate_json(value)
+            event = read_feedback(value)
             if "feedback_id" not in event.model_fields_set:
                 name = f"fb-{_plain(record.topic_id)}.{record.partition}.{record.offset:020d}"
                 event = event.model_copy(update={"feedback_id": name})
     except ValidationError as error:
         return Parsed(record, None, _unreadable(error))
+    except FeedbackInvalid as error:
+        return Parsed(record, None, error.reason)
     return Parsed(record, event)
+
+
+def _takes_back(record: Record) -> bool:
+    """Whether it may be a Kafka null for a rating; an empty text is no null."""
+    return record.topic is Topic.FEEDBACK and record.value is None
 
 
 def _plain(topic_id: str) -> str:

@@ -18,7 +18,7 @@ import pytest
 
 from moorline import failpoints
 from moorline.base_model import model_digest
-from moorline.events import RENAMED_REASONS
+from moorline.events import RENAMED_REASONS, Fate
 from moorline.store import ArtifactStore
 from moorline.stream.outgoing import OutgoingEvent
 from moorline.stream.spool import Spool
@@ -47,6 +47,8 @@ def in_todays_words(value: Any) -> Any:
 
 
 EXPECTED: dict[str, Any] = in_todays_words(json.loads((FORMAT4 / "expected.json").read_text()))
+for _accounting in (EXPECTED["accounting"], EXPECTED["accounting_at_now_plus_8_days"]):
+    _accounting["fates"] = {str(fate): 0 for fate in Fate} | _accounting["fates"]
 NOW: float = EXPECTED["now"]
 
 
@@ -196,17 +198,19 @@ def test_the_spool_is_read_on(state: Path) -> None:
 
 
 def test_reading_an_old_format_says_to_start_the_updater(state: Path) -> None:
-    with pytest.raises(LedgerError, match=r"format 4.*reads 5.*moorline update"):
+    with pytest.raises(LedgerError, match=rf"format 4.*reads {NEWEST_FORMAT}.*moorline update"):
         LedgerInspector(state / "ledger.sqlite")
     assert format_of(state / "ledger.sqlite") == 4
 
 
 def test_a_newer_format_is_refused_with_the_way_back(migrated: Path) -> None:
     path = migrated / "ledger.sqlite"
-    shutil.copy(path, path.with_name("ledger.sqlite.format5"))
+    newer = NEWEST_FORMAT + 1
+    shutil.copy(path, path.with_name(f"ledger.sqlite.format{NEWEST_FORMAT}"))
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 6")
-    with pytest.raises(LedgerError, match=r"format 6.*newer Moorline.*ledger\.sqlite\.format5"):
+        connection.execute(f"PRAGMA user_version = {newer}")
+    kept = rf"ledger\.sqlite\.format{NEWEST_FORMAT}"
+    with pytest.raises(LedgerError, match=rf"format {newer}.*newer Moorline.*{kept}"):
         open_ledger(migrated)
 
 
@@ -230,7 +234,7 @@ def test_a_kill_in_a_migration_leaves_the_old_ledger_or_the_new_one(state: Path,
     process.join(60)
     assert process.exitcode == -SIGKILL
     # Reading recovers the WAL; the format says which of the two it is.
-    assert format_of(state / "ledger.sqlite") == (5 if step == "after_commit" else 4)
+    assert format_of(state / "ledger.sqlite") == (NEWEST_FORMAT if step == "after_commit" else 4)
     assert (state / "ledger.sqlite.format4").exists() == (step != "before_copy")
     with open_ledger(state) as ledger:
         assert ledger.audit() == []

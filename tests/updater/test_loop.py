@@ -211,7 +211,7 @@ def test_every_kind_of_feedback_teaches_in_one_release(
         {"kind": "preference", "over": "chatcmpl-lost"},
         {"kind": "correction", "text": "A glacier is a river of ice."},
         {"kind": "signal", "signal": "regenerated"},
-        {"kind": "score", "value": 0.9},
+        {"kind": "score", "value": 0.9, "score_min": 0, "score_max": 1},
         {"kind": "thumbs", "value": -1},
         {"kind": "signal", "signal": "sneezed"},
     ]

@@ -28,6 +28,14 @@ class BodyErased(LedgerError):
         self.identity = identity
 
 
+class WordInvalid(LedgerError):
+    """Feedback that an earlier Moorline took, and that the rules of today refuse."""
+
+    def __init__(self, identity: int) -> None:
+        super().__init__(f"feedback {identity} was taken by an earlier version, and is refused now")
+        self.identity = identity
+
+
 class Bodies:
     """Reads and writes them, inside somebody's transaction."""
 
@@ -57,11 +65,21 @@ class Bodies:
             BodyErased: its key was destroyed.
             LedgerError: it is damaged.
         """
-        return _parse(Interaction, self._read("interaction", identity))
+        found = _parse(Interaction, self._read("interaction", identity))
+        if found is None:
+            raise LedgerError(DAMAGED)
+        return found
 
     def feedback(self, identity: int) -> Feedback:
-        """The feedback of a row; errors as ``interaction``."""
-        return _parse(Feedback, self._read("feedback", identity))
+        """The feedback of a row; errors as ``interaction``.
+
+        Raises:
+            WordInvalid: it is whole, but says nothing by the rules of today.
+        """
+        found = _parse(Feedback, self._read("feedback", identity))
+        if found is None:
+            raise WordInvalid(identity)
+        return found
 
     def _sealed(self, kind: Kind, identity: int, value: bytes, key: int) -> bytes:
         packed = zlib.compress(value, _COMPRESSION_LEVEL)
@@ -77,10 +95,9 @@ class Bodies:
             raise BodyErased(kind, identity) from None
 
 
-def _parse(model: type[_Model], value: bytes) -> _Model:
+def _parse(model: type[_Model], value: bytes) -> _Model | None:
+    """None: refused. No error, whose cause would carry somebody's words."""
     try:
         return model.model_validate_json(value)
     except ValidationError:
-        pass
-    # Raised outside the handler: the cause would carry somebody's words.
-    raise LedgerError(DAMAGED)
+        return None

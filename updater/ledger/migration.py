@@ -21,7 +21,7 @@ from moorline.failpoints import failpoint
 
 logger = logging.getLogger("moorline.ledger")
 
-NEWEST_FORMAT = 5
+NEWEST_FORMAT = 6
 OLDEST_FORMAT = 4
 """Older ones were never released."""
 
