@@ -1,4 +1,7 @@
-"""One supervised process: started in a group of its own, watched, logged, and stopped."""
+"""One supervised process: started in a group of its own, watched, logged, and stopped.
+
+All limits are measured by `running_seconds`: while the watcher was suspended, nobody was silent.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from moorline.clock import running_seconds
 from moorline.process_groups import group_exists, stop_groups
 from moorline.systemd import without_notification
 
@@ -64,7 +67,7 @@ class ChildProcess:
     ) -> None:
         self.child = child
         self.log_path = log_path
-        self.started_at = time.monotonic()
+        self.started_at = running_seconds()
         self.ready = child.ready_url is None
         self.heard_at = self.started_at
         self._ended = threading.Event()
@@ -101,7 +104,7 @@ class ChildProcess:
 
     @property
     def age_seconds(self) -> float:
-        return time.monotonic() - self.started_at
+        return running_seconds() - self.started_at
 
     def poll(self) -> int | None:
         """The exit code (negative: the signal), or None while it runs."""
@@ -110,7 +113,7 @@ class ChildProcess:
     @property
     def silent_seconds(self) -> float:
         """Time since it last answered a probe, or was started."""
-        return time.monotonic() - self.heard_at
+        return running_seconds() - self.heard_at
 
     @property
     def hung(self) -> bool:
@@ -163,13 +166,13 @@ class ChildProcess:
     def _watch_ready(self, url: str) -> None:
         while not self.ready and not self._ended.wait(_PROBE_INTERVAL_SECONDS):
             if answers(url):
-                self.heard_at = time.monotonic()
+                self.heard_at = running_seconds()
                 self.ready = True
 
     def _watch_alive(self, url: str) -> None:
         while not self._ended.wait(_ALIVE_INTERVAL_SECONDS):
             if answers(url):
-                self.heard_at = time.monotonic()
+                self.heard_at = running_seconds()
 
 
 def answers(url: str) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from daemon.children import Child, ChildProcess
+from moorline.clock import running_seconds
 from moorline.process_groups import adopt_orphans
 from moorline.systemd import Notifier
 
@@ -254,8 +255,8 @@ class Supervisor:
             process.terminate()
             # What never was ready has nothing to bring to an end.
             grace = slot.child.grace_seconds if process.ready else _STARTING_GRACE_SECONDS
-            deadline = time.monotonic() + min(grace, slot.child.grace_seconds)
-            while process.poll() is None and time.monotonic() < deadline and self._signals < 2:
+            deadline = running_seconds() + min(grace, slot.child.grace_seconds)
+            while process.poll() is None and running_seconds() < deadline and self._signals < 2:
                 self._service.ping()
                 time.sleep(_TICK_SECONDS)
             too_slow = process.poll() is None

@@ -1,1 +1,1 @@
-"""The ground that serving, updater and daemon stand on; what a producer of events imports."""
+"""What serving, updater and daemon share; a producer of events may import it too."""

@@ -1,4 +1,4 @@
-"""The base model's directory: is it safe to load, and which model is it."""
+"""Checks of a base model's directory: whether it is safe to load, and its digest."""
 
 from __future__ import annotations
 

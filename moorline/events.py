@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import time
+import unicodedata
 import uuid
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -26,13 +28,23 @@ from pydantic import (
 from moorline.spellings import Choice, Number, UnixSeconds, as_thumb
 
 SCHEMA_VERSION = "1.2"
-"""1.1 renamed fields and reasons; a 1.0 event is read under the old names (``RENAMED_REASONS``).
-1.2 lets feedback be taken back (``Feedback.retracted``), and a score must say its range."""
+"""1.2 added optional fields, lets feedback be taken back (``Feedback.retracted``) and needs a score
+to say its range. 1.1 renamed fields and reasons; a 1.0 event is read under the old names
+(``RENAMED_REASONS``)."""
 GREEDY_BELOW = 1e-5
 """Temperature; vLLM's own limit: a lower one takes the argmax."""
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._:@+-]+$")]
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's NFC, in which names are compared. Case counts: Ana is not ana."""
+    return unicodedata.normalize("NFC", name)
+
+
+Name = Annotated[str, AfterValidator(composed)]
+"""What a person or a tenant is called."""
 
 
 class Fate(StrEnum):
@@ -96,6 +108,13 @@ class Reason(StrEnum):
     mass, so no ratio exists."""
     ALTERED_SAMPLING = "altered_sampling"
     """Penalties, logit bias, structured output or bad words changed the distribution."""
+    CUSTOM_LOGITS_PROCESSOR = "custom_logits_processor"
+    """A logits processor that vLLM does not ship may have changed the distribution."""
+    SPECULATIVE_DECODING = "speculative_decoding"
+    """Tokens were drafted by another model; their recorded logprobs are not what they were drawn
+    with."""
+    MULTIMODAL_PROMPT = "multimodal_prompt"
+    """The prompt held an image, audio, video or embeddings, which the updater does not see."""
     RAW_LOGPROBS = "raw_logprobs"
     """The client asked for plain logprobs, taken before temperature and truncation."""
     NO_LOGPROBS = "no_logprobs"
@@ -224,14 +243,36 @@ class Interaction(Event):
     interaction_id: Identifier = Field(description="The `id` of the reply, as the client saw it")
     choice: int = Field(default=0, ge=0)
     alias: Identifier
-    tenant: str = Field(default="default", max_length=200)
+    client_request_id: str | None = Field(
+        default=None,
+        max_length=200,
+        description="The client's own id (`X-Request-Id`, `request_id`); several replies may "
+        "share one",
+    )
+    tenant: Name = Field(default="default", max_length=200)
     task: str = Field(
         default="default", max_length=200, description="Kind of request, in the client's words"
     )
-    user: str | None = Field(default=None, max_length=200, description="A pseudonym")
+    user: Name | None = Field(default=None, max_length=200, description="A pseudonym")
+    other_users: tuple[Annotated[Name, Field(min_length=1, max_length=200)], ...] = Field(
+        default=(),
+        max_length=8,
+        description="Pseudonyms of further names that the request gave the same person: they can "
+        "be forgotten by each",
+    )
     created_at: FiniteFloat = Field(ge=0, description="Unix seconds at which the reply ended")
     latency_seconds: FiniteFloat = Field(ge=0)
     prompt_token_ids: tuple[int, ...]
+    prompt_parts: tuple[Annotated[str, Field(max_length=100)], ...] = Field(
+        default=(),
+        max_length=16,
+        description="What the prompt held beside its tokens: image, audio, video, embeds, ...",
+    )
+    reply_prefix: str | None = Field(
+        default=None,
+        description="The beginning of the reply, where the client gave one to be continued; the "
+        "prompt ends with it",
+    )
     completion_token_ids: tuple[int, ...]
     completion_logprobs: tuple[float | None, ...] = Field(
         description="One per completion token, nats; None where vLLM gave none"
@@ -241,6 +282,11 @@ class Interaction(Event):
     policy_spans: tuple[PolicySpan, ...] = Field(min_length=1)
     finish_reason: str = Field(description="stop, length, abort, ...")
     streamed: bool = False
+
+    @property
+    def users(self) -> tuple[str, ...]:
+        """Every name of the person whose reply it is."""
+        return self.other_users if self.user is None else (self.user, *self.other_users)
 
     @property
     def policy_version(self) -> int:
@@ -319,7 +365,7 @@ class Feedback(Event):
     over: Identifier | None = Field(default=None, description="preference: the id that lost")
     over_choice: Choice = Field(default=0, description="preference: which choice of it")
     signal: str | None = Field(default=None, max_length=100, description="signal: its name")
-    rater: str = Field(default=ANONYMOUS, min_length=1, max_length=200)
+    rater: Name = Field(default=ANONYMOUS, min_length=1, max_length=200)
     created_at: UnixSeconds = Field(
         default_factory=time.time,
         description="Unix seconds (or ms, us, ns), or ISO 8601 with its zone",
@@ -341,7 +387,7 @@ class Feedback(Event):
 
     @property
     def aspect(self) -> str:
-        """What it speaks of. A rater's later word on an aspect of a reply replaces the earlier:
+        """What it rates. A rater's later rating of an aspect of a reply replaces the earlier one:
         thumbs and scores are one aspect, each lost reply and each signal is one of its own."""
         match self.kind:
             case FeedbackKind.CORRECTION:
@@ -441,7 +487,7 @@ class Erasure(Event):
 
     erasure_id: Identifier = Field(default_factory=lambda: f"er-{uuid.uuid4().hex}")
     interaction_id: Identifier | None = Field(default=None, description="One reply, all choices")
-    tenant: str | None = Field(default=None, max_length=200)
+    tenant: Name | None = Field(default=None, max_length=200)
     users: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
         default=(),
         max_length=16,
@@ -480,7 +526,7 @@ class Erasure(Event):
 
 
 def user_digest(name: str) -> str:
-    """Names a person without saying the name: sha256, 64 hexadecimal digits."""
+    """The sha256 of a person's name: 64 hexadecimal digits."""
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -574,6 +620,9 @@ class Release(Event):
     examples_digest: str = ""
     step_scale: float = Field(default=1.0, description="Share of the update inside the bound")
     divergences: tuple[Divergence, ...] = ()
+    anchor: int = Field(
+        default=0, ge=0, description="The version that its distances from the anchor start at"
+    )
     verdict: Verdict | None = None
     diagnostics: dict[str, float] = Field(default_factory=dict)
     behaviour_policies_unavailable: dict[int, str] = Field(

@@ -1,8 +1,8 @@
 """A tiny status server for a process whose work is not HTTP, and the client that reads one.
 
 ``/metrics`` Prometheus, ``/healthz`` alive and ``/readyz`` ready (200 or 503), ``/status`` JSON. It
-answers on its own threads, so a long training step does not make the process look dead; one that
-hangs does not look alive for that, if the process tells (``alive``).
+answers on its own threads, so a long training step does not make the process look dead; a step that
+hangs does, where the process says so (``alive``).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class StatusServer:
             def do_GET(self) -> None:
                 try:
                     code, content_type, body = server.page(urlsplit(self.path).path)
-                except Exception:  # the page is for looking: it must not look like a dead process
+                except Exception:  # a page that cannot be made must not look like a dead process
                     logger.exception(
                         "the status page failed; the process itself goes on",
                         extra={"event": "status_page_failed", "path": urlsplit(self.path).path},
@@ -150,7 +150,7 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is one line for who looks for it; anything else is an error."""
+        """Log a client that went away at DEBUG, anything else as an error."""
         del request, client_address
         error = sys.exc_info()[1]
         if isinstance(error, ConnectionError | TimeoutError):

@@ -1,8 +1,8 @@
 """Structured logs, one line an entry, that can hold neither a secret nor anybody's words.
 
 Everywhere else: ``logger = logging.getLogger("moorline.<module>")``, a plain fixed sentence, and in
-``extra={...}`` a machine key, ``event``, and what varies, under names of ``FIELDS`` alone. What is
-said when something breaks is said again when it is well. Values of settings that are secret are cut
+``extra={...}`` a machine key, ``event``, and what varies, under names of ``FIELDS`` alone. Whoever
+logs a failure logs the recovery too. Values of settings that are secret are cut
 out of every finished line. Fields that could carry a prompt or a reply are withheld by name, and of
 a failed validation only the rule is logged, never the input.
 """
@@ -50,7 +50,7 @@ def setup_logging(settings: Settings, process: str, stream: TextIO | None = None
     """Send this process's logs to ``stream`` (stderr) as single lines.
 
     Args:
-        process: who speaks (``serving``, ``updater``, ``up``); a field of every JSON line.
+        process: which process logs (``serving``, ``updater``, ``up``); a field of every JSON line.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(LineFormatter(process, settings.log_format, secrets_of(settings)))

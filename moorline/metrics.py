@@ -60,12 +60,18 @@ def _histogram(
 
 INTERACTIONS = _counter(
     "moorline_interactions_total",
-    "Replies seen by the recorder; outcome: recorded, opted_out, aborted, dropped or failed",
+    "Replies seen by the recorder; outcome: recorded, aborted, dropped or failed; no interactions: "
+    "opted_out, unreadable, scoring, beam_search or other_adapter",
     ["outcome"],
+)
+STALLED_CLIENTS = _counter(
+    "moorline_stalled_clients_total",
+    "Connections closed because the client took nothing of its reply for stream_stall_seconds",
 )
 FEEDBACK_RECEIVED = _counter(
     "moorline_feedback_received_total",
-    "POST /v1/feedback; outcome: accepted, invalid, too_large, unauthorized or unavailable",
+    "POST /v1/feedback; outcome: accepted, invalid, too_large, not_recorded, unauthorized or "
+    "unavailable",
     ["outcome"],
 )
 EVENTS_PUBLISHED = _counter(
@@ -158,8 +164,8 @@ for _where in ("ledger", "store", "spool"):
 
 UPDATES = _counter(
     "moorline_updates_total",
-    "Updates tried; outcome: released, the Reason that it was not, or trial: of replies that the "
-    "process has died with",
+    "Updates tried; outcome: released, the Reason that it was not, anchor_exhausted, or trial: of "
+    "replies that the process has died with",
     ["outcome"],
 )
 UPDATE_CRASHES = _gauge(

@@ -16,6 +16,8 @@ import sys
 import time
 from typing import BinaryIO
 
+from moorline.clock import running_seconds
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_SECONDS = 0.05
@@ -58,10 +60,10 @@ def group_exists(group: int) -> bool:
 
 def stop_groups(groups: set[int], grace_seconds: float) -> None:
     """SIGTERM to whole groups, and SIGKILL to what is left of them after the grace."""
-    deadline = time.monotonic() + grace_seconds
+    deadline = running_seconds() + grace_seconds
     for group in groups:
         _signal_group(group, signal.SIGTERM)
-    while any(map(group_exists, groups)) and time.monotonic() < deadline:
+    while any(map(group_exists, groups)) and running_seconds() < deadline:
         time.sleep(_POLL_SECONDS)
     for group in groups:
         _signal_group(group, signal.SIGKILL)

@@ -1,13 +1,15 @@
-"""What replaces a user's name in every recorded interaction."""
+"""Pseudonyms: what every recorded interaction holds in place of a user's name."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import secrets
+import unicodedata
 from pathlib import Path
 
 from moorline.durable import make_directory, sync_directory, temporary_beside
+from moorline.events import composed
 
 
 class Pseudonyms:
@@ -36,6 +38,19 @@ class Pseudonyms:
             sync_directory(path.parent)
         return cls(path.read_bytes())
 
-    def of(self, user: str) -> str:
-        """32 hexadecimal digits."""
-        return hashlib.blake2b(user.encode(), key=self._key, digest_size=16).hexdigest()
+    def pseudonym_of(self, user: str) -> str:
+        """32 hexadecimal digits; the same for a name composed and decomposed. Case counts."""
+        return self._hash(composed(user))
+
+    def pseudonyms_of(self, user: str) -> tuple[str, ...]:
+        """Also those that an earlier Moorline gave, which took a name as its bytes."""
+        return tuple(dict.fromkeys(self._hash(name) for name in spellings(user)))
+
+    def _hash(self, name: str) -> str:
+        data = name.encode("utf-8", "surrogatepass")  # JSON can spell half a surrogate pair
+        return hashlib.blake2b(data, key=self._key, digest_size=16).hexdigest()
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A name as it is given, composed (as it is stored) and decomposed, each once."""
+    return tuple(dict.fromkeys((composed(name), unicodedata.normalize("NFD", name), name)))

@@ -41,6 +41,11 @@ REMEDIES: Mapping[Reason, str] = {
     Reason.GREEDY_SAMPLING: "Sample at a temperature above 0 where replies shall teach.",
     Reason.ALTERED_SAMPLING: "Leave out penalties, logit bias and structured output where replies "
     "shall teach.",
+    Reason.CUSTOM_LOGITS_PROCESSOR: "Serve without it (`--logits-processors` in "
+    "`serving.vllm_args`, or an installed vLLM plugin) where replies shall teach.",
+    Reason.SPECULATIVE_DECODING: "Leave `--speculative-config` out of `serving.vllm_args` where "
+    "replies shall teach.",
+    Reason.MULTIMODAL_PROMPT: NOTHING,
     Reason.RAW_LOGPROBS: "Record with Moorline's server, or sample at temperature 1 without "
     "truncation.",
     Reason.NO_LOGPROBS: "Record with Moorline's server; another producer must write one logprob "
@@ -61,9 +66,7 @@ REMEDIES: Mapping[Reason, str] = {
     "bfloat16 raise `learning.mismatch_limit_nats` a little.",
     Reason.NO_ADVANTAGE: "Nothing. If always: all replies are rated alike, so ask for ratings that "
     "tell them apart.",
-    Reason.DIVERGENCE_BOUND: "Lower `learning.learning_rate`. If "
-    "`moorline_anchor_budget_left_nats` is near 0: roll back, or raise "
-    "`bound.anchor_kl_nats` on purpose.",
+    Reason.DIVERGENCE_BOUND: "Lower `learning.learning_rate`.",
     Reason.GATE_BLOCKED: "Read the failed check in the rejection; do not raise its limit before "
     "you know why it failed.",
     Reason.NON_FINITE_UPDATE: "Lower `learning.learning_rate`; if it stays, report it.",

@@ -82,6 +82,9 @@ class ServingSettings(_Section):
     swap_timeout_seconds: float = Field(default=120.0, gt=0)
     drain_seconds: float = Field(default=30.0, ge=1)
     """At a stop, running replies get this long to end."""
+    stream_stall_seconds: float = Field(default=120.0, gt=0)
+    """A client that takes nothing of its reply for so long, while more waits to be sent, is ended.
+    One that reads slowly but steadily is not."""
     store_wait_seconds: float = Field(default=30.0, gt=0)
     """A start waits this long for a release store that does not answer; then it serves the base
     model until the store does."""
@@ -180,6 +183,9 @@ class LearningSettings(_Section):
     """Weight of a preference in the loss; 0: off."""
     preference_beta: float = Field(default=0.1, gt=0)
     """DPO's beta: the smaller, the further a pair may move the policy from those that wrote it."""
+    max_tries: int = Field(default=4, ge=1)
+    """So many candidates with a rating may be refused by the bound or the gate; each further try is
+    made with half the ratings and half the step. After the last one the rating is rejected."""
     keep_releases: int = Field(default=10, ge=2)
     """The newest releases whose bytes stay in the store, to roll back to. Older ones stay only
     while a reply that they wrote can still be trained on."""

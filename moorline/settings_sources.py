@@ -1,4 +1,4 @@
-"""What pydantic-settings leaves to us: names that nobody knows, one-line errors, who set what.
+"""What pydantic-settings lacks: refusal of unknown names, one-line errors, who set a value.
 
 A setting has a dotted name (``serving.port``), which is also its place in the TOML file, and a
 variable (``MOORLINE_SERVING__PORT``). Values of variables are read as pydantic reads strings; a

@@ -15,10 +15,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from moorline import metrics
-from moorline.events import Feedback, json_schemas
+from moorline.events import Feedback, Reason, json_schemas
 from moorline.feedback import FeedbackInvalid, read_feedback
+from serving.context import NotRecorded
 
 logger = logging.getLogger("moorline.serving.feedback")
+
+WhyUnusable = Callable[[str, int], NotRecorded | Reason | None]
+"""Why no rating of this choice of a reply can teach; None where nothing is known against it."""
 
 PublishFeedback = Callable[[Feedback], Awaitable[bool]]
 """Keeps a rating; True once it is safe, False when queue and spool are full."""
@@ -28,6 +32,8 @@ class Kept(BaseModel):
     """It is kept, and is read with its topic: `moorline explain` says what became of it."""
 
     feedback_id: str
+    not_trainable: Reason | None = None
+    """Why nothing will be learned from it; absent where nothing is known against it."""
 
 
 class RefusalDetail(BaseModel):
@@ -45,14 +51,19 @@ class Refusal(BaseModel):
 
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
+    409: {"model": Refusal, "description": "The reply was not recorded: nothing can come of it"},
     413: {"model": Refusal, "description": "Larger than `serving.feedback_max_bytes`"},
     422: {"model": Refusal, "description": "Not feedback; the message has the remedy"},
     503: {"model": Refusal, "description": "Queue and spool are full: send it again later"},
 }
 
 
-def feedback_router(publish: PublishFeedback, max_bytes: int) -> APIRouter:
-    """The route, bound to a publisher."""
+def feedback_router(
+    publish: PublishFeedback,
+    max_bytes: int,
+    why_unusable: WhyUnusable = lambda _reply_id, _choice: None,
+) -> APIRouter:
+    """The route, bound to a publisher and to what the recorder knows of replies."""
     router = APIRouter()
 
     @router.post(
@@ -71,12 +82,18 @@ def feedback_router(publish: PublishFeedback, max_bytes: int) -> APIRouter:
             feedback = read_feedback(body)
         except FeedbackInvalid as error:
             return _refuse(422, "invalid", str(error))
+        unusable = _why_unusable(feedback, why_unusable)
+        if isinstance(unusable, NotRecorded):
+            return _refuse(409, "not_recorded", f"the reply was not recorded: {unusable}")
         if not await publish(feedback):
             return _refuse(
                 503, "unavailable", "feedback cannot be kept now (queue and spool are full): retry"
             )
         metrics.FEEDBACK_RECEIVED.labels("accepted").inc()
-        return JSONResponse({"feedback_id": feedback.feedback_id}, status_code=202)
+        answer = {"feedback_id": feedback.feedback_id}
+        if unusable is not None:
+            answer["not_trainable"] = unusable
+        return JSONResponse(answer, status_code=202)
 
     return router
 
@@ -88,6 +105,14 @@ def _request_body() -> dict[str, Any]:
     kind = schema["properties"]["kind"]
     kind["anyOf"] = [kinds, {"type": "null"}]
     return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
+def _why_unusable(feedback: Feedback, why: WhyUnusable) -> NotRecorded | Reason | None:
+    """Of the reply, or of the one that it is preferred over."""
+    found = why(feedback.interaction_id, feedback.choice)
+    if found is None and feedback.over is not None:
+        return why(feedback.over, feedback.over_choice)
+    return found
 
 
 async def _read_at_most(request: Request, max_bytes: int) -> bytes | None:

@@ -13,6 +13,7 @@ these are what is recorded, and named so.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -23,13 +24,18 @@ from pydantic import ValidationError
 from moorline import metrics
 from moorline.events import Interaction, LogprobConvention, PolicySpan
 from moorline.logs import describe
-from serving.context import RequestContext, current_request
-from serving.vllm.models import version_of
+from moorline.trainability import why_recorded_in_vain
+from serving.context import NotRecorded, RequestContext, current_request
+from serving.unusable_replies import UnusableReplies
+from serving.vllm.models import version_of_policy
 from serving.vllm.sampling import (
     SamplingParams,
+    altered_by_engine,
     asks_for_logprobs,
     gives_deltas,
     logprobs_of_tokens,
+    only_scores_prompt,
+    prompt_parts,
     sampling_settings,
     spans_of_cut_reply,
     states_by_choice,
@@ -40,6 +46,11 @@ logger = logging.getLogger("moorline.serving.recorder")
 
 Publish = Callable[[Interaction], bool]
 """Takes an interaction without blocking; False when it had to be dropped."""
+
+_PROMPT_SUFFIX = re.compile(r"(?:[-_](?P<prompt>\d+))?")
+"""What vLLM puts behind a reply's id for the requests of its prompts."""
+_BEAM = "-beam-"
+"""In what it puts there for each step of a beam search."""
 
 
 @dataclass
@@ -55,15 +66,22 @@ class _Choice:
 class Recorder:
     """Wraps one engine client."""
 
-    def __init__(self, engine: Any, alias: str, publish: Publish, live_version: Callable[[], int]):
+    def __init__(
+        self,
+        engine: Any,
+        alias: str,
+        publish: Publish,
+        live_version: Callable[[], int],
+        unusable_replies: UnusableReplies,
+    ) -> None:
         self._engine = engine
+        self._altered_by = altered_by_engine(engine)
         self._alias = alias
+        self._unusable_replies = unusable_replies
         self._publish = publish
         self._live_version = live_version
         self.plain_generate = engine.generate
         """The engine's own method: for warm-up and parity, which are nobody's interactions."""
-        self.on_adapter: Callable[[int, int], None] = lambda _adapter_id, _change: None
-        """Told +1 when a request starts on an adapter (by its integer id) and -1 when it ends."""
 
     def install(self) -> None:
         """From now on, every request of this process goes through the recorder."""
@@ -77,7 +95,7 @@ class Recorder:
         recording: _Recording | None = None
         if context is not None:
             try:
-                recording = self._begin(context, sampling_params, request_id, options)
+                recording = self._begin(context, prompt, sampling_params, request_id, options)
             except Exception as error:
                 _failed(error)
         if recording is not None:
@@ -87,25 +105,50 @@ class Recorder:
     def _begin(
         self,
         context: RequestContext,
+        prompt: Any,
         params: SamplingParams,
         request_id: str,
         options: dict[str, Any],
     ) -> _Recording | None:
-        reply_id = context.reply_id
-        if context.opted_out:
-            metrics.INTERACTIONS.labels("opted_out").inc()
+        """Start to record one prompt's reply; None, counted and noted: it is no interaction."""
+        reply_id, lora_request = context.reply_id, options.get("lora_request")
+        version = (
+            None if lora_request is None else version_of_policy(self._alias, lora_request.lora_name)
+        )
+        suffix = None if reply_id is None else request_id.removeprefix(reply_id)
+        place = None if suffix is None else _PROMPT_SUFFIX.fullmatch(suffix)
+        why = context.not_recorded
+        if why is None and suffix is not None and _BEAM in suffix:
+            why = NotRecorded.BEAM_SEARCH
+        if why is None and (place is None or only_scores_prompt(params)):
+            why = NotRecorded.SCORING
+        if why is None and lora_request is not None and version is None:
+            why = NotRecorded.OTHER_ADAPTER
+        if why is not None:
+            self._note_not_recorded(context, why)
             return None
-        if reply_id is None or not request_id.startswith(reply_id) or "-beam-" in request_id:
-            return None  # an internal request (beam search): no reply of its own
-        suffix = request_id[len(reply_id) :].lstrip("-_")
-        lora_request = options.get("lora_request")
+        assert reply_id is not None
+        assert place is not None
+        prompt_index = int(place["prompt"] or 0)
+        prefixes = context.reply_prefixes
         return _Recording(
             context=context,
             reply_id=reply_id,
-            first_choice=int(suffix) * params.n if suffix.isdecimal() else 0,
+            first_choice=prompt_index * params.n,
             asked=params,
-            adapter_version=None if lora_request is None else version_of(lora_request.lora_name),
+            adapter_version=version,
+            prompt_parts=prompt_parts(prompt),
+            reply_prefix=prefixes[prompt_index] if prompt_index < len(prefixes) else None,
         )
+
+    def _note_not_recorded(self, context: RequestContext, why: NotRecorded) -> None:
+        """Once for each request, though a beam search makes many of the engine."""
+        if context.counted:
+            return
+        context.counted = True
+        metrics.INTERACTIONS.labels(why).inc()
+        if context.reply_id is not None:
+            self._unusable_replies.note_not_recorded(context.reply_id, why)
 
     async def _run(
         self,
@@ -115,10 +158,7 @@ class Recorder:
         request_id: str,
         options: dict[str, Any],
     ) -> AsyncGenerator[Any, None]:
-        lora_request = options.get("lora_request")
         outputs = self.plain_generate(prompt, params, request_id, **options)
-        if lora_request is not None:
-            self.on_adapter(lora_request.lora_int_id, 1)
         try:
             async for output in outputs:
                 if recording is not None:
@@ -135,8 +175,6 @@ class Recorder:
             try:
                 await outputs.aclose()
             finally:
-                if lora_request is not None:
-                    self.on_adapter(lora_request.lora_int_id, -1)
                 if recording is not None:
                     self._close(recording)
 
@@ -183,7 +221,7 @@ class Recorder:
 
     def _finish(self, recording: _Recording, index: int) -> None:
         """Hand one ended choice to the publisher."""
-        choice = recording.choices[index]
+        choice, context = recording.choices[index], recording.context
         if recording.broken:
             return
         if recording.adapter_version is not None:
@@ -191,7 +229,11 @@ class Recorder:
         else:
             live = self._live_version()
             spans = [
-                (live if (version := version_of(name)) is None else version, start, end)
+                (
+                    live if (version := version_of_policy(self._alias, name)) is None else version,
+                    start,
+                    end,
+                )
                 for name, start, end in choice.weight_versions or ()
             ] or [(live, 0, len(choice.token_ids))]
         now = time.time()
@@ -200,23 +242,29 @@ class Recorder:
                 interaction_id=recording.reply_id,
                 choice=recording.first_choice + index,
                 alias=self._alias,
-                tenant=recording.context.tenant,
-                task=recording.context.task,
-                user=recording.context.user,
+                client_request_id=context.client_request_id,
+                tenant=context.tenant,
+                task=context.task,
+                user=context.users[0] if context.users else None,
+                other_users=context.users[1:],
                 created_at=now,
-                latency_seconds=max(0.0, now - recording.context.started_at),
+                latency_seconds=max(0.0, now - context.started_at),
                 prompt_token_ids=tuple(recording.prompt_token_ids or ()),
+                prompt_parts=recording.prompt_parts,
+                reply_prefix=recording.reply_prefix,
                 completion_token_ids=tuple(choice.token_ids),
                 completion_logprobs=tuple(choice.logprobs),
                 logprob_convention=recording.convention,
-                sampling=sampling_settings(recording.asked),
+                sampling=sampling_settings(recording.asked, self._altered_by),
                 policy_spans=tuple(PolicySpan(version=v, start=s, end=e) for v, s, e in spans),
                 finish_reason=choice.finish_reason or "unknown",
-                streamed=recording.context.streamed,
+                streamed=context.streamed,
             )
         except ValidationError as error:
-            _failed(error)  # for instance an X-Request-Id that is no identifier
+            _failed(error)
             return
+        if (reason := why_recorded_in_vain(interaction)) is not None:
+            self._unusable_replies.note_untrainable(recording.reply_id, interaction.choice, reason)
         outcome = "dropped"
         if self._publish(interaction):
             outcome = "aborted" if choice.finish_reason == "abort" else "recorded"
@@ -234,6 +282,8 @@ class _Recording:
     asked: SamplingParams
     """As the client's request says."""
     adapter_version: int | None
+    prompt_parts: tuple[str, ...] = ()
+    reply_prefix: str | None = None
     prompt_token_ids: list[int] | None = None
     choices: dict[int, _Choice] = field(default_factory=dict)
     states: dict[int, Any] = field(default_factory=dict)

@@ -24,7 +24,8 @@ from moorline.adapter_format import TARGET_MODULES
 from moorline.base_model import check_model_dir, model_digest
 from moorline.errors import MoorlineError
 from moorline.http import base_url, port_problem
-from moorline.settings import Settings
+from moorline.memory import available_memory_bytes
+from moorline.settings import ServingSettings, Settings
 from moorline.stream import Publisher, SpoolLocked
 from moorline.systemd import Notifier
 from serving.lifetime import nothing_outlives_this_process
@@ -111,7 +112,10 @@ def vllm_arguments(settings: Settings, model_dir: Path, port: int, mode: str) ->
         words.append("--distributed-executor-backend=serving.vllm.executor.QuietExecutor")
     if mode == "adapter":
         rank = next(rank for rank in LORA_RANKS if rank >= settings.learning.lora_rank)
-        words += ["--enable-lora", f"--max-loras={serving.max_loras}", f"--max-lora-rank={rank}"]
+        # vLLM's CPU kernels give a request without adapter the last slot's, when another request in
+        # the batch has one: one slot more than is ever filled stays empty, which changes nothing.
+        slots = serving.max_loras + runs_on_cpu()
+        words += ["--enable-lora", f"--max-loras={slots}", f"--max-lora-rank={rank}"]
         # The parity check catches an adapter that changes more. Without this list vLLM also wraps
         # the output head: on CPU that costs most of the speed, and a request for prompt logprobs
         # beside any other request then kills the engine (einsum in ``punica_cpu``).
@@ -132,22 +136,12 @@ def check_memory(model_dir: Path, settings: Settings) -> None:
     # The files may hold another precision than is served; a reload keeps one layer twice.
     needed = weights * max(1.0, stored / 2) * 1.2
     needed += settings.serving.kv_cache_gib * 2**30 + MEMORY_BESIDE_WEIGHTS_BYTES
-    available = _available_memory_bytes()
+    available = available_memory_bytes()
     if available is not None and available < needed:
         raise ServerError(
             f"too little memory: {available / 2**30:.1f} GiB are free, the server needs about "
             f"{needed / 2**30:.1f} GiB: lower serving.kv_cache_gib or free some"
         )
-
-
-def _available_memory_bytes() -> int | None:
-    """What can be allocated without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kib is None else int(kib) * 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -262,7 +256,7 @@ async def _serve_engine(
             break
         await asyncio.sleep(0.02)
     parts.readiness.why_not = None
-    await _listen(parts, bound, engine, following, settings.serving.drain_seconds)
+    await _listen(parts, bound, engine, following, settings.serving)
 
 
 async def _listen(
@@ -270,17 +264,20 @@ async def _listen(
     bound: socket.socket,
     engine: Any,
     following: asyncio.Task[None],
-    drain_seconds: float,
+    serving: ServingSettings,
 ) -> None:
     """Answer until a signal; then let the running replies end. A broken engine ends it at once."""
     import uvicorn
+
+    from serving.stalled_clients import ending_stalled_clients
 
     server = uvicorn.Server(
         uvicorn.Config(
             parts.app,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(drain_seconds),
+            http=ending_stalled_clients(serving.stream_stall_seconds),  # type: ignore[arg-type]
+            timeout_graceful_shutdown=int(serving.drain_seconds),
         )
     )
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
@@ -315,7 +312,7 @@ async def _listen(
     server.should_exit = True
     if failure is not None:
         server.config.timeout_graceful_shutdown = 1
-    await asyncio.wait([http], timeout=drain_seconds + 2)
+    await asyncio.wait([http], timeout=serving.drain_seconds + 2)
     for task in (http, notifying, *watchers):
         task.cancel()
     if failure is not None:

@@ -16,6 +16,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import ParamSpec, TypeVar
 
 from moorline import metrics
+from moorline.clock import running_seconds
 
 logger = logging.getLogger("moorline.serving.store")
 
@@ -36,7 +37,7 @@ class StoreReader:
     def waiting_seconds(self) -> float:
         """How long the running read has been waiting; 0 when there is none."""
         since = self._since
-        return 0.0 if since is None else time.monotonic() - since
+        return 0.0 if since is None else running_seconds() - since
 
     async def read(
         self,
@@ -58,7 +59,7 @@ class StoreReader:
                     self._since = None
                     outcome.set_result(result)
 
-        self._since = time.monotonic()
+        self._since = running_seconds()
         threading.Thread(target=run, name="moorline-store", daemon=True).start()
         answer = asyncio.wrap_future(outcome)
         done, _ = await asyncio.wait({answer}, timeout=SLOW_READ_SECONDS)

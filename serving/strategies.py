@@ -15,11 +15,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from moorline.clock import running_seconds
 from moorline.errors import MoorlineError
 from moorline.events import policy_name
 from moorline.failpoints import failpoint
@@ -31,12 +31,15 @@ from serving.vllm.models import (
     PolicyModels,
     ServedPolicy,
     adapter_request,
+    adapters_in_use,
 )
 
 logger = logging.getLogger("moorline.serving.swap")
 
 NAMED_TO_SUBMITTED_SECONDS = 0.05
 """Time for a request that was given its policy's name to be rendered and reach the engine."""
+
+_LOOK_SECONDS = 0.5
 
 Check = Callable[[LoRARequest | None], Awaitable[None]]
 """Scores what the engine serves; raises ParityError."""
@@ -60,8 +63,16 @@ class SwapStrategy(Protocol):
         """What a request must carry to be answered by the live policy."""
         ...
 
+    async def remove_unused(self) -> None:
+        """Unload what no reply uses any more."""
+        ...
+
+    def has_room(self, target: ServedPolicy) -> bool:
+        """Whether a swap to ``target`` can begin now; if not, running replies must end first."""
+        ...
+
     async def swap(self, target: ServedPolicy, check: Check) -> float:
-        """Make ``target`` live. Returns the pause of running replies, seconds.
+        """Make ``target`` live; there must be room. Returns the pause of running replies, seconds.
 
         Raises:
             ParityError, PolicyInvalid: the policy before is live (again).
@@ -71,7 +82,11 @@ class SwapStrategy(Protocol):
 
 
 class AdapterFlip(SwapStrategy):
-    """LoRA adapters side by side, each under a name, an integer id and a path of its own."""
+    """LoRA adapters side by side, each under a name, an integer id and a path of its own.
+
+    An adapter holds its slot while it is live and while the engine computes a reply with it, so a
+    client that does not read its reply holds none.
+    """
 
     mode = "adapter"
 
@@ -81,71 +96,50 @@ class AdapterFlip(SwapStrategy):
         self._live = live
         self._max_loras = max_loras
         self._next_id = 1
-        self._loaded: dict[int, int] = {}
-        """Integer id -> version of every adapter in the engine."""
-        self._users: Counter[int] = Counter()
-        self._serving_id: int | None = None
-        self._removals: set[asyncio.Task[None]] = set()
+        self._loaded: dict[int, LoRARequest] = {}
+        """Version -> adapter, of every adapter in the engine."""
 
     @property
     def live_adapter(self) -> LoRARequest | None:
         return self._models.lora_requests.get(self._live.alias)
 
-    def on_use(self, adapter_id: int, change: int) -> None:
-        """A request started (+1) or ended (-1) on this adapter."""
-        self._users[adapter_id] += change
-        if self._users[adapter_id] <= 0 and adapter_id != self._serving_id:
-            self._remove_soon(adapter_id)
-
-    async def swap(self, target: ServedPolicy, check: Check) -> float:
-        if target.directory is None:
-            await check(None)
-            self._flip(target, None)
-            return 0.0
-        while len(self._loaded) >= self._max_loras:
-            await asyncio.sleep(0.1)  # a slot is free as soon as the oldest replies have ended
-        name = policy_name(self._live.alias, target.version)
-        request = adapter_request(name, self._next_id, target.directory)
-        self._next_id += 1
-        try:
-            await self._engine.add_lora(request)
-        except Exception as error:
-            raise PolicyInvalid(f"vLLM refused the adapter ({type(error).__name__})") from error
-        self._loaded[request.lora_int_id] = target.version
-        failpoint("swap.adapter_loaded")
-        try:
-            await check(request)
-        except ParityError:
-            self._remove_soon(request.lora_int_id)
-            raise
-        self._flip(target, request)
-        return 0.0
-
-    def _flip(self, target: ServedPolicy, request: LoRARequest | None) -> None:
-        before, self._serving_id = self._serving_id, request.lora_int_id if request else None
-        self._live.policy = target
-        self._models.serve_adapter(request)
-        if before is not None and self._users[before] <= 0:
-            self._remove_soon(before)
-
-    def _remove_soon(self, adapter_id: int) -> None:
-        if adapter_id in self._loaded:
-            task = asyncio.get_running_loop().create_task(self._remove(adapter_id))
-            self._removals.add(task)
-            task.add_done_callback(self._removals.discard)
-
-    async def _remove(self, adapter_id: int) -> None:
-        await asyncio.sleep(NAMED_TO_SUBMITTED_SECONDS)  # requests that were given it before
-        if self._users[adapter_id] > 0 or adapter_id == self._serving_id:
-            return  # the last of those will come back here
-        version = self._loaded.pop(adapter_id, None)
-        if version is not None:
-            self._users.pop(adapter_id, None)
-            await self._engine.remove_lora(adapter_id)
+    async def remove_unused(self) -> None:
+        used = adapters_in_use(self._engine)
+        for version, adapter in list(self._loaded.items()):
+            if adapter.lora_int_id in used or adapter == self.live_adapter:
+                continue
+            del self._loaded[version]
+            await self._engine.remove_lora(adapter.lora_int_id)
             logger.info(
                 "no reply uses the adapter any more: removed it from the engine",
                 extra={"event": "adapter_removed", "version": version},
             )
+
+    def has_room(self, target: ServedPolicy) -> bool:
+        needs_none = target.directory is None or target.version in self._loaded
+        return needs_none or len(self._loaded) < self._max_loras
+
+    async def swap(self, target: ServedPolicy, check: Check) -> float:
+        adapter = None
+        if target.directory is not None:
+            adapter = self._loaded.get(target.version) or await self._load(target, target.directory)
+        await check(adapter)
+        self._live.policy = target
+        self._models.serve_adapter(adapter)
+        await asyncio.sleep(NAMED_TO_SUBMITTED_SECONDS)  # until then the one before looks unused
+        return 0.0
+
+    async def _load(self, target: ServedPolicy, directory: Path) -> LoRARequest:
+        name = policy_name(self._live.alias, target.version)
+        adapter = adapter_request(name, self._next_id, directory)
+        self._next_id += 1
+        try:
+            await self._engine.add_lora(adapter)
+        except Exception as error:
+            raise PolicyInvalid(f"vLLM refused the adapter ({type(error).__name__})") from error
+        self._loaded[target.version] = adapter
+        failpoint("swap.adapter_loaded")
+        return adapter
 
 
 class WeightReload(SwapStrategy):
@@ -170,6 +164,13 @@ class WeightReload(SwapStrategy):
     @property
     def live_adapter(self) -> None:
         return None
+
+    async def remove_unused(self) -> None:
+        """There is one policy in the engine, and it is live."""
+
+    def has_room(self, target: ServedPolicy) -> bool:
+        del target
+        return True
 
     async def swap(self, target: ServedPolicy, check: Check) -> float:
         before = self._live.policy
@@ -215,6 +216,14 @@ class WeightReload(SwapStrategy):
         return time.monotonic() - start
 
     async def _call(self, method: str, *arguments: Any) -> None:
-        await asyncio.wait_for(
-            self._engine.collective_rpc(method, args=arguments), self._timeout_seconds
-        )
+        call = asyncio.ensure_future(self._engine.collective_rpc(method, args=arguments))
+        deadline = running_seconds() + self._timeout_seconds
+        try:
+            while not call.done():
+                left = deadline - running_seconds()
+                if left <= 0:
+                    raise TimeoutError(f"no answer in {self._timeout_seconds:g} s")
+                await asyncio.wait({call}, timeout=min(left, _LOOK_SECONDS))
+            call.result()
+        finally:
+            call.cancel()

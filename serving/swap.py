@@ -4,6 +4,9 @@ The artifact store is the truth: a pin if an operator set one, else the newest r
 refused. So swapping needs neither Kafka nor the updater. A release that is corrupt, unusable or
 fails parity is refused until this process restarts, and the next older one is tried, but none that
 was revoked for an erasure. While the store does not answer, the live policy goes on.
+
+The pin is read again before every attempt, and a release that must wait for running replies is left
+for the next poll: an operator's rollback waits for nothing but the swap that is under way.
 """
 
 from __future__ import annotations
@@ -96,6 +99,7 @@ class SwapController:
         self._base_model_digest = base_model_digest
         self._tolerance_nats = parity_tolerance_nats
         self._logged_error = ""
+        self._waiting_version: int | None = None
         self.refused: dict[int, SwapOutcome] = {}
         self.history: deque[SwapRecord] = deque(maxlen=REMEMBERED_SWAPS)
         self.pinned_version: int | None = None
@@ -104,7 +108,7 @@ class SwapController:
         self.first_poll_done = False
         """Whether the store was polled once, with success or without."""
         self.reader = StoreReader()
-        metrics.POLICY_VERSION.labels("serving").set(live.version)
+        metrics.POLICY_VERSION.labels("serving").set_function(lambda: live.version)
 
     async def follow(self) -> None:
         """Swap whenever the store says so, until cancelled.
@@ -142,15 +146,20 @@ class SwapController:
             OSError: the store cannot be read.
             EngineInvalid: the process must restart.
         """
+        await self._strategy.remove_unused()
+        while (version := await self._wanted_version()) != self._live.version:
+            if not await self._swap_to(version):
+                break
+        self.first_policy_live = True
+
+    async def _wanted_version(self) -> int:
+        """What the store wants to be live now; the live version if that cannot be served."""
         pin, versions = await self.reader.read(self._pin_and_versions)
         self.pinned_version = None if pin is None else pin.version
         metrics.PINNED.set(pin is not None)
         metrics.STORE_NEWEST_VERSION.set(versions[-1] if versions else 0)
-        for version in self._wanted(pin, versions):
-            if version == self._live.version or await self._swap_to(version):
-                break
-        self.first_policy_live = True
-        metrics.POLICY_VERSION.labels("serving").set(self._live.version)
+        self._live.newest_released = max(self._live.newest_released, *versions, 0)
+        return next(self._wanted(pin, versions), self._live.version)
 
     def _pin_and_versions(self) -> tuple[Pin | None, list[int]]:
         """The pin, and the versions that may be served, oldest first."""
@@ -187,10 +196,14 @@ class SwapController:
             )
 
     async def _swap_to(self, version: int) -> bool:
+        """Try to bring a version live; False when it must wait for running replies to end."""
         start = time.monotonic()
         record: dict[str, Any] = {"version": version, "mode": self._strategy.mode}
         try:
             policy = await self.reader.read(self._verified_policy, version)
+            if not self._strategy.has_room(policy):
+                self._log_waiting(version)
+                return False
             failpoint("swap.verified")
             record |= await self._swap_checked(policy)
             record["outcome"] = SwapOutcome.SWAPPED
@@ -206,7 +219,16 @@ class SwapController:
             )
             raise
         self._record_swap(record, start)
-        return record["outcome"] is SwapOutcome.SWAPPED
+        return True
+
+    def _log_waiting(self, version: int) -> None:
+        """Log once for each version, not at every poll."""
+        if version != self._waiting_version:
+            self._waiting_version = version
+            logger.warning(
+                "a release waits: running replies use every adapter slot (serving.max_loras)",
+                extra={"event": "swap_waits_for_slot", "version": version},
+            )
 
     def _verified_policy(self, version: int) -> ServedPolicy:
         """Read and verify everything that can be verified without the engine."""

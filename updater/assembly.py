@@ -1,9 +1,11 @@
-"""Puts an updater's loop together from its settings and its ways in and out."""
+"""Puts an updater's loop together from its settings and its inputs and outputs."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from moorline.base_model import check_model_dir, model_digest
 from moorline.events import Release
@@ -21,6 +23,31 @@ from updater.safety import Gate, load_probes
 from updater.safety.trust_region import TrustRegion
 
 
+@dataclass(frozen=True)
+class Assembled:
+    """The loop of one updater, and those of its parts that others ask something of."""
+
+    loop: Loop
+    policy: Policy
+    trainer: Trainer
+    trust_region: TrustRegion
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The ledger of these settings, opened for writing.
+
+    Raises:
+        LedgerError, LedgerUnavailable: as ``Ledger`` says.
+    """
+    learning = settings.learning
+    return Ledger(
+        settings.ledger_path,
+        horizon_seconds=learning.horizon_seconds,
+        keep_decided_seconds=learning.keep_decided_seconds or math.inf,
+        suspect_after_crashes=settings.updater.suspect_after_crashes,
+    )
+
+
 def assemble(
     settings: Settings,
     *,
@@ -30,13 +57,13 @@ def assemble(
     dead_letters: DeadLetterSink,
     publish: Callable[[Release], None],
     progress: Progress | None = None,
-) -> tuple[Loop, TrustRegion]:
+) -> Assembled:
     """Load the model and put the loop together; it still has to ``resume``.
 
     Args:
         reader: has been sought to the ledger's offsets.
         publish: writes a release to its topic and returns when it is acknowledged.
-        progress: told how the loop gets on; None: nobody asks.
+        progress: is told what the loop does; None: nobody reads it.
 
     Raises:
         ModelInvalid, ProbesInvalid, ObjectiveInvalid: with one line that says what to do.
@@ -76,7 +103,7 @@ def assemble(
         base_model_digest=model_digest(model_dir),
         software=_software(),
     )
-    return loop, trust_region
+    return Assembled(loop, policy, trainer, trust_region)
 
 
 def _software() -> dict[str, str]:

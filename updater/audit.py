@@ -1,8 +1,8 @@
-"""Are the books right: every record of the stream against the ledger's one fate for it.
+"""The audit: every record of the stream compared with its one fate in the ledger.
 
-What the broker still has is read again and compared offset by offset. What it has not is explained:
-removed by retention after it was read, a recorded gap, or an offset that holds no record (a
-transaction's marker).
+What the broker still has is read again and compared offset by offset. What it no longer has is
+explained: removed by retention after it was read, a recorded gap, or an offset that holds no
+record (a transaction's marker).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from updater.ledger.inspection import Consumed, LedgerInspector
 
 _EXAMPLES = 5
 _ATTEMPTS = 5
-"""At a partition that retention is passing while it is read."""
+"""Most tries at a partition whose first records retention deletes while they are read."""
 
 
 @dataclass
 class Offsets:
-    """How many, and the first few."""
+    """A number of offsets, and the first few of them."""
 
     count: int = 0
     first: list[int] = field(default_factory=list)
@@ -68,7 +68,7 @@ class PartitionAudit:
 
     @property
     def differences(self) -> list[str]:
-        """One line each; empty when the partition's books are right."""
+        """One line each; empty when stream and ledger agree."""
         where = f"{self.topic} partition {self.partition}"
         found = []
         if self.without_fate.count:
@@ -90,7 +90,7 @@ class StreamAudit:
 
     partitions: list[PartitionAudit]
     notes: list[str]
-    """What could not be compared, and why that is no loss."""
+    """What could not be compared, and why nothing is lost by that."""
 
     @property
     def differences(self) -> list[str]:
@@ -107,7 +107,7 @@ def audit_stream(
     The updater may go on meanwhile: only what it had consumed at the start is compared.
 
     Args:
-        progress: told the offsets done and the total.
+        progress: called with the offsets done and the total.
 
     Raises:
         StreamUnavailable: the broker cannot be read.
@@ -125,11 +125,11 @@ def audit_stream(
         done = 0
         for one in present:
 
-            def told(so_far: int, base: int = done) -> None:
+            def report(so_far: int, base: int = done) -> None:
                 if progress is not None:
                     progress(base + so_far, total)
 
-            partitions.append(_audit_partition(settings, scanner, inspector, one, told))
+            partitions.append(_audit_partition(settings, scanner, inspector, one, report))
             done += max(0, one.next_offset - starts[one.topic_partition])
     return StreamAudit(partitions, notes + _unreadable(partitions))
 
@@ -137,7 +137,7 @@ def audit_stream(
 def _present(
     consumed: Iterable[Consumed], states: dict[Topic, TopicState]
 ) -> tuple[list[Consumed], list[str]]:
-    """The partitions that the broker has still, and a note for each topic that it has not."""
+    """The partitions that the broker still has, and a note for each topic that is gone."""
     present, gone = [], dict[tuple[Topic, str], int]()
     for one in consumed:
         state = states.get(one.topic)

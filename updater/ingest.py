@@ -10,31 +10,22 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pydantic import ValidationError
 
-from moorline.events import (
-    GREEDY_BELOW,
-    Erasure,
-    Fate,
-    Feedback,
-    Interaction,
-    LogprobConvention,
-    Reason,
-)
+from moorline.events import Erasure, Fate, Feedback, Interaction, Reason
 from moorline.failpoints import failpoint
 from moorline.feedback import FeedbackInvalid, read_feedback, read_retraction
 from moorline.stream import Gap, Record, StreamUnavailable, Topic
+from moorline.trainability import why_recorded_in_vain
 from updater.learning.advantages import why_no_credit
 from updater.ledger import Ledger, Parsed
 
 logger = logging.getLogger("moorline.ingest")
 
-_ABORTED = frozenset({"abort", "error", "aborted"})
-_LEAST_LOGPROB = -1e30
 _STAGE = "ingest"
 _PROGRESS_SECONDS = 1.0
 """Between looks at how much is unread: each asks the broker."""
@@ -104,7 +95,7 @@ class Ingest:
         self._held: list[Parsed] = []
         self._held_gaps: list[Gap] = []
         self._acknowledged = 0  # so many of the held ones need no dead-lettering any more
-        self._looked_at = -math.inf
+        self._progress_noted_at = -math.inf
         self._announced: dict[tuple[Topic, int], tuple[str, int]] = {}
         ledger.set_behind(ledger.offsets(), as_of=0.0)  # nothing expires before the first look
 
@@ -190,7 +181,7 @@ class Ingest:
 
     def _note_progress(self) -> None:
         """Tell the ledger what is still unread, so that nothing expires that may have a partner."""
-        if time.monotonic() - self._looked_at < _PROGRESS_SECONDS:
+        if time.monotonic() - self._progress_noted_at < _PROGRESS_SECONDS:
             return
         as_of = time.time()
         lag = self._reader.lag()
@@ -202,7 +193,7 @@ class Ingest:
         if offsets != self._announced:
             self._reader.commit(offsets)  # advisory, for lag tools
             self._announced = offsets
-        self._looked_at = time.monotonic()
+        self._progress_noted_at = time.monotonic()
 
 
 def parse(record: Record, max_event_bytes: int) -> Parsed:
@@ -267,64 +258,20 @@ def why_untrainable(
         max_tokens: prompt and completion together.
         newest_version: policies after it are unknown; None: any version is believed.
     """
-    length = len(interaction.completion_token_ids)
-    questions: Iterable[tuple[Callable[[], bool], Reason]] = (
-        (lambda: interaction.alias != alias, Reason.UNKNOWN_POLICY),
-        (
-            lambda: (
-                newest_version is not None
-                and any(span.version > newest_version for span in interaction.policy_spans)
-            ),
-            Reason.UNKNOWN_POLICY,
-        ),
-        (lambda: not interaction.prompt_token_ids, Reason.EMPTY_PROMPT),
-        (lambda: length == 0, Reason.EMPTY_COMPLETION),
-        (
-            lambda: (
-                _out_of_vocabulary(interaction.prompt_token_ids, vocab_size)
-                or _out_of_vocabulary(interaction.completion_token_ids, vocab_size)
-            ),
-            Reason.TOKEN_OUT_OF_VOCABULARY,
-        ),
-        (lambda: len(interaction.prompt_token_ids) + length > max_tokens, Reason.TOO_LONG),
-        (lambda: interaction.finish_reason in _ABORTED, Reason.ABORTED),
-        (lambda: not _spans_cover(interaction, length), Reason.LENGTH_MISMATCH),
-        (lambda: interaction.sampling.temperature < GREEDY_BELOW, Reason.GREEDY_SAMPLING),
-        (lambda: bool(interaction.sampling.altered_by), Reason.ALTERED_SAMPLING),
-        (lambda: _logprobs_missing(interaction), Reason.NO_LOGPROBS),
-        (lambda: len(interaction.completion_logprobs) != length, Reason.LENGTH_MISMATCH),
-        (lambda: _unusable(interaction.completion_logprobs), Reason.INVALID_LOGPROBS),
-        (lambda: not _from_sampling_distribution(interaction), Reason.RAW_LOGPROBS),
-    )
-    return next((reason for is_so, reason in questions if is_so()), None)
+    tokens = (interaction.prompt_token_ids, interaction.completion_token_ids)
+    if interaction.alias != alias:
+        return Reason.UNKNOWN_POLICY
+    if newest_version is not None and any(
+        span.version > newest_version for span in interaction.policy_spans
+    ):
+        return Reason.UNKNOWN_POLICY
+    reason = why_recorded_in_vain(interaction)
+    if reason is Reason.MULTIMODAL_PROMPT:  # its placeholders may be tokens of no vocabulary
+        return reason
+    if any(_out_of_vocabulary(token_ids, vocab_size) for token_ids in tokens):
+        return Reason.TOKEN_OUT_OF_VOCABULARY
+    return Reason.TOO_LONG if sum(map(len, tokens)) > max_tokens else reason
 
 
 def _out_of_vocabulary(token_ids: Sequence[int], vocab_size: int) -> bool:
     return bool(token_ids) and not (min(token_ids) >= 0 and max(token_ids) < vocab_size)
-
-
-def _unusable(logprobs: Sequence[float | None]) -> bool:
-    """Whether one is missing, not finite in float32, or above zero (beyond rounding)."""
-    return any(value is None or not _LEAST_LOGPROB <= value <= 1e-4 for value in logprobs)
-
-
-def _spans_cover(interaction: Interaction, length: int) -> bool:
-    """Whether the policy spans are the completion, in order, without gap or overlap."""
-    end = 0
-    for span in interaction.policy_spans:
-        if span.start != end or span.end < span.start:
-            return False
-        end = span.end
-    return end == length
-
-
-def _logprobs_missing(interaction: Interaction) -> bool:
-    given = interaction.completion_logprobs
-    return not given or any(logprob is None for logprob in given)
-
-
-def _from_sampling_distribution(interaction: Interaction) -> bool:
-    """Whether the recorded logprobs are those of the distribution that was sampled from."""
-    if interaction.logprob_convention is LogprobConvention.PROCESSED:
-        return True
-    return interaction.sampling.temperature == 1.0 and not interaction.sampling.truncated

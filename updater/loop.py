@@ -2,55 +2,42 @@
 
     take in            ingest.py                    the stream's records become rows of the ledger
     revoke             ledger/revocation.py         what learned from an erased person is taken back
-    measure staleness  learning/staleness.py        how far those who acted are from this policy
-    assign credit      learning/advantages.py       ratings become advantages
-    propose            learning/trainer.py          one update of the live adapter
-    bound              safety/trust_region.py       its largest step inside the divergence bound
-    write              candidates.py                the candidate's bytes, under their hash
-    judge              safety/gate.py               a verdict on exactly those bytes
-    decide             ledger/decisions.py          one transaction: fates, offsets, release
+    reanchor           anchors.py                   distances are measured from where a person says
+    update             update.py                    choose, measure, propose, bound, judge, decide
     publish            releases.py                  manifest to the store, announcement to the topic
     collect garbage    retention.py                 bytes that nobody can ask for any more
 
-The ledger is the only commit point: what happens before ``decide`` leaves no trace after a crash,
-and what comes after it is repeated until it is done.
+The ledger is the only commit point: what happens before an update's ``decide`` leaves no trace
+after a crash, and what comes after it is repeated until it is done.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from moorline import metrics
 from moorline.adapter_format import OPTIMIZER_STATE
-from moorline.events import Decision, Divergence, Reason, Release, Verdict
+from moorline.events import Release
 from moorline.failpoints import failpoint
 from moorline.settings import Settings
 from moorline.store import ArtifactStore, PinInvalid, StoreUnavailable
 from moorline.stream import StreamUnavailable
-from updater.candidates import write_candidate
+from updater.anchors import Anchors
 from updater.ingest import Ingest
-from updater.learning.advantages import assign_credit
-from updater.learning.baselines import Baselines
-from updater.learning.behaviour import behaviour_policies_unavailable
-from updater.learning.diagnostics import export_divergences, export_metrics
 from updater.learning.policy import Policy, check_continues
-from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import (
-    NonFiniteUpdate,
-    NothingToLearn,
-    Proposal,
     Trainer,
 )
-from updater.ledger import BatchDecision, Ledger, LedgerUnavailable
+from updater.ledger import Ledger, LedgerUnavailable
+from updater.outcomes import Outcomes
 from updater.progress import Phase, Progress
-from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
 from updater.releases import Manifests, publish_decided
 from updater.retention import collect_garbage
 from updater.safety import Gate
-from updater.safety.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
-from updater.values import Batch, Candidate, Example, uncredited
+from updater.safety.trust_region import TrustRegion
+from updater.update import Updates
 
 logger = logging.getLogger("moorline.loop")
 
@@ -85,15 +72,26 @@ class Loop:
         self._policy = policy
         self._trainer = trainer
         self._trust_region = trust_region
-        self._gate = gate
         self._publish = publish
         self._manifests = Manifests(settings, ledger, store, base_model_digest, software)
-        self._quarantine = Quarantine(settings, ledger, trainer, trust_region, self._credited)
+        self._outcomes = Outcomes(
+            ledger, self._manifests, trainer, trust_region, settings.learning.max_tries
+        )
+        self._updates = Updates(
+            settings,
+            ledger=ledger,
+            store=store,
+            policy=policy,
+            trainer=trainer,
+            trust_region=trust_region,
+            gate=gate,
+            outcomes=self._outcomes,
+            progress=progress,
+        )
         self._base_model_digest = base_model_digest
+        self._anchors = Anchors(settings.alias, ledger, store, policy)
         self._base_adapter = trainer.live_adapter
         self._progress = progress
-        self._last_divergences: tuple[Divergence, ...] = ()
-        self._candidate_bytes = 0
 
     @property
     def phase(self) -> Phase:
@@ -115,12 +113,13 @@ class Loop:
             self._trainer.resume(adapter, (directory / OPTIMIZER_STATE).read_bytes())
         else:
             self._trainer.resume(self._base_adapter, None)
-        self._last_divergences = release.divergences if release is not None else ()
+        self._updates.start_from(release.divergences if release is not None else ())
+        self._load_anchor()
         logger.info(
             "learning goes on from the live release",
             extra={"event": "learning_resumed", "version": version, "epoch": self._ledger.epoch},
         )
-        self._export_version(version)
+        self._outcomes.export_version(version, release)
 
     def cycle(self) -> None:
         """Take in what there is; learn from it if it is enough; announce what was decided.
@@ -142,19 +141,26 @@ class Loop:
     def _cycle(self) -> None:
         reading = self._take_in()
         self._revoke()
+        self._reanchor()
         self._publish_decided()
-        pinned = self._store.pinned(self._settings.alias) is not None
-        if pinned or not self._enough():
+        waits_in = self._why_no_update()
+        if waits_in is not None:
             if reading:
-                self._progress.enter(Phase.PINNED if pinned else Phase.WAITING)
+                self._progress.enter(waits_in)
             return
-        self._store.check_room(self._candidate_bytes)
         start = time.monotonic()
-        outcome = self._learn()
+        outcome = self._updates.make()
         metrics.UPDATES.labels(outcome=outcome).inc()
         metrics.UPDATE_SECONDS.observe(time.monotonic() - start)
         self._publish_decided()
         self._collect_garbage()
+
+    def _why_no_update(self) -> Phase | None:
+        """What an update waits for; None: it is due. Never while an erasure is unread."""
+        if self._store.pinned(self._settings.alias) is not None:
+            return Phase.PINNED
+        waits_in = self._updates.why_not()
+        return Phase.WAITING if waits_in is None and self._ingest.erasures_unread() else waits_in
 
     # --- the verbs --------------------------------------------------------------------------
 
@@ -198,211 +204,17 @@ class Loop:
         self._publish_decided()
         self._collect_garbage()
 
-    def _enough(self) -> bool:
-        """Whether an update is due.
+    def _reanchor(self) -> None:
+        """Measure distances from another policy, where a person has asked for it."""
+        request = self._anchors.requested()
+        if request is not None and self._anchors.apply(request):
+            self.resume()
+            self._collect_garbage()
 
-        It is with a full batch, with a smaller one that has waited long enough, or with suspects of
-        a crash; never while an erasure is unread.
-        """
-        learning = self._settings.learning
-        ready = self._ledger.count_ready()
-        oldest = self._ledger.oldest_ready_at()
-        waited = time.time() - oldest if oldest is not None else 0.0
-        long_enough = ready >= learning.min_batch_examples and waited >= learning.max_wait_seconds
-        full = ready >= learning.batch_examples
-        due = self._quarantine.due(full or long_enough)
-        return due and not self._ingest.erasures_unread()
-
-    def _learn(self) -> str:
-        """One batch to its decision, suspects first; returns the outcome's name."""
-        self._progress.enter(Phase.TRAINING)
-        suspects = self._quarantine.suspects()
-        if suspects and not self._quarantine.enough_to_teach(suspects):
-            cause = self._quarantine.bisect(suspects)
-            return self._reject_for(Reason.UPDATE_CRASHED, suspects, cause) if cause else "trial"
-        examples = suspects or self._ledger.ready_examples(self._settings.learning.batch_examples)
-        with self._quarantine.watch(examples):
-            return self._update(examples)
-
-    def _update(self, examples: Sequence[Example]) -> str:
-        try:
-            batch, baselines, staleness = self._credited(examples)
-            logger.info(
-                "training batch prepared",
-                extra={
-                    "event": "batch_prepared",
-                    "examples": len(batch.examples),
-                    "diagnostics": {**batch.credit, **staleness.diagnostics},
-                },
-            )
-            proposal = self._trainer.propose(batch, staleness)
-        except NothingToLearn:
-            return self._make_no_update(batch, baselines)
-        except NonFiniteUpdate as error:
-            return self._reject(batch, baselines, Reason.NON_FINITE_UPDATE, cause=str(error))
-        except OF_THE_MACHINE:
-            raise
-        except Exception as error:  # whatever it is, this batch must not come back for ever
-            guilty = self._quarantine.culprits(examples, error)
-            return self._reject_for(Reason.UPDATE_FAILED, guilty, cause_of(error))
-        export_metrics(proposal.diagnostics)
-        failpoint("loop.after_training")
-
-        self._progress.enter(Phase.MEASURING)
-        step = self._bound(batch, proposal)
-        if isinstance(step, Refused):
-            return self._reject(
-                batch,
-                baselines,
-                Reason.DIVERGENCE_BOUND,
-                divergences=step.divergences,
-                diagnostics=proposal.diagnostics,
-            )
-        candidate = self._write(batch, proposal, step)
-
-        self._progress.enter(Phase.GATING)
-        verdict = self._gate.judge(
-            candidate.artifact_digest, candidate.files, self._trainer.live_adapter
-        )
-        failpoint("loop.after_gate")
-        if verdict.decision is not Decision.PASS:
-            return self._reject(
-                batch,
-                baselines,
-                Reason.GATE_BLOCKED,
-                divergences=candidate.divergences,
-                diagnostics=candidate.diagnostics,
-                verdict=verdict,
-            )
-        self._accept(batch, baselines, candidate, verdict)
-        self._trainer.accept(step.adapter, proposal.optimizer)
-        return "released"
-
-    def _credited(self, examples: Sequence[Example]) -> tuple[Batch, Baselines, StalenessReport]:
-        """Rated replies near enough to learn from, with credit."""
-        live_version = self._ledger.live_version()
-        staleness = self._trainer.measure_staleness(examples, live_version)
-        credited, baselines, stats = assign_credit(
-            [example for example in examples if example.example_id not in staleness.set_aside],
-            self._ledger.baselines(),
-            signals=self._settings.learning.signals,
-            moved_nats=moved_from_live_nats(self._last_divergences),
-            ess_share=staleness.ess_share,
-        )
-        batch = Batch(
-            credited,
-            live_version,
-            staleness.set_aside,
-            stats.as_dict(),
-            behaviour_policies_unavailable(staleness.behaviours),
-        )
-        return batch, baselines, staleness
-
-    def _make_no_update(self, batch: Batch, baselines: Baselines) -> str:
-        """The policy stays, and every example ends with the reason why it taught nothing."""
-        reasons = dict.fromkeys(batch.example_ids, Reason.NO_ADVANTAGE) | dict(batch.set_aside)
-        learned = baselines if batch.examples else None
-        self._ledger.commit_no_update(
-            BatchDecision(
-                list(reasons), reasons, baselines=learned, record=self._circumstances(batch)
-            )
-        )
-        return _log_no_release(batch, next(iter(reasons.values())))
-
-    def _reject_for(self, reason: Reason, guilty: Sequence[Example], cause: str) -> str:
-        """No update survives these: they end here, whatever was with them stays ready."""
-        return self._reject(
-            uncredited(guilty, self._ledger.live_version()), None, reason, cause=cause
-        )
-
-    def _bound(self, batch: Batch, proposal: Proposal) -> BoundedStep | Refused:
-        """The largest step inside the divergence bound, measured on traffic outside the batch."""
-        traffic = self._ledger.held_out_traffic(
-            self._settings.bound.traffic_examples,
-            exclude=batch.handed_out,
-            max_tokens=self._settings.learning.max_example_tokens,
-        )
-        step = self._trust_region.largest_step(
-            self._trainer.live_adapter, proposal.adapter, traffic
-        )
-        export_divergences(step.divergences)
-        return step
-
-    def _write(self, batch: Batch, proposal: Proposal, step: BoundedStep) -> Candidate:
-        """Make the candidate's bytes durable under their hash."""
-        candidate = write_candidate(
-            self._store,
-            self._policy,
-            self._trust_region,
-            live=self._trainer.live_adapter,
-            parent=batch.live_version,
-            proposal=proposal,
-            step=step,
-        )
-        self._candidate_bytes = sum(file.size_bytes for file in candidate.files)
-        failpoint("loop.after_artifact")
-        metrics.STEP_SCALE.set(step.scale)
-        return candidate
-
-    def _accept(
-        self,
-        batch: Batch,
-        baselines: Baselines,
-        candidate: Candidate,
-        verdict: Verdict,
-    ) -> None:
-        """One transaction: the examples are trained, and the release is in the outbox."""
-        release = self._manifests.accepted(batch, candidate, verdict)
-        failpoint("loop.before_release")
-        self._ledger.commit_release(
-            release, BatchDecision(batch.handed_out, set_aside=batch.set_aside, baselines=baselines)
-        )
-        failpoint("loop.after_release")
-        self._last_divergences = release.divergences
-        self._export_version(release.version)
-        logger.info(
-            "update released as a new version",
-            extra={
-                "event": "update_released",
-                "version": release.version,
-                "examples": len(batch.examples),
-            },
-        )
-
-    def _reject(
-        self,
-        batch: Batch,
-        baselines: Baselines | None,
-        reason: Reason,
-        *,
-        divergences: Sequence[Divergence] = (),
-        diagnostics: Mapping[str, float] | None = None,
-        verdict: Verdict | None = None,
-        cause: str = "",
-    ) -> str:
-        """One transaction: the examples end with their candidate, and the policy goes back."""
-        record = {
-            "divergences": [divergence.model_dump() for divergence in divergences],
-            "diagnostics": dict(diagnostics or {}),
-            "verdict": verdict.model_dump(mode="json") if verdict else None,
-            "cause": cause,
-            **self._circumstances(batch),
-        }
-        self._trainer.restore()
-        self._ledger.commit_rejection(
-            reason,
-            BatchDecision(
-                batch.handed_out, set_aside=batch.set_aside, baselines=baselines, record=record
-            ),
-        )
-        return _log_no_release(batch, reason)
-
-    def _circumstances(self, batch: Batch) -> dict[str, object]:
-        """What a batch depended on besides its examples: with it, its end can be made again."""
-        return {
-            "offsets": self._ledger.release_offsets(),
-            "behaviour_policies_unavailable": dict(batch.behaviour_policies_unavailable),
-        }
+    def _load_anchor(self) -> None:
+        version, adapter = self._anchors.current()
+        self._trainer.set_anchor(adapter)
+        self._trust_region.set_anchor(adapter, version)
 
     def _publish_decided(self) -> None:
         """Publish what the ledger has decided and nobody was told of yet."""
@@ -411,25 +223,3 @@ class Loop:
     def _collect_garbage(self) -> None:
         keep = self._settings.learning.keep_releases
         collect_garbage(self._store, self._ledger, self._settings.alias, keep)
-
-    def _export_version(self, version: int) -> None:
-        """Set the metrics of the live policy."""
-        metrics.POLICY_VERSION.labels(role="updater").set(version)
-        if self._last_divergences:
-            metrics.ANCHOR_BUDGET_LEFT_NATS.set(
-                self._trust_region.anchor_budget_left_nats(self._last_divergences)
-            )
-
-
-def _log_no_release(batch: Batch, reason: Reason) -> str:
-    """Log that a batch made no release; returns the reason, which is the outcome's name."""
-    logger.info(
-        "update made no release: %s",
-        reason,
-        extra={
-            "event": "update_unreleased",
-            "reason": str(reason),
-            "examples": len(batch.examples),
-        },
-    )
-    return str(reason)

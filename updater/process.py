@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import signal
 import time
 from types import FrameType
@@ -26,15 +25,15 @@ from moorline.stream import (
     publish_release,
 )
 from moorline.systemd import Notifier
-from updater.assembly import assemble
+from updater.assembly import assemble, open_ledger
 from updater.learning.diagnostics import ringing_alarms
-from updater.ledger import Ledger, LedgerError, LedgerUnavailable
+from updater.ledger import LedgerError, LedgerUnavailable
 from updater.progress import UNAVAILABLE, Phase, Progress
 
 logger = logging.getLogger("moorline.updater")
 
 _RETRY_SECONDS = 5.0
-_LOOK_SECONDS = 0.1
+_CHECK_SECONDS = 0.1
 
 
 class Updater:
@@ -60,15 +59,9 @@ class Updater:
             alive=self._progress.why_stalled,
         )
         self._server.start()
-        learning = settings.learning
-        if learning.threads:
-            torch.set_num_threads(learning.threads)
-        self._ledger = Ledger(
-            settings.ledger_path,
-            horizon_seconds=learning.horizon_seconds,
-            keep_decided_seconds=learning.keep_decided_seconds or math.inf,
-            suspect_after_crashes=settings.updater.suspect_after_crashes,
-        )
+        if settings.learning.threads:
+            torch.set_num_threads(settings.learning.threads)
+        self._ledger = open_ledger(settings)
         self._store = ArtifactStore(settings.store_dir)
         disable_progress_bar()  # a log is no terminal
         self._reader = Reader(settings.stream, (Topic.INTERACTIONS, Topic.FEEDBACK, Topic.ERASURES))
@@ -77,7 +70,7 @@ class Updater:
         )
         self._dead_letters = DeadLetters(settings.stream)
         register_module_forward_hook(self._progress.note)
-        self._loop, self._trust_region = assemble(
+        parts = assemble(
             settings,
             progress=self._progress,
             ledger=self._ledger,
@@ -86,6 +79,7 @@ class Updater:
             dead_letters=self._dead_letters,
             publish=lambda release: publish_release(settings.stream, release),
         )
+        self._loop, self._trust_region = parts.loop, parts.trust_region
         self._loop.resume()
 
     def run(self) -> None:
@@ -106,11 +100,11 @@ class Updater:
         self.close()
 
     def _alive(self) -> None:
-        """The loop's thread got on."""
+        """Called at every sign of progress of the loop's thread."""
         self._notifier.ping()
-        if self._stopping:  # being killed because the grace is over is no fault of the batch
+        if self._stopping:  # a kill after the grace period is no fault of the batch
             with contextlib.suppress(LedgerError):
-                self._ledger.crashes.end()
+                self._ledger.crashes.remove_marks()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # A plain flag: an Event's lock may be held by the very thread that this interrupts.
@@ -120,7 +114,7 @@ class Updater:
     def _rest(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self._stopping and time.monotonic() < until:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_CHECK_SECONDS)
 
     def close(self) -> None:
         """Give back the lock, the sockets and the port."""
@@ -153,6 +147,7 @@ class Updater:
         shown: dict[str, Any] = {
             "alias": self._settings.alias,
             "live_version": version,
+            "anchor_version": self._ledger.anchor().version,
             "pinned": self._pinned_version(),
             "ready_examples": self._ledger.count_ready(),
             "updates": {
@@ -177,10 +172,7 @@ class Updater:
             for divergence in release.divergences:
                 if divergence.tokens_from == "traffic":
                     shown[f"kl_{divergence.measured_from}_nats"] = divergence.mean_kl_nats
-            if release.divergences:  # else it is the base model again
-                shown["anchor_budget_left_nats"] = self._trust_region.anchor_budget_left_nats(
-                    release.divergences
-                )
+            shown["anchor_budget_left_nats"] = self._trust_region.budget_left_nats(release)
         return shown
 
     def _pinned_version(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What the updater is doing, and when it last got anywhere.
+"""What the updater is doing, and when it last made progress.
 
 Status pages answer on threads of their own, so that a long training step does not look dead; a step
 that hangs must not look alive for that. So the loop's thread says how it gets on, and ``/healthz``
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
 from moorline import metrics
+from moorline.clock import running_seconds
 
 logger = logging.getLogger("moorline.progress")
 
@@ -30,6 +30,8 @@ class Phase(StrEnum):
     GATING = "gating"
     PINNED = "pinned"
     """An operator has pinned a version: events are taken in, nothing is trained."""
+    ANCHOR_EXHAUSTED = "anchor_exhausted"
+    """The line has used up its distance from the anchor: ratings wait until a person decides."""
     PIN_INVALID = "pin_invalid"
     """There is a pin that nobody can read: as if pinned, until an operator writes it again."""
     STREAM_UNAVAILABLE = "stream_unavailable"
@@ -50,7 +52,7 @@ class Progress:
         """``alive`` is called at every sign of life, e.g. to feed a watchdog."""
         self._stall_seconds = stall_seconds
         self._alive = alive
-        self._at = time.monotonic()
+        self._at = running_seconds()
         self._phase = Phase.STARTING
         self._waits_in: Phase | None = None
         self._had_to_wait = False
@@ -92,17 +94,17 @@ class Progress:
         self._had_to_wait = False
 
     def note(self, *_: Any) -> None:
-        """Something was done: a forward pass, a step of the intake. Fits as a module's hook."""
-        self._at = time.monotonic()
+        """Note progress: a forward pass, a step of the intake. Usable as a forward hook."""
+        self._at = running_seconds()
         self._alive()
 
     @property
     def age_seconds(self) -> float:
-        """Since the last sign of life."""
-        return time.monotonic() - self._at
+        """Since the last sign of life, without the time in which this process was suspended."""
+        return running_seconds() - self._at
 
     def why_stalled(self) -> str | None:
-        """None while it gets on."""
+        """Why it counts as stalled; None while it makes progress."""
         age = self.age_seconds
         if age <= self._stall_seconds:
             return None

@@ -53,7 +53,7 @@ class Quarantine:
         trust_region: TrustRegion,
         credit: Callable[[Sequence[Example]], tuple[Batch, Baselines, StalenessReport]],
     ) -> None:
-        """``credit``: what an update does with examples first."""
+        """``credit`` turns examples into a batch, as an update does first."""
         self._ledger = ledger
         self._crashes = ledger.crashes
         self._trainer = trainer
@@ -62,7 +62,7 @@ class Quarantine:
         self._suspect_after = settings.updater.suspect_after_crashes
         self._batch = settings.learning.batch_examples
         self._logged_pause = False
-        # Whoever was in more crashes than bisection takes is no help as a comparison.
+        # A reply that was in more crashes than bisection takes is no comparison.
         self._too_suspect = 2 * self._suspect_after + self._batch.bit_length()
         # One alone teaches nothing: its reward is what is expected of it.
         self._fewest_to_teach = max(2, settings.learning.min_batch_examples)
@@ -94,15 +94,15 @@ class Quarantine:
 
     def _raises(self, examples: Sequence[Example]) -> bool:
         try:
-            self._try(examples)
+            self._trial_update(examples)
         except OF_THE_MACHINE:
             raise
         except Exception:  # whatever it is: that is the question
             return True
         return False
 
-    def _try(self, examples: Sequence[Example]) -> None:
-        """Make an update of these and throw it away."""
+    def _trial_update(self, examples: Sequence[Example]) -> None:
+        """Make an update of these and discard it."""
         try:
             batch, _, staleness = self._credit(examples)
             # A reply alone is as good as expected: with an advantage of 0 nothing would be tried.
@@ -114,7 +114,7 @@ class Quarantine:
             self._trainer.restore()
 
     def _compute_probes(self) -> None:
-        """Raise where the process can no longer compute what it always could."""
+        """Compute the probes: raises where the process can compute nothing any more."""
         self._trust_region.logprobs(self._trainer.live_adapter, self._trust_region.probes)
 
     # --- examples that crash the process ----------------------------------------------------
@@ -122,12 +122,12 @@ class Quarantine:
     @contextlib.contextmanager
     def watch(self, examples: Sequence[Example], *, alone: bool = False) -> Iterator[None]:
         """Count a crash inside for these; ``alone``: after another reply has succeeded."""
-        self._crashes.begin([one.example_id for one in examples], alone=alone)
+        self._crashes.mark_update([one.example_id for one in examples], alone=alone)
         try:
             yield
         except OUTSIDE:
             with contextlib.suppress(LedgerError):
-                self._crashes.end()
+                self._crashes.remove_marks()
             raise
 
     def due(self, batch: bool) -> bool:
@@ -171,9 +171,9 @@ class Quarantine:
         found = self._crashes.suspects()
         if not found:
             return []
-        deaths = found[0].crash_count
-        size = max(1, self._batch >> (deaths - self._suspect_after + 1))
-        return [one for one in found if one.crash_count == deaths][:size]
+        most = found[0].crash_count
+        size = max(1, self._batch >> (most - self._suspect_after + 1))
+        return [one for one in found if one.crash_count == most][:size]
 
     def enough_to_teach(self, examples: Sequence[Example]) -> bool:
         """Whether these suspects are enough for an update that is kept."""
@@ -191,22 +191,22 @@ class Quarantine:
         alone = len(suspects) == 1
         if alone:
             key = suspects[0].interaction.key
-            deaths = self._crashes.crashes_alone(key)
-            if deaths >= self._suspect_after:
+            crashes = self._crashes.crashes_alone(key)
+            if crashes >= self._suspect_after:
                 logger.error(
                     "one example crashes the updater: it is rejected, please report it; if memory"
                     " ran out, lower learning.max_example_tokens or learning.micro_batch_tokens",
-                    extra={"event": "update_crashed", "request_id": key, "crashes": deaths},
+                    extra={"event": "update_crashed", "request_id": key, "crashes": crashes},
                 )
                 return (
-                    f"the process crashed {deaths} times in an update of it alone; others did not"
+                    f"the process crashed {crashes} times in an update of it alone; others did not"
                 )
             other = self._another(but=key)
             compared = self._ledger.examples_of([] if other is None else [other])
             if not compared:
                 return None
-            self._succeeded(compared)
-        self._succeeded(suspects, alone=alone)
+            self._trial(compared)
+        self._trial(suspects, alone=alone)
         logger.info(
             "trial update succeeded; its examples are queued again",
             extra={"event": "trial_succeeded", "examples": len(suspects)},
@@ -217,11 +217,11 @@ class Quarantine:
         """The key of the reply to compare a suspect with: the one in the fewest crashes."""
         return self._crashes.least_suspect(but, self._too_suspect)
 
-    def _succeeded(self, examples: Sequence[Example], *, alone: bool = False) -> None:
+    def _trial(self, examples: Sequence[Example], *, alone: bool = False) -> None:
         with self.watch(examples, alone=alone):
             if self._raises(examples):
                 self._compute_probes()  # an error may leave a device that computes no more
-        self._crashes.succeeded()
+        self._crashes.clear_counts()
 
 
 def cause_of(error: BaseException) -> str:

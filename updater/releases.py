@@ -82,6 +82,7 @@ class Manifests:
             verdict=verdict,
             diagnostics=dict(candidate.diagnostics),
             behaviour_policies_unavailable=dict(batch.behaviour_policies_unavailable),
+            anchor=self._ledger.anchor().version,
         )
 
     def revoking(self, ancestor: int) -> Release:
@@ -107,6 +108,7 @@ class Manifests:
                 artifact_digest=old.artifact_digest,
                 files=old.files,
                 divergences=tuple(d for d in old.divergences if d.measured_from == "anchor"),
+                anchor=old.anchor,
                 verdict=old.verdict,
             )
         return self._release(
@@ -115,6 +117,7 @@ class Manifests:
             kind=ReleaseKind.BASE,
             artifact_digest=None,
             files=(),
+            anchor=0,
         )
 
     def _release(self, **what: Any) -> Release:

@@ -12,12 +12,13 @@ logger = logging.getLogger("moorline.retention")
 
 
 def versions_to_keep(ledger: LedgerReader, keep_releases: int) -> set[int]:
-    """The newest releases, to roll back to; the live policy; and whoever wrote a reply that may
-    still be trained on. None that was revoked for an erasure: it learned from who was erased."""
+    """The newest releases, to roll back to; the live policy and the anchor; and whoever wrote a
+    reply that may still be trained on. None that was revoked for an erasure."""
     newest = ledger.newest_version()
     last = range(max(1, newest - keep_releases + 1), newest + 1)
-    wanted = {*last, ledger.live_version(), *ledger.policy_versions_referenced()}
-    return wanted - ledger.revoked_versions()
+    wanted = {*last, ledger.live_version(), ledger.anchor().version}
+    wanted |= ledger.policy_versions_referenced()
+    return wanted - ledger.revoked_versions() - {0}
 
 
 def collect_garbage(

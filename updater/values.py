@@ -15,7 +15,7 @@ class Example:
     example_id: str
     interaction: Interaction
     feedback: tuple[Feedback, ...]
-    """Each rater's last word on each aspect (``Feedback.aspect``)."""
+    """Each rater's latest rating of each aspect (``Feedback.aspect``)."""
     rejected: Mapping[str, Interaction] = field(default_factory=dict)
     """By interaction key: the replies that its preferences name as ``over``."""
 
@@ -57,7 +57,7 @@ class CreditedExample:
 
     @property
     def has_signal(self) -> bool:
-        """Whether anything follows from it."""
+        """Whether there is anything to learn from it."""
         return self.advantage != 0.0 or bool(self.corrections) or bool(self.preferences)
 
 
@@ -90,7 +90,7 @@ class Batch:
 
 
 def uncredited(examples: Iterable[Example], live_version: int) -> Batch:
-    """A batch that was not looked at any further."""
+    """A batch of examples without credit, to be rejected as they are."""
     return Batch(tuple(CreditedExample(one, None, 0.0) for one in examples), live_version)
 
 

@@ -19,6 +19,7 @@ from daemon.cli.forget import forget
 from daemon.cli.inspect import config, releases, schemas, status
 from daemon.cli.lineage import lineage
 from daemon.cli.operate import feedback, resume, rollback
+from daemon.cli.reanchor import reanchor
 from daemon.cli.redrive import redrive
 from daemon.cli.run import demo, serve, up, update
 from moorline.errors import MoorlineError
@@ -58,7 +59,7 @@ def _root(
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (up, serve, update),
     "Inspect": (status, releases, config, schemas, doctor, audit, explain, lineage),
-    "Operate": (rollback, resume, feedback, redrive, forget),
+    "Operate": (rollback, resume, reanchor, feedback, redrive, forget),
 }
 for _panel, _verbs in _VERBS.items():
     for _verb in _verbs:

@@ -22,6 +22,7 @@ from daemon.cli.options import BOOTSTRAP, MODEL, with_settings
 from daemon.cli.text import size
 from moorline.base_model import ModelInvalid, check_model_dir
 from moorline.http import PortUnavailable
+from moorline.memory import available_memory_bytes
 from moorline.settings import Settings
 
 _GIB = 2**30
@@ -141,6 +142,9 @@ def _weights_bytes(path: Path) -> int:
 
 def _memory(settings: Settings) -> Iterator[Finding]:
     available = available_memory_bytes()
+    if available is None:
+        yield Finding("memory", Health.OK, "this system does not say how much is available")
+        return
     if settings.model.path is None or not settings.model.path.is_dir():
         yield Finding("memory", Health.OK, f"{size(available)} available")
         return
@@ -154,26 +158,6 @@ def _memory(settings: Settings) -> Iterator[Finding]:
     else:
         remedy = "lower serving.kv_cache_gib, serve a smaller model, or free memory"
         yield Finding("memory", Health.FAIL, detail, remedy)
-
-
-def available_memory_bytes() -> int:
-    """The memory that this process may still use, of the machine or of its container."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            pages = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    limits, uses = _lines(limit), _lines(used)
-    if limits and uses and limits[0] != "max":
-        return min(pages, int(limits[0]) - int(uses[0]))
-    return pages
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _state_dir(settings: Settings) -> Iterator[Finding]:

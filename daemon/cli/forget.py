@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from daemon.cli.common import CommandError, JsonOption, endpoints, err, print_json, say
 from daemon.cli.options import with_settings
 from moorline.events import Erasure, policy_name, user_digest
-from moorline.pseudonyms import Pseudonyms
+from moorline.pseudonyms import Pseudonyms, spellings
 from moorline.settings import Settings
 
 if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
@@ -36,7 +36,8 @@ def forget(
         typer.Option(
             "--user",
             metavar="NAME",
-            help="As clients send it (`user`, or a `rater`); repeat for one with several names.",
+            help="As clients send it (`user`, `safety_identifier`, `metadata.user_id`, or a "
+            "`rater`), in the same case; repeat for one with several names.",
         ),
     ] = None,
     tenant: Annotated[
@@ -111,10 +112,10 @@ def _erasure(
     *,
     revoke: bool,
 ) -> Erasure:
-    names = list(users)
+    names = [spelling for name in users for spelling in spellings(name)]
     if users and settings.pseudonym_key_path.exists():  # what the server made of the same names
         pseudonyms = Pseudonyms.from_file(settings.pseudonym_key_path)
-        names += [pseudonyms.of(name) for name in users]
+        names += [pseudonym for name in users for pseudonym in pseudonyms.pseudonyms_of(name)]
     try:
         return Erasure(
             interaction_id=interaction,

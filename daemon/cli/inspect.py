@@ -58,15 +58,15 @@ def status(
       moorline status --json | jq .server.policy_version
     """
     if as_json:
-        seen = _look(settings, server, updater)
-        print_json(seen)
+        report = _gather_status(settings, server, updater)
+        print_json(report)
     elif watch:
         _watch(settings, server, updater)
         return
     else:
-        seen = _look(settings, server, updater)
-        out.print(_render(seen))
-    if seen["server"] is None and seen["updater"] is None:
+        report = _gather_status(settings, server, updater)
+        out.print(_render(report))
+    if report["server"] is None and report["updater"] is None:
         tree = running_tree(settings.state_dir)
         if tree is not None:
             raise CommandError(
@@ -80,17 +80,17 @@ def _watch(settings: Settings, server: str | None, updater: str | None) -> None:
     with Live(console=out, screen=out.is_terminal, auto_refresh=False) as live:
         try:
             while True:
-                live.update(_render(_look(settings, server, updater)), refresh=True)
+                live.update(_render(_gather_status(settings, server, updater)), refresh=True)
                 time.sleep(1.0)
         except KeyboardInterrupt:
             return
 
 
-def _look(settings: Settings, server: str | None, updater: str | None) -> dict[str, Any]:
+def _gather_status(settings: Settings, server: str | None, updater: str | None) -> dict[str, Any]:
     where = endpoints(settings, server, updater)
     tree = running_tree(settings.state_dir)
     store = ArtifactStore(settings.store_dir)
-    seen: dict[str, Any] = {"alias": settings.alias, "store": _store(store, settings.alias)}
+    report: dict[str, Any] = {"alias": settings.alias, "store": _store(store, settings.alias)}
     for part, url, path in (
         ("server", where.server, "/v1/moorline/status"),
         ("updater", where.updater, "/status"),
@@ -100,27 +100,27 @@ def _look(settings: Settings, server: str | None, updater: str | None) -> dict[s
             answer = request_json("GET", url + path, api_key=api_key(settings))
         except ServerUnavailable as error:
             answer, problem = None, error.why
-        seen |= {part: answer, f"{part}_url": url, f"{part}_problem": problem}
+        report |= {part: answer, f"{part}_url": url, f"{part}_problem": problem}
     embedded = tree is not None and tree.embedded_broker
     kind = " (embedded, in memory)" if embedded else ""
-    seen["stream"] = f"{where.bootstrap}{kind}" if where.bootstrap else "none configured"
-    return seen
+    report["stream"] = f"{where.bootstrap}{kind}" if where.bootstrap else "none configured"
+    return report
 
 
 def _store(store: ArtifactStore, alias: str) -> dict[str, Any]:
     newest = store.newest(alias)
-    seen: dict[str, Any] = {"newest": newest.name if newest else None, "pinned": None}
+    report: dict[str, Any] = {"newest": newest.name if newest else None, "pinned": None}
     try:
         pin = store.pinned(alias)
     except StoreError as error:
-        return seen | {"problem": str(error)}
+        return report | {"problem": str(error)}
     if pin is not None:
-        seen["pinned"] = {"name": policy_name(alias, pin.version)} | pin.model_dump()
-    return seen
+        report["pinned"] = {"name": policy_name(alias, pin.version)} | pin.model_dump()
+    return report
 
 
-def _render(seen: dict[str, Any]) -> Any:
-    return status_page.page(**{key: value for key, value in seen.items() if key != "alias"})
+def _render(report: dict[str, Any]) -> Any:
+    return status_page.page(**{key: value for key, value in report.items() if key != "alias"})
 
 
 @with_settings()

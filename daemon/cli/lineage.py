@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -81,6 +82,7 @@ def _json(found: Lineage) -> dict[str, Any]:
         "events": found.events,
         "raters": found.raters,
         "revoked": found.revoked,
+        "anchors": [asdict(one) for one in found.anchors],
     }
 
 
@@ -104,6 +106,12 @@ def _page(found: Lineage, *, every: bool) -> RenderableType:
     about.add_row("  step", f"{release.step_scale:.2f} of the proposed update")
     for line in divergences_in_words(release.divergences):
         about.add_row("  divergence", line)
+    for anchor in found.anchors:
+        about.add_row(
+            "  anchor",
+            f"v{anchor.version:06d} since {utc(anchor.applied_at)}, by {anchor.requested_by}: "
+            f"{anchor.reason}",
+        )
     for version, why in release.behaviour_policies_unavailable.items():
         about.add_row(
             "  unavailable", f"behaviour policy v{version:06d} ({why}): recorded logprobs only"

@@ -193,17 +193,21 @@ def feedback(
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "feedback"
         raise CommandError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+    not_trainable = None
     if kafka:
         where = _produce(settings, event)
     else:
         where = endpoints(settings).server
-        request_json(
+        answer = request_json(
             "POST",
             f"{where}/v1/feedback",
             body=event.model_dump(mode="json"),
             api_key=api_key(settings),
         )
+        not_trainable = answer.get("not_trainable")
     say(f"Accepted by {where} as {event.feedback_id}")
+    if not_trainable is not None:
+        say(f"It teaches nothing: the reply cannot be learned from ({not_trainable}).")
     if event.signal is not None and event.signal not in settings.learning.signals:
         known = ", ".join(sorted(settings.learning.signals))
         say(f"It teaches nothing unless learning.signals gives it a reward; here: {known}.")

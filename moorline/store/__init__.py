@@ -1,5 +1,6 @@
 """The artifact store: release bytes under their hash, manifests, and the operator's pin."""
 
+from moorline.store.anchor_request import AnchorRequest, AnchorRequests
 from moorline.store.artifacts import (
     ArtifactCorrupt,
     ArtifactMissing,
@@ -15,6 +16,8 @@ from moorline.store.artifacts import (
 from moorline.store.revoked import RevokedReleases
 
 __all__ = [
+    "AnchorRequest",
+    "AnchorRequests",
     "ArtifactCorrupt",
     "ArtifactMissing",
     "ArtifactStore",

@@ -113,7 +113,7 @@ class ArtifactStore:
         if not files:
             raise ValueError("an artifact needs at least one file")
         temporary = self._artifacts / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
-        with _writing(self.root):
+        with disk_errors(self.root):
             make_directory(self._artifacts)
             temporary.mkdir()
             try:
@@ -131,7 +131,7 @@ class ArtifactStore:
         return digest, tuple(written)
 
     def _make_visible(self, temporary: Path, digest: str, files: tuple[ArtifactFile, ...]) -> None:
-        """Give it its name, durably, or take it out of sight again."""
+        """Rename it to its digest, durably; where that fails, remove it again."""
         final = self._artifacts / digest
         try:
             temporary.rename(final)
@@ -157,8 +157,8 @@ class ArtifactStore:
             raise
 
     def check_room(self, size_bytes: int) -> None:
-        """Before long work: ``StoreUnavailable`` if the disk has less than its result needs."""
-        with _writing(self.root):
+        """Raise ``StoreUnavailable`` if the disk has no room for what long work will write."""
+        with disk_errors(self.root):
             make_directory(self._artifacts)
             free_bytes = shutil.disk_usage(self._artifacts).free
         if free_bytes < size_bytes:
@@ -215,7 +215,7 @@ class ArtifactStore:
                         "is a second updater writing to this store?"
                     )
         # Also where it is there already: that it is seen does not say that it reached the disk.
-        with _writing(self.root):
+        with disk_errors(self.root):
             make_directory(path.parent)
             make_reserve(self._reserve_path(release.alias))
             write_file(path, release.to_bytes(), "artifacts.release")
@@ -259,7 +259,7 @@ class ArtifactStore:
     def versions(self, alias: str) -> list[int]:
         """The recorded version numbers, ascending, readable or not."""
         try:
-            names = os.listdir(self._alias_dir(alias))
+            names = os.listdir(self.alias_dir(alias))
         except FileNotFoundError:
             return []
         return sorted(int(match[1]) for match in map(_MANIFEST.fullmatch, names) if match)
@@ -295,7 +295,7 @@ class ArtifactStore:
                 self.open(release.artifact_digest or "", release.files)
         pin = Pin(version=version, reason=reason, pinned_at=time.time())
         path, content = self._pin_path(alias), pin.model_dump_json().encode()
-        with _writing(self.root):
+        with disk_errors(self.root):
             make_directory(path.parent)
             write_file(path, content, "artifacts.pin", self._reserve_path(alias))
         return pin
@@ -306,13 +306,13 @@ class ArtifactStore:
         Raises:
             StoreUnavailable: the disk refused.
         """
-        with _writing(self.root):
+        with disk_errors(self.root):
             try:
                 self._pin_path(alias).unlink()
             except FileNotFoundError:
                 return False
             failpoint("artifacts.after_unpin")
-            sync_directory(self._alias_dir(alias))
+            sync_directory(self.alias_dir(alias))
         return True
 
     def pinned(self, alias: str) -> Pin | None:
@@ -385,23 +385,23 @@ class ArtifactStore:
             return []
         return sorted(entry.name for entry in os.scandir(self._releases) if entry.is_dir())
 
-    def _alias_dir(self, alias: str) -> Path:
+    def alias_dir(self, alias: str) -> Path:
         if not alias or alias.startswith(".") or "/" in alias:
             raise ValueError(f"{alias!r} cannot name a model")
         return self._releases / alias
 
     def _manifest_path(self, alias: str, version: int) -> Path:
-        return self._alias_dir(alias) / f"v{version:06d}.json"
+        return self.alias_dir(alias) / f"v{version:06d}.json"
 
     def _pin_path(self, alias: str) -> Path:
-        return self._alias_dir(alias) / "pin.json"
+        return self.alias_dir(alias) / "pin.json"
 
     def _reserve_path(self, alias: str) -> Path:
-        return self._alias_dir(alias) / "pin.reserve"
+        return self.alias_dir(alias) / "pin.reserve"
 
 
 @contextlib.contextmanager
-def _writing(root: Path) -> Iterator[None]:
+def disk_errors(root: Path) -> Iterator[None]:
     """Turn an error of the disk into ``StoreUnavailable``, with the remedy."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Versions that were taken back for an erasure: their manifests are history, not candidates."""
+"""Which versions were revoked for an erasure: their manifests stay, and nobody serves them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class RevokedReleases:
         self._revokes_after: dict[tuple[str, int], int | None] = {}
 
     def among(self, alias: str, versions: list[int]) -> set[int]:
-        """Those that a later release has gone back behind."""
+        """Those of these versions that a later one of them revoked."""
         for version in versions:
             if (alias, version) not in self._revokes_after:
-                with contextlib.suppress(StoreError):  # a broken one says nothing: look again
+                with contextlib.suppress(StoreError):  # a broken one is read again next time
                     release = self._store.release(alias, version)
                     self._revokes_after[alias, version] = release.revokes_after
         went_back = [

@@ -1,17 +1,16 @@
 """The Kafka stream; the only package that imports kafka.
 
 The server's way out is ``Publisher`` (it never blocks), the updater's way in is ``Reader``, and
-what cannot be read goes to ``DeadLetters``. Releases go out by ``publish_release`` and are followed
-by ``ReleaseFollower``; erasures go out by ``publish_erasure`` and come in with the ``Reader``.
+what cannot be read goes to ``DeadLetters``. Releases go out by ``publish_release``, erasures by
+``publish_erasure``; erasures come in with the ``Reader``.
 """
 
 from moorline.stream.client import StreamInvalid, StreamUnavailable
-from moorline.stream.compacted import publish_erasure
+from moorline.stream.compacted import publish_erasure, publish_release
 from moorline.stream.dead_letters import DeadLetters
 from moorline.stream.publisher import Publisher, PublisherStats
 from moorline.stream.reader import Reader
 from moorline.stream.records import Gap, GapCause, Record
-from moorline.stream.releases import ReleaseFollower, publish_release
 from moorline.stream.spool import SpoolLocked
 from moorline.stream.topics import Topic, dlq_name, ensure_topics, topic_name
 
@@ -23,7 +22,6 @@ __all__ = [
     "PublisherStats",
     "Reader",
     "Record",
-    "ReleaseFollower",
     "SpoolLocked",
     "StreamInvalid",
     "StreamUnavailable",

@@ -32,7 +32,7 @@ Client = TypeVar("Client")
 
 RECONNECT_BACKOFF_MAX_MS = 1000
 """The library's default is 30 s; with this a send is acknowledged ~1 s after the broker is back."""
-CONNECTING_LOOK_MS = 100.0
+CONNECTING_POLL_MS = 100.0
 REPEATED_LOG_SECONDS = 30.0
 """The library repeats itself several times a second while a broker is away."""
 
@@ -82,7 +82,7 @@ class _WatchedManager(KafkaConnectionManager):  # type: ignore[misc]
         reset_backoff_on_connect: bool = True,
         timeout_at: float | None = None,
     ) -> None:
-        """Back off also from who accepts and hangs up, as a proxy without a broker behind it.
+        """Back off also from a peer that accepts and hangs up, like a proxy without a broker.
 
         The library takes that for a success and comes again at once, hundreds of times a second.
         """
@@ -96,7 +96,7 @@ class _WatchedManager(KafkaConnectionManager):  # type: ignore[misc]
 
     async def _build_transport(self, node: Any, timeout_at: float | None = None) -> Any:
         transport = await super()._build_transport(node, timeout_at=timeout_at)
-        _answer_before_the_end(self._net, transport)
+        _read_before_hangup(self._net, transport)
         return transport
 
     def _remember(self, error: BaseException) -> None:
@@ -108,8 +108,8 @@ class _WatchedManager(KafkaConnectionManager):  # type: ignore[misc]
         self.cause = None
 
 
-def _answer_before_the_end(net: Any, transport: Any) -> None:
-    """Have a broker's last words heard.
+def _read_before_hangup(net: Any, transport: Any) -> None:
+    """Read a broker's last answer before acting on its hanging up.
 
     A broker says why it refuses a login and hangs up. When both arrive together, the library throws
     away the answer and sees only the end.
@@ -134,16 +134,16 @@ class _WatchedClient(KafkaNetClient):  # type: ignore[misc]
         super().__init__(net=net, manager=_WatchedManager(net, **configs), **configs)
 
     def connection_delay(self, node_id: Any) -> float:
-        """For how long the producer should wait before it looks at a node again, milliseconds.
+        """How long the producer waits before it asks for a node's state again, milliseconds.
 
         The library gives it seconds, which it takes for milliseconds, and nothing at all for a node
-        that is being connected: it would look thousands of times a second, also at a broker that
+        that is being connected: it would ask thousands of times a second, also where a broker
         never answers. What happens on the wire wakes it anyway.
         """
         connection = self._manager._conns.get(node_id)
         connecting = connection is not None and not connection.connected
         delay_ms = 1000.0 * float(super().connection_delay(node_id))
-        return max(delay_ms, CONNECTING_LOOK_MS if connecting else 0.0)
+        return max(delay_ms, CONNECTING_POLL_MS if connecting else 0.0)
 
 
 @dataclass

@@ -6,13 +6,29 @@ import time
 
 from kafka import KafkaProducer
 
-from moorline.events import Erasure
+from moorline.events import Erasure, Release
 from moorline.failpoints import failpoint
 from moorline.settings import StreamSettings
 from moorline.stream.client import close_producer, connect, explained
 from moorline.stream.topics import Topic, cloud_event_headers, ensure_topics, topic_name
 
 _ACKNOWLEDGE_SECONDS = 10.0
+
+
+def publish_release(settings: StreamSettings, release: Release) -> None:
+    """Write ``release`` to the releases topic, keyed by its alias.
+
+    For dashboards and whoever else wants to know: servers read the artifact store alone. May be
+    repeated: its readers go by alias and version.
+
+    Raises:
+        StreamUnavailable: it was not acknowledged; try again later.
+        StreamInvalid: a login or permission is wrong.
+    """
+    event_id = f"{release.name}/{release.lease_epoch}"
+    write_acknowledged(
+        settings, Topic.RELEASES, release.alias, release.to_bytes(), event_id, "updater"
+    )
 
 
 def publish_erasure(settings: StreamSettings, erasure: Erasure) -> None:

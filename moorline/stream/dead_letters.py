@@ -1,4 +1,4 @@
-"""Where records go that cannot be read: the original bytes, with where they came from and why."""
+"""The dead-letter topics: unreadable records with their original bytes, origin and reason."""
 
 from __future__ import annotations
 

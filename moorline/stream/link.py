@@ -1,4 +1,4 @@
-"""The publisher's producer: made and examined on threads of their own, for connecting blocks."""
+"""The publisher's Kafka producer: connected and checked on background threads, which may block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moorline.stream.topics import Topic, describe, ensure_topics
 logger = logging.getLogger("moorline.stream")
 
 PROBE_SECONDS = 5.0
-"""So long without an acknowledgement, and the topics are looked at: a broker that lost its data
+"""After so long without an acknowledgement the topics are checked: a broker that lost its data
 answers, but would never take these events."""
 REBUILD_SECONDS = 15.0
 """A broker that answers and still acknowledges nothing for so long gets a new client."""
@@ -43,11 +43,11 @@ class Link:
     """How many events wait, for the log."""
     last_error: str = ""
     _connection: Connection[KafkaProducer] | None = None
-    _work: threading.Thread | None = None
+    _background: threading.Thread | None = None
     _retry_at: float = 0.0
     _retry_seconds: float = RETRY_SECONDS[0]
     _probed_at: float = 0.0
-    _answers_since: float | None = None
+    _answering_since: float | None = None
     """When the broker began to answer, while our events still wait."""
     _broken: BaseException | None = None
     _closed: bool = False
@@ -64,29 +64,33 @@ class Link:
         return connection.client if connection is not None else None
 
     def maintain(self, silence_seconds: float) -> BaseException | None:
-        """Connect or examine when it is time. An exception says that the client is broken."""
+        """Connect, or check the topics, when it is time.
+
+        Returns:
+            What is wrong with the producer, where it must be discarded; else None.
+        """
         broken, self._broken = self._broken, None
         if broken is not None:
             return broken
-        if self._work is not None and self._work.is_alive():
+        if self._background is not None and self._background.is_alive():
             return None
         now = time.monotonic()
         if silence_seconds <= PROBE_SECONDS:
-            self._answers_since = None
+            self._answering_since = None
             if self.last_error and self.connected:
-                self._answers_again()
+                self._log_recovery()
         if self._connection is None and now >= self._retry_at:
-            self._start(self._connect)
+            self._run_in_background(self._connect)
         elif silence_seconds > PROBE_SECONDS and now - self._probed_at > PROBE_SECONDS:
             self._probed_at = now
-            self._start(self._probe)
+            self._run_in_background(self._probe)
         return None
 
-    def fail(self, error: BaseException) -> None:
-        """Forget this producer; a new one is made after a pause."""
+    def discard_producer(self, error: BaseException) -> None:
+        """Close the producer after this error; a new one is made after a pause."""
         self._log_once(explain(self.settings, error))
         connection, self._connection = self._connection, None
-        self._later()
+        self._schedule_retry()
         if connection is not None:
             close_producer(connection.client)
 
@@ -97,9 +101,11 @@ class Link:
         if connection is not None:
             close_producer(connection.client)
 
-    def _start(self, work: Callable[[], None]) -> None:
-        self._work = threading.Thread(target=work, name="moorline-publisher-link", daemon=True)
-        self._work.start()
+    def _run_in_background(self, work: Callable[[], None]) -> None:
+        self._background = threading.Thread(
+            target=work, name="moorline-publisher-link", daemon=True
+        )
+        self._background.start()
 
     def _connect(self) -> None:
         try:
@@ -119,7 +125,7 @@ class Link:
             )
         except StreamUnavailable as error:
             self._log_once(error)
-            self._later()
+            self._schedule_retry()
             return
         with self._lock:
             if not self._closed:
@@ -127,31 +133,31 @@ class Link:
         if self._closed:
             close_producer(connection.client)
             return
-        self._answers_again()
+        self._log_recovery()
         self._retry_seconds = RETRY_SECONDS[0]
         self.wake.set()
 
     def _probe(self) -> None:
-        """Is the broker away, or is it this client that is of no use?"""
+        """Find out whether the broker is away or only this producer is broken."""
         try:
             with admin_session(self.settings) as admin:
                 states = describe(admin, self.settings, tuple(Topic))
         except StreamUnavailable as error:
-            self._answers_since = None
+            self._answering_since = None
             self._log_once(error)
             return
         now = time.monotonic()
-        self._answers_since = self._answers_since or now
+        self._answering_since = self._answering_since or now
         if len(states) < len(Topic):
             # Made again only by `_connect`, when this client is closed: it would deliver what the
             # next one delivers too.
             self._broken = StreamUnavailable("topics are gone from the broker: making them again")
-        elif now - self._answers_since > REBUILD_SECONDS:
+        elif now - self._answering_since > REBUILD_SECONDS:
             self._broken = StreamUnavailable("the broker answers, but acknowledges no event")
         if self._broken is not None:
             self.wake.set()
 
-    def _answers_again(self) -> None:
+    def _log_recovery(self) -> None:
         if self.last_error:
             events = self.buffered_events()
             logger.warning(
@@ -165,7 +171,7 @@ class Link:
             )
         self.last_error = ""
 
-    def _later(self) -> None:
+    def _schedule_retry(self) -> None:
         self._retry_at = time.monotonic() + self._retry_seconds
         self._retry_seconds = min(2 * self._retry_seconds, RETRY_SECONDS[1])
 

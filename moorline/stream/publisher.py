@@ -311,7 +311,7 @@ class Publisher:
 
     def _take_back(self, failure: BaseException) -> None:
         """The client is of no more use: what it did not deliver goes through a new one."""
-        self._link.fail(failure)
+        self._link.discard_producer(failure)
         loose = []
         for event in self._window:
             if event.frame is not None:

@@ -346,20 +346,20 @@ class Reader:
         return records
 
     def _pass_markers(self) -> None:
-        """A transaction's marker is no record: behind the last event it would look like lag."""
+        """Step over a transaction's marker behind the last record: it would look like lag."""
         assert self._consumer is not None
         for key, offset in self._next.items():
             partition = TopicPartition(topic_name(self._settings, key[0]), key[1])
             self._next[key] = max(offset, self._consumer.client.position(partition) or 0)
 
     def _keep_place(self) -> None:
-        """What ``connect`` must come back to: behind the last record that was given."""
+        """Remember for ``connect`` the position behind the last record that was given."""
         self._wanted = {
             key: (self._states[key[0]].topic_id, offset) for key, offset in self._next.items()
         } or self._wanted
 
     def _refuse_lost_ends(self, states: Mapping[Topic, TopicState]) -> None:
-        """A partition of the same topic that ends before our position has lost records.
+        """Refuse a partition that ends before our position: it has lost records.
 
         Raises:
             StreamInvalid: there is one. Reading on would take new records for old ones.

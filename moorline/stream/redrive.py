@@ -1,8 +1,8 @@
-"""Dead letters, back onto the topics that they came from.
+"""Puts dead letters back on the topics that they came from.
 
 A letter is noted as redriven after its topic has acknowledged it, in a file of the state directory.
 After a kill in between it is sent again: the ledger knows a repeated event by its id (or, where a
-producer gave none, lets the same rater's last word count), so that it has no effect twice.
+producer gave none, lets the same rater's latest rating count), so that it has no effect twice.
 
 A redriven record is the original, with two more headers. It arrives anew: at a new offset, with a
 fate of its own, while the old offset stays ``dead_lettered``. One that cannot be read again comes
@@ -105,18 +105,18 @@ class Letter:
     @property
     def redrives(self) -> int:
         """How many times it was put back before."""
-        told = dict(self.original_headers).get(REDRIVES_HEADER, b"")
-        return int(told) if told.isdigit() else 0
+        count = dict(self.original_headers).get(REDRIVES_HEADER, b"")
+        return int(count) if count.isdigit() else 0
 
     @property
     def came_from(self) -> str:
-        """The letter that it was put back from; "" for a record that never was."""
+        """The letter that this record was put back from; "" if it never was one."""
         return dict(self.original_headers).get(FROM_HEADER, b"").decode(errors="replace")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which letters; everything that is None or empty wants all."""
+    """Which letters to put back; a field that is None or empty selects all."""
 
     topics: Collection[Topic] = ()
     reasons: Collection[str] = ()
@@ -141,7 +141,7 @@ class Redriver:
         self._sent: set[str] = set()
 
     def letters(self, wanted: Wanted) -> Iterator[Letter]:
-        """Those on the dead-letter topics that were not put back yet, oldest first by partition.
+        """The dead letters that were not put back yet, oldest first by partition.
 
         Raises:
             StreamUnavailable: no broker answered.
@@ -299,7 +299,7 @@ class Journal:
         return any(start <= letter.offset < stop for start, stop in ranges)
 
     def note(self, letters: Sequence[Letter]) -> None:
-        """Durable on return."""
+        """Note these letters as put back; durable on return."""
         if not letters:
             return
         for letter in letters:

@@ -1,6 +1,6 @@
 """Records read again by range: for the audit, for redriving, for the age of what is unread.
 
-A consumer of its own, that moves no offsets and belongs to nobody's group.
+It uses a consumer of its own that commits no offsets and joins no group.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROOM_BYTES = 2**20
 
 
 class RangeGone(StreamUnavailable):
-    """Retention has passed the range while it was read: begin again from the new beginning."""
+    """Retention deleted a part of the range while it was read: read again from the beginning."""
 
 
 class Scanner:
@@ -116,7 +116,7 @@ class Scanner:
             if records:
                 following = records[-1].offset + 1
                 yield [raw for raw in records if stop is None or raw.offset < stop]
-                deadline = time.monotonic() + self._patience_ms / 1000  # the caller took its time
+                deadline = time.monotonic() + self._patience_ms / 1000  # the caller was slow
                 continue
             following = max(following, position)
             if high is not None and following >= high:

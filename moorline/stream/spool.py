@@ -35,7 +35,7 @@ class SpoolLocked(MoorlineError):
 
 
 class SpoolNotSynced(MoorlineError, OSError):
-    """Frames are in the queue of which it cannot be said that they are on the disk."""
+    """A sync failed: whether the frames since the sync before are on the disk is unknown."""
 
 
 @dataclass(frozen=True, order=True)

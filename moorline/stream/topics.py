@@ -1,4 +1,4 @@
-"""The topics: their names, their making, and what is checked of them at every start."""
+"""The topics: their names, how they are created, and the checks of every start."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def _alter(settings: StreamSettings, name: str, config: str) -> str:
 def _warn_unless_compacted(
     settings: StreamSettings, configs: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """With its retention, such a topic loses the newest release, or who is to be forgotten."""
+    """Warn of a topic whose retention would delete the newest release, or erasures."""
     for name in (topic_name(settings, topic) for topic in COMPACTED):
         if "compact" not in configs.get(name, {}).get("cleanup.policy", "compact"):
             remedy = _alter(settings, name, "cleanup.policy=compact")
@@ -238,7 +238,7 @@ def _warn_unless_compacted(
 def _warn_of_short_retention(
     settings: StreamSettings, configs: Mapping[str, Mapping[str, str]], horizon_seconds: float
 ) -> None:
-    """What an updater that was away may not find any more, though it might still be joined."""
+    """Warn of retention below the horizon: events that could still be joined would be deleted."""
     for name in (topic_name(settings, topic) for topic in JOINED):
         kept_ms = int(configs.get(name, {}).get("retention.ms", "-1"))
         if 0 <= kept_ms < horizon_seconds * 1000:

@@ -23,7 +23,9 @@ from serving.route_allowlist import RouteAllowlist
 from serving.status import Readiness, status_router
 from serving.strategies import AdapterFlip, SwapStrategy, WeightReload
 from serving.swap import SwapController
+from serving.unusable_replies import UnusableReplies
 from serving.vllm.models import LivePolicy, PolicyModels
+from serving.vllm.responses import give_own_ids
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,21 @@ async def assemble(
     )
     app.user_middleware.insert(0, Middleware(RouteAllowlist))
     app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
-    recorder = Recorder(engine, settings.alias, events.publish_interaction, lambda: live.version)
+    unusable_replies = UnusableReplies()
+    recorder = Recorder(
+        engine,
+        settings.alias,
+        events.publish_interaction,
+        lambda: live.version,
+        unusable_replies,
+    )
     recorder.install()
     models = await _init_state(engine, app, args, tasks, live)
+    if app.state.openai_serving_responses is not None:
+        give_own_ids(app.state.openai_serving_responses)
     strategy: SwapStrategy
     if mode == "adapter":
         strategy = AdapterFlip(engine, models, live, settings.serving.max_loras)
-        recorder.on_adapter = strategy.on_use
     else:
         timeout = settings.serving.swap_timeout_seconds
         strategy = WeightReload(engine, live, model_dir, admission, timeout)
@@ -84,7 +94,9 @@ async def assemble(
         parity_tolerance_nats=settings.serving.parity_tolerance_nats,
     )
     app.include_router(
-        feedback_router(events.publish_feedback, settings.serving.feedback_max_bytes)
+        feedback_router(
+            events.publish_feedback, settings.serving.feedback_max_bytes, unusable_replies.why
+        )
     )
     app.include_router(
         status_router(

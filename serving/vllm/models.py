@@ -7,6 +7,7 @@ clients ask for the alias (or the live policy's full name) and read ``assistant@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class LivePolicy:
     def __init__(self, alias: str) -> None:
         self.alias = alias
         self.policy = ServedPolicy(0)
+        self.newest_released = 0
+        """The highest version that the store was seen to have."""
 
     @property
     def version(self) -> int:
@@ -46,15 +49,40 @@ class LivePolicy:
         return policy_name(self.alias, self.version)
 
 
-def version_of(name: str) -> int | None:
-    """``assistant@v000042`` -> 42; None for a name that is not a policy's."""
+def version_of_policy(alias: str, name: str) -> int | None:
+    """``assistant@v000042`` -> 42; None for a name that is no policy of this alias."""
     _, separator, digits = name.rpartition("@v")
-    return int(digits) if separator and digits.isdecimal() else None
+    version = int(digits) if separator and digits.isdecimal() and len(digits) < 20 else None
+    return version if version is not None and policy_name(alias, version) == name else None
 
 
 def adapter_request(name: str, adapter_id: int, directory: Path) -> LoRARequest:
     """What vLLM calls an adapter: a name, an integer id and a directory, each used once."""
     return LoRARequest(name, adapter_id, str(directory))
+
+
+def adapters_in_use(engine: Any) -> set[int]:
+    """The integer ids of the adapters of which the engine still computes replies."""
+    adapters = [state.lora_request for state in engine.output_processor.request_states.values()]
+    return {adapter.lora_int_id for adapter in adapters if adapter is not None}
+
+
+class _LiveAdapter(dict[str | None, LoRARequest]):
+    """vLLM's adapters by model name: the live one, also under every name of a policy."""
+
+    def __init__(
+        self,
+        adapters: dict[str | None, LoRARequest],
+        names_a_policy: Callable[[object], bool],
+    ) -> None:
+        super().__init__(adapters)
+        self._names_a_policy = names_a_policy
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (bool(self) and self._names_a_policy(name))
+
+    def __missing__(self, name: str | None) -> LoRARequest:
+        return self[None]
 
 
 class PolicyModels(OpenAIServingModels):  # type: ignore[misc]  # vLLM is not typed for us
@@ -65,14 +93,22 @@ class PolicyModels(OpenAIServingModels):  # type: ignore[misc]  # vLLM is not ty
         self._live = live
 
     def is_base_model(self, model_name: str) -> bool:
-        return model_name in (self._live.alias, self._live.name)
+        return model_name == self._live.alias or self._names_a_policy(model_name)
+
+    def _names_a_policy(self, model_name: object) -> bool:
+        """Any that there was: a name that was listed or read in a reply goes on to be answered, by
+        the live policy, and the reply says which that is."""
+        if not isinstance(model_name, str):
+            return False
+        version, live = version_of_policy(self._live.alias, model_name), self._live
+        return version is not None and version <= max(live.version, live.newest_released)
 
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         """The name for the reply; noted in the request's context for the version header."""
         name = self._live.name if lora_request is None else str(lora_request.lora_name)
         context = current_request()
         if context is not None:
-            context.policy_version = version_of(name)
+            context.policy_version = version_of_policy(self._live.alias, name)
         return name
 
     def serve_adapter(self, request: LoRARequest | None) -> None:
@@ -80,8 +116,9 @@ class PolicyModels(OpenAIServingModels):  # type: ignore[misc]  # vLLM is not ty
 
         A request without a model name must get it too, hence the keys None and "".
         """
-        names = (self._live.alias, request.lora_name, None, "") if request is not None else ()
-        self.lora_requests = dict.fromkeys(names, request)
+        names = (self._live.alias, None, "")
+        adapters = {} if request is None else dict.fromkeys(names, request)
+        self.lora_requests = _LiveAdapter(adapters, self._names_a_policy)
 
     async def show_available_models(self) -> ModelList:
         """The alias and, below it, the policy that answers for it."""

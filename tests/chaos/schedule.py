@@ -1,6 +1,6 @@
-"""Which fault strikes when: a pure function of a seed, so that a failing seed can be tried again.
+"""The schedule of faults: a pure function of a seed, so that a failing seed can be tried again.
 
-A fault is data: where it strikes, what it is, how long it lasts. New rows belong here; how each is
+A fault is data: what it is, when it begins, how long it lasts. New rows belong here; how each is
 done to a process lies in ``tests/chaos/world.py``.
 """
 
@@ -66,7 +66,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Kind:
-    """How often a kind of fault strikes, and for how long."""
+    """How often a kind of fault comes, and how long it lasts."""
 
     name: str
     every_seconds: float
@@ -97,7 +97,7 @@ def schedule(seed: int, duration_seconds: float, has: frozenset[str]) -> list[Fa
     generator = random.Random(f"schedule {seed}")
     found = []
     for kind in KINDS:
-        # Each kind has its own numbers: what a machine lacks changes nothing of the others.
+        # Each kind has its own generator: a kind that cannot be done here changes no other.
         own = random.Random(generator.getrandbits(64))
         if not kind.needs <= has:
             continue
@@ -110,10 +110,10 @@ def schedule(seed: int, duration_seconds: float, has: frozenset[str]) -> list[Fa
 
 
 def updater_lives(seed: int) -> Iterator[Fault]:
-    """How each life of the updater ends, one after the other, for ever.
+    """How each run of the updater ends, one after the other, for ever.
 
-    ``lasts_seconds`` is how long a life lasts that its failpoint has not ended by itself; it is
-    killed then, wherever it is.
+    After ``lasts_seconds`` an updater that its failpoint has not killed yet is killed wherever it
+    is.
     """
     generator = random.Random(f"updater {seed}")
     while True:

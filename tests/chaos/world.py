@@ -33,12 +33,12 @@ from tests.serving.server_process import ServerProcess
 ALIAS = "assistant"
 BATCH_EXAMPLES = 4
 STATE_BYTES = 256 * 2**20
-CANARIES = (
+PROBES = (
     {"prompt": "What is a glacier?", "reply": "A river of ice."},
     {"prompt": "Count to three.", "reply": "One, two, three."},
     {"text": "The sea was calm that morning, and nobody on the pier said a word."},
 )
-"""Few: a life of the updater begins with a look at them, and there are hundreds of lives."""
+"""Few: every start of the updater computes them, and there are hundreds of starts."""
 UPDATER_SETTINGS = {
     # An update starts when a batch is full and never because time has passed.
     "LEARNING__BATCH_EXAMPLES": str(BATCH_EXAMPLES),
@@ -47,7 +47,7 @@ UPDATER_SETTINGS = {
     "LEARNING__LEARNING_RATE": "1e-3",
     "LEARNING__THREADS": "1",
     "BOUND__TRAFFIC_EXAMPLES": "4",
-    # Here the process dies all the time, and of none of its replies.
+    # Here the process is killed all the time, and no reply is the cause.
     "UPDATER__SUSPECT_AFTER_CRASHES": "1000000",
     "UPDATER__POLL_SECONDS": "0.1",
     "UPDATER__NICENESS": "0",
@@ -60,7 +60,7 @@ STREAM_SETTINGS = {
 
 
 def run_updater(variables: dict[str, str], log: Path) -> None:
-    """What a process of the updater is; never returns."""
+    """Be an updater process; never returns."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -72,18 +72,18 @@ def run_updater(variables: dict[str, str], log: Path) -> None:
 
 @dataclass
 class Counts:
-    """What was done to the parts."""
+    """How often which fault was done."""
 
     kills: int = 0
     kills_at_failpoints: int = 0
     faults: dict[str, int] = field(default_factory=dict)
 
-    def strike(self, kind: str) -> None:
+    def add_fault(self, kind: str) -> None:
         self.faults[kind] = self.faults.get(kind, 0) + 1
 
 
 class World:
-    """Everything that runs. Methods block; ``Engine`` of the harness calls them from threads."""
+    """All processes of one run. Methods block; ``Chaos`` calls them from threads."""
 
     def __init__(self, root: Path, model_dir: Path, *, apache: bool) -> None:
         self.root = root
@@ -101,7 +101,7 @@ class World:
             self._embedded = EmbeddedBroker(log=root / "broker.log")
             self.bootstrap = self._embedded.start()
         probes = root / "probes.jsonl"
-        probes.write_text("".join(json.dumps(row) + "\n" for row in CANARIES))
+        probes.write_text("".join(json.dumps(row) + "\n" for row in PROBES))
         self.variables = {
             f"MOORLINE_{name}": value
             for name, value in {
@@ -158,7 +158,7 @@ class World:
 
     @property
     def settings(self) -> Settings:
-        """As the processes have them."""
+        """The settings that the processes have."""
         return load_settings(environment=self.variables)
 
     @property
@@ -191,7 +191,7 @@ class World:
         self._updater.start()
 
     def updater_exit(self, timeout_seconds: float) -> int | None:
-        """Its exit code, as soon as it has ended; None when it lives on."""
+        """Its exit code, as soon as it has ended; None when it still runs after the time-out."""
         assert self._updater is not None
         self._updater.join(timeout_seconds)
         return self._updater.exitcode
@@ -211,7 +211,7 @@ class World:
 
     def start_broker(self) -> None:
         assert self._apache is not None
-        # Not `start`: that waits for the broker through the proxy, which may be at fault too.
+        # Not by `start`, which waits for the broker through the proxy: that may be at fault too.
         if not self._apache.running:
             self._apache._call("start", *self._apache.options)
             self._apache.running = True
@@ -232,7 +232,7 @@ class World:
 
     @contextlib.contextmanager
     def full_disk(self) -> Iterator[None]:
-        """Not a byte is left for ledger, store and spool."""
+        """Fill the disk of ledger, store and spool to the last byte."""
         ballast = self.state_dir / "ballast"
         try:
             with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -246,7 +246,7 @@ class World:
 
     @contextlib.contextmanager
     def flipped_bit(self) -> Iterator[None]:
-        """The newest release's adapter is damaged; an operator puts it right again."""
+        """Damage the newest release's adapter, and repair it at the end."""
         versions = self.store.versions(ALIAS)
         release = self.store.release(ALIAS, versions[-1]) if versions else None
         with damaged(self.store, release):
@@ -255,7 +255,7 @@ class World:
     # --- the end ------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop whatever still runs."""
+        """Stop every process that still runs."""
         if self._updater is not None and self._updater.is_alive():
             self._updater.kill()
             self._updater.join()
@@ -273,14 +273,14 @@ class World:
             self._proxy.close()
 
     def unmount(self) -> None:
-        """Give the state directory's file system back, and what was on it."""
+        """Unmount the state directory's file system; what is on it is lost."""
         if self._mounted:
             subprocess.run(["umount", "-l", str(self.state_dir)], check=False, capture_output=True)
 
 
 @contextlib.contextmanager
 def damaged(store: ArtifactStore, release: Release | None) -> Iterator[None]:
-    """One bit of a release's adapter is wrong; nothing happens to what has none."""
+    """Flip one bit of a release's adapter; a release without one stays as it is."""
     files = [] if release is None else release.files
     names = [file.name for file in files if file.name.endswith(".safetensors")]
     if release is None or release.artifact_digest is None or not names:
@@ -302,7 +302,7 @@ def damaged(store: ArtifactStore, release: Release | None) -> Iterator[None]:
 
 
 def _mount(directory: Path, size: int) -> bool:
-    """A file system of its own in memory, where that is allowed."""
+    """Mount a file system in memory there, where that is allowed."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
     try:
         return subprocess.run(command, check=False, capture_output=True).returncode == 0

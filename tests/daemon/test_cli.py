@@ -217,7 +217,9 @@ class Server:
                 if body["interaction_id"] == "full":
                     self._answer(503, {"error": {"message": "cannot be kept now: retry"}})
                 else:
-                    self._answer(202, {"feedback_id": body["feedback_id"]})
+                    greedy = {"not_trainable": "greedy_sampling"}
+                    known = greedy if body["interaction_id"] == "greedy" else {}
+                    self._answer(202, {"feedback_id": body["feedback_id"]} | known)
 
             def _answer(self, code: int, body: object) -> None:
                 raw = json.dumps(body).encode()
@@ -547,6 +549,12 @@ def test_feedback_that_is_not_kept_is_one_line(state: Path, server: Server) -> N
     assert "interaction_id" in text
     text = refusal("feedback", "c", "--score", "7", "--range", "1", "5", state=state, **port)
     assert "inside" in text
+
+
+def test_feedback_on_a_reply_that_cannot_teach_says_so(state: Path, server: Server) -> None:
+    port = {"MOORLINE_SERVING__PORT": server.port}
+    text = moorline("feedback", "greedy", "--thumbs", "up", state=state, **port)
+    assert "teaches nothing: the reply cannot be learned from (greedy_sampling)" in text
 
 
 def test_feedback_to_kafka_without_a_broker_is_one_line(state: Path) -> None:

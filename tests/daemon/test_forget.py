@@ -28,7 +28,7 @@ from updater.ledger.inspection import LedgerInspector
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     """ana, by her pseudonym, has a trained reply and one that waits; she rated ben's."""
-    ana = Pseudonyms.from_file(tmp_path / "pseudonym.key").of("ana")
+    ana = Pseudonyms.from_file(tmp_path / "pseudonym.key").pseudonym_of("ana")
     log = Log(partitions=1)
     with Ledger(tmp_path / "ledger.sqlite", horizon_seconds=HORIZON) as ledger:
         events = [interaction("r1", user=ana), rating("r1"), interaction("r2", user="ben")]

@@ -1,4 +1,4 @@
-"""Events that parse and are odd all the same, through the whole cycle: each gets its fate.
+"""Odd events that parse, through the whole cycle: each gets its fate, and none makes it raise.
 
 The draw is the same in every run.
 """
@@ -14,8 +14,8 @@ import pytest
 
 from moorline.events import Reason
 from moorline.stream import Topic
+from tests.updater.harness import Updater
 from tests.updater.learning.fixtures import recorded, some_sequences
-from tests.updater.test_loop import Updater
 
 TINY, HUGE = 5e-324, 1.7e308
 SAMPLING: list[dict[str, float]] = [
@@ -64,7 +64,7 @@ def odd_reply(reply: dict[str, Any], prompt: list[int], draw: random.Random) -> 
 
 
 def odd_feedback(number: int, draw: random.Random) -> dict[str, Any]:
-    """Of any kind, on the reply of this number."""
+    """Feedback of a random kind on the reply of this number."""
     kinds: dict[str, dict[str, Any]] = {
         "thumbs": {"value": draw.choice([1, -1])},
         "score": draw.choice(SCORES),

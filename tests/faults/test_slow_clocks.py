@@ -1,4 +1,4 @@
-"""Clocks that are behind: what they stamp loses that much of its window, and nobody else does."""
+"""Clocks that are behind: their events' windows are shorter by as much, and no others."""
 
 from __future__ import annotations
 

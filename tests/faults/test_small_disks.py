@@ -47,7 +47,7 @@ def may_mount() -> bool:
 
 
 def on_a_small_disk(disk: Path, size: str, script: str, *arguments: object) -> Any:
-    """What the script prints as JSON; its first argument is the mounted directory."""
+    """Run a script on a small disk, its first argument; returns the JSON that it prints."""
     if not may_mount():
         pytest.skip("no right to mount a small disk (unshare -Urm)")
     disk.mkdir(parents=True)
@@ -60,13 +60,13 @@ def on_a_small_disk(disk: Path, size: str, script: str, *arguments: object) -> A
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    story = json.loads(done.stdout)
-    story["log"] = done.stderr
-    return story
+    report = json.loads(done.stdout)
+    report["log"] = done.stderr
+    return report
 
 
 UPDATER = """
-from tests.updater.test_loop import Updater
+from tests.updater.harness import Updater
 import torch
 
 torch.set_num_threads(1)
@@ -79,26 +79,26 @@ plain.close()
 expected = plain.published[0].artifact_digest
 updater = Updater(model_dir, state_dir)
 
-def told(number=1):
-    story = []
+def run_cycles(number=1):
+    report = []
     for _ in range(number):
         updater.loop.cycle()
         accounting = updater.ledger.accounting()
         assert accounting.balanced
-        story.append([updater.loop.phase, accounting.total, updater.ledger.count_ready()])
-    return story
+        report.append([updater.loop.phase, accounting.total, updater.ledger.count_ready()])
+    return report
 """
 
 LEDGER_FULL = (
     UPDATER
     + """
 updater.interact(2, 0)
-before = told()
+before = run_cycles()
 fill(disk)
 updater.interact(2, 1)
-full = told(3)
+full = run_cycles(3)
 make_room(disk)
-told()
+run_cycles()
 same = updater.published[0].artifact_digest == expected
 print(json.dumps({"before": before, "full": full, "same": same, "fates": updater.fates()}))
 """
@@ -110,10 +110,10 @@ STORE_FULL = (
 for seed in (0, 1):
     updater.interact(2, seed)
 fill(disk)
-full = told(3)
+full = run_cycles(3)
 visible = [path.name for path in (disk / "artifacts").iterdir()]
 make_room(disk)
-told()
+run_cycles()
 same = updater.published[0].artifact_digest == expected
 print(json.dumps({"full": full, "visible": visible, "same": same, "fates": updater.fates()}))
 """
@@ -126,26 +126,26 @@ def test_a_full_disk_under_the_ledger_pauses_intake_and_nothing_is_lost(
     state_dir, store = tmp_path / "state", tmp_path / "store"
     store.mkdir()
     script = "Path(sys.argv[1], 'store').symlink_to(Path(sys.argv[4]) / 'store')\n" + LEDGER_FULL
-    story = on_a_small_disk(state_dir, "4m", script, tiny_model_dir, state_dir, tmp_path)
-    assert story["before"] == [["waiting", 4, 2]]
-    assert story["full"] == [["disk_unavailable", 4, 2]] * 3
-    assert story["fates"] == {"trained": 4}
-    assert story["same"]
-    assert story["log"].count("it will retry: disk_unavailable") == 1
+    report = on_a_small_disk(state_dir, "4m", script, tiny_model_dir, state_dir, tmp_path)
+    assert report["before"] == [["waiting", 4, 2]]
+    assert report["full"] == [["disk_unavailable", 4, 2]] * 3
+    assert report["fates"] == {"trained": 4}
+    assert report["same"]
+    assert report["log"].count("it will retry: disk_unavailable") == 1
 
 
 def test_a_full_disk_under_the_store_costs_one_update_and_nothing_is_lost(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     state_dir = tmp_path / "state"
-    story = on_a_small_disk(
+    report = on_a_small_disk(
         state_dir / "store", "4m", STORE_FULL, tiny_model_dir, state_dir, tmp_path
     )
-    assert story["full"] == [["disk_unavailable", 8, 4]] * 3
-    assert story["visible"] == []
-    assert story["fates"] == {"trained": 4}
-    assert story["same"]
-    assert story["log"].count("it will retry: disk_unavailable") == 1
+    assert report["full"] == [["disk_unavailable", 8, 4]] * 3
+    assert report["visible"] == []
+    assert report["fates"] == {"trained": 4}
+    assert report["same"]
+    assert report["log"].count("it will retry: disk_unavailable") == 1
 
 
 SPOOL_FULL = """
@@ -182,13 +182,15 @@ print(json.dumps({"before": before, "full": full, "after": after, "refusals": re
 
 
 def test_a_full_disk_under_the_spool_is_counted_and_delays_nobody(tmp_path: Path) -> None:
-    story = on_a_small_disk(tmp_path / "spool", "64k", SPOOL_FULL)
-    assert story["before"][:4] == [5, 5, 0, 0]
-    taken, spooled, queued, dropped, _ = story["full"]
+    report = on_a_small_disk(tmp_path / "spool", "64k", SPOOL_FULL)
+    assert report["before"][:4] == [5, 5, 0, 0]
+    taken, spooled, queued, dropped, _ = report["full"]
     assert taken + dropped == 30
     assert spooled + queued == 5 + taken
     assert queued > 0, "memory holds what the disk does not"
-    assert story["refusals"] >= 1
-    assert story["after"][:4] == [5, 5 + taken + 5, 0, dropped], "it goes on by itself"
-    slowest_seconds = max(moment[4] for moment in (story["before"], story["full"], story["after"]))
+    assert report["refusals"] >= 1
+    assert report["after"][:4] == [5, 5 + taken + 5, 0, dropped], "it goes on by itself"
+    slowest_seconds = max(
+        moment[4] for moment in (report["before"], report["full"], report["after"])
+    )
     assert slowest_seconds < 0.5, "a reply waits for none of this"

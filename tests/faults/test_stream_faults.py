@@ -49,7 +49,7 @@ DAY = 86_400
 
 @pytest.fixture
 def settings(broker: str, topic_prefix: str) -> StreamSettings:
-    """Both kinds of broker; one partition, so that order is told."""
+    """Both kinds of broker; one partition, so that records have one order."""
     return StreamSettings(bootstrap=broker, topic_prefix=topic_prefix, partitions=1)
 
 
@@ -60,7 +60,7 @@ def apache(apache_kafka: str, topic_prefix: str) -> StreamSettings:
 
 @contextmanager
 def intake(settings: StreamSettings, path: Path) -> Iterator[tuple[Ingest, Ledger]]:
-    """One life of an updater's intake."""
+    """An updater's intake, from its start to its end."""
     letters, reader = DeadLetters(settings), Reader(settings, (REPLIES, RATINGS))
     try:
         with Ledger(path) as ledger:

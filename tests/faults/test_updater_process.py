@@ -1,4 +1,4 @@
-"""The updater as a whole process on a real broker: signals, hangs, no broker, two at a time."""
+"""The updater as a process on a real broker: signals, hangs, no broker, two at a time."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def test_a_signal_finds_it_anywhere_and_it_ends_cleanly_and_goes_on(
         conversations.send(stream, batch)
         reference.wait_version(batch + 1)
         updater = start(f"{point}=sleep:2@1")
-        updater.wait_said(f"failpoint={point}")
+        updater.wait_for_log(f"failpoint={point}")
         asked_at = time.monotonic()
-        assert updater.stop(seconds=30) == 0, updater.said()
+        assert updater.stop(seconds=30) == 0, updater.log_text()
         assert time.monotonic() - asked_at < 20, "the grace is 75 s"
-        assert "Traceback" not in updater.said()
+        assert "Traceback" not in updater.log_text()
     last = start()
     last.wait_version(len(POINTS))
     assert last.stop() == 0
@@ -111,8 +111,8 @@ def test_a_signal_finds_it_anywhere_and_it_ends_cleanly_and_goes_on(
 def test_a_signal_while_it_starts_ends_it_at_once(start: Starter) -> None:
     for words in ("event=ledger_opened", "event=learning_resumed"):
         updater = start()
-        updater.wait_said(words)
-        assert updater.stop(seconds=30) == 0, updater.said()
+        updater.wait_for_log(words)
+        assert updater.stop(seconds=30) == 0, updater.log_text()
     last = start()
     last.wait(lambda: last.why_not_ready() is None)
     assert last.stop() == 0
@@ -131,12 +131,12 @@ def test_a_signal_while_the_broker_hangs_in_an_announcement_does_not_wait_for_it
     ensure_topics(settings)
     conversations.send(settings, 0)
     updater = start("loop.after_manifest=sleep:2@1", on=settings)
-    updater.wait_said("failpoint=loop.after_manifest")
+    updater.wait_for_log("failpoint=loop.after_manifest")
     assert own_tansu.pid is not None
     os.kill(own_tansu.pid, signal.SIGSTOP)
     try:
         asked_at = time.monotonic()
-        assert updater.stop(seconds=75) == 0, updater.said()
+        assert updater.stop(seconds=75) == 0, updater.log_text()
         assert time.monotonic() - asked_at < 60, "the grace is 75 s"
     finally:
         os.kill(own_tansu.pid, signal.SIGCONT)
@@ -189,7 +189,7 @@ def test_a_step_that_hangs_shows_and_is_started_again_with_nothing_lost(
         systemd.settimeout(3)
         service = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000"}
         hung = start("loop.after_training=sleep:600", service=service, UPDATER__STALL_SECONDS="2")
-        hung.wait_said("failpoint=loop.after_training")
+        hung.wait_for_log("failpoint=loop.after_training")
         assert hung.get("/healthz").status_code == 200
         heard = []
         with contextlib.suppress(TimeoutError):  # its watchdog is fed no more
@@ -245,9 +245,9 @@ def test_an_example_that_kills_the_process_is_rejected_in_the_end_and_the_others
     conversations.send(stream, 0)
     for _ in range(7):  # three times with four, once with two, three times alone
         updater = start(deadly=deadly)
-        assert updater.end(seconds=90) == -signal.SIGKILL, updater.said()
+        assert updater.end(seconds=90) == -signal.SIGKILL, updater.log_text()
     updater = start(deadly=deadly)
-    updater.wait_said("reason=update_crashed")
+    updater.wait_for_log("reason=update_crashed")
     conversations.send(stream, 1)
     updater.wait_version(1)
     assert updater.stop() == 0
@@ -275,13 +275,13 @@ def test_whoever_is_killed_after_a_signal_has_not_died_of_its_batch(
     conversations.send(stream, 0)
     for asked in (False, True):
         updater = start("loop.after_training=sleep:2,loop.before_release=kill")
-        updater.wait_said("failpoint=loop.after_training")
+        updater.wait_for_log("failpoint=loop.after_training")
         if asked:
             updater.signal(signal.SIGTERM)
         assert updater.end() == -signal.SIGKILL
         again = start("ingest.polled=sleep:600")
-        again.wait_said("failpoint=ingest.polled")
-        assert ("the updater crashed in its last update" in again.said()) is not asked
+        again.wait_for_log("failpoint=ingest.polled")
+        assert ("the updater crashed in its last update" in again.log_text()) is not asked
         again.kill()
 
 
@@ -301,7 +301,7 @@ def test_without_a_broker_it_waits_not_ready_and_goes_on_when_one_comes(
         seen.add((updater.why_not_ready(), updater.get("/healthz").status_code))
         time.sleep(0.2)
     assert seen == {("stream_unavailable", 200)}
-    assert updater.said().count("event=updater_waits phase=stream_unavailable") == 1
+    assert updater.log_text().count("event=updater_waits phase=stream_unavailable") == 1
     broker.start()
     try:
         updater.wait(lambda: updater.why_not_ready() is None)
@@ -322,8 +322,8 @@ def test_a_second_updater_is_refused_and_the_first_goes_on(
     first.wait(lambda: first.why_not_ready() is None)
     second = start()
     assert second.end() == 1
-    assert f"another updater (pid {first.pid}) is using" in second.said()
-    assert "stop it, or give this one its own state_dir" in second.said()
+    assert f"another updater (pid {first.pid}) is using" in second.log_text()
+    assert "stop it, or give this one its own state_dir" in second.log_text()
     conversations.send(stream, 0)
     first.wait_version(1)
     assert first.stop() == 0
@@ -334,14 +334,14 @@ def test_an_updater_that_wakes_up_in_a_step_after_a_takeover_decides_nothing(
 ) -> None:
     conversations.send(stream, 0)
     stale = start("loop.before_release=sleep:3@1")
-    stale.wait_said("failpoint=loop.before_release")
+    stale.wait_for_log("failpoint=loop.before_release")
     stale.signal(signal.SIGSTOP)
     (tmp_path / "state/ledger.sqlite.lock").unlink()  # as on a file system that loses locks
     newer = start()
     newer.wait_version(1)
     stale.signal(signal.SIGCONT)
     assert stale.end() == 1
-    assert "another updater took over" in stale.said()
+    assert "another updater took over" in stale.log_text()
     conversations.send(stream, 1)
     newer.wait_version(2)
     assert newer.stop() == 0

@@ -59,9 +59,9 @@ def free_port() -> int:
 def environment(
     model_dir: Path, state_dir: Path, stream: StreamSettings, port: int, **settings: str
 ) -> dict[str, str]:
-    """What an updater is told; ``settings`` without the prefix."""
-    told = SETTINGS | settings
-    return {f"MOORLINE_{name}": value for name, value in told.items()} | {
+    """An updater's environment; ``settings`` without the prefix."""
+    given = SETTINGS | settings
+    return {f"MOORLINE_{name}": value for name, value in given.items()} | {
         "MOORLINE_MODEL__PATH": str(model_dir),
         "MOORLINE_STATE_DIR": str(state_dir),
         "MOORLINE_STREAM__BOOTSTRAP": str(stream.bootstrap),
@@ -84,17 +84,17 @@ def _die_of(tokens: Sequence[int]) -> None:
     """From now on a forward pass over these tokens ends the process, as bad native code does."""
     wanted = ",".join(map(str, tokens))
 
-    def look(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+    def kill_at_tokens(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         if isinstance(module, torch.nn.Embedding):
             for row in given[0].tolist():
                 if wanted in ",".join(map(str, row)):
                     os.kill(os.getpid(), signal.SIGKILL)
 
-    register_module_forward_pre_hook(look)
+    register_module_forward_pre_hook(kill_at_tokens)
 
 
 class UpdaterProcess:
-    """One updater; its state directory survives it."""
+    """One updater process; its state directory outlives it."""
 
     _processes = multiprocessing.get_context("forkserver")
 
@@ -111,7 +111,7 @@ class UpdaterProcess:
         """
         Args:
             service: what a service manager puts into the environment.
-            deadly: token ids of which it dies whenever the model is to read them.
+            deadly: token ids; a forward pass over them kills the process.
         """
         self._processes.set_forkserver_preload([__name__])  # torch is imported once for all
         port = free_port()
@@ -142,15 +142,15 @@ class UpdaterProcess:
     def wait(self, condition: Callable[[], Any], seconds: float = 90.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self.process.is_alive(), self.said()
-            assert time.monotonic() < deadline, self.said()
+            assert self.process.is_alive(), self.log_text()
+            assert time.monotonic() < deadline, self.log_text()
             time.sleep(0.05)
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait_said(self, words: str) -> None:
-        self.wait(lambda: words in self.said())
+    def wait_for_log(self, words: str) -> None:
+        self.wait(lambda: words in self.log_text())
 
     def wait_version(self, version: int) -> None:
         def reached() -> bool:
@@ -164,13 +164,13 @@ class UpdaterProcess:
         os.kill(self.pid, number)
 
     def stop(self, seconds: float = 60.0) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM; returns the exit code."""
         self.signal(signal.SIGTERM)
         return self.end(seconds)
 
     def end(self, seconds: float = 60.0) -> int:
         self.process.join(seconds)
-        assert self.process.exitcode is not None, self.said()
+        assert self.process.exitcode is not None, self.log_text()
         return self.process.exitcode
 
     def kill(self) -> None:
@@ -202,7 +202,7 @@ class Conversations:
         ]
 
     def send(self, stream: StreamSettings, batch: int) -> None:
-        """What one update is made of."""
+        """Publish the replies and thumbs of one batch."""
         producer = KafkaProducer(bootstrap_servers=stream.bootstrap)
         for topic, values in ((Topic.INTERACTIONS, self.replies), (Topic.FEEDBACK, self.thumbs)):
             for index in range(batch * BATCH, (batch + 1) * BATCH):

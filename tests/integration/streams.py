@@ -10,6 +10,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from moorline.events import Release, ReleaseKind
 from moorline.settings import StreamSettings
 from moorline.stream import Publisher, Reader, Record, Topic, ensure_topics, topic_name
+from moorline.stream.scan import Scanner
 from tests.kafka_fixtures import wait_until
 
 BOTH = (Topic.INTERACTIONS, Topic.FEEDBACK)
@@ -63,6 +64,14 @@ def read_raw(settings: StreamSettings, name: str) -> list[Any]:
     wait_until(lambda: bool(found.__iadd__(consumer.poll(500).get(partition, []))))
     consumer.close()
     return found
+
+
+def announced(settings: StreamSettings) -> list[Release]:
+    """Every release on the releases topic, in order."""
+    name = topic_name(settings, Topic.RELEASES)
+    with Scanner(settings, "test") as scanner:
+        portions = list(scanner.read(name, 0, scanner.beginning(name, 0)))
+    return [Release.model_validate_json(raw.value) for records in portions for raw in records]
 
 
 def with_admin(bootstrap: str | None, work: Callable[[KafkaAdminClient], Any]) -> Any:

@@ -25,7 +25,7 @@ from kafka.admin import (
 )
 from pydantic import SecretStr
 
-from moorline.events import Reason, Release
+from moorline.events import Reason
 from moorline.settings import StreamSettings
 from moorline.stream import (
     DeadLetters,
@@ -33,7 +33,6 @@ from moorline.stream import (
     GapCause,
     Reader,
     Record,
-    ReleaseFollower,
     StreamInvalid,
     StreamUnavailable,
     Topic,
@@ -46,6 +45,7 @@ from moorline.stream.topics import describe
 from tests.integration.streams import (
     BOTH,
     Start,
+    announced,
     positions_after,
     put,
     queue,
@@ -108,7 +108,7 @@ def test_a_silent_broker_gets_every_event_once(
     assert publisher.stats.delivered == 600
 
 
-def test_reading_and_following_go_on_after_a_crash_of_the_broker(
+def test_reading_goes_on_after_a_crash_of_the_broker_and_announcements_are_still_there(
     stoppable_apache_kafka: ApacheKafka, topic_prefix: str, start: Start
 ) -> None:
     settings = StreamSettings(
@@ -135,11 +135,7 @@ def test_reading_and_following_go_on_after_a_crash_of_the_broker(
     places = [(record.topic, record.partition, record.offset) for record in seen]
     assert len(places) == len(set(places)) == 101
     assert reader.gaps() == []
-    follower = ReleaseFollower(settings, "assistant")
-    told: list[Release] = []
-    wait_until(lambda: bool(told.__iadd__(follower.poll(0.5))))
-    follower.close()
-    assert [found.version for found in told] == [1]
+    assert announced(settings) == [release(1)]
 
 
 # --- what is gone ------------------------------------------------------------------------------
@@ -225,9 +221,8 @@ def test_no_client_of_ours_makes_a_topic_by_asking_for_it(
 ) -> None:
     publisher = start(settings)
     put(publisher, Topic.FEEDBACK, range(10))
-    reader, follower = Reader(settings, BOTH), ReleaseFollower(settings)
+    reader = Reader(settings, BOTH)
     assert take(reader, 10)
-    assert follower.poll(0.2) == []
     publisher.close()
     names = [topic_name(settings, topic) for topic in Topic]
     with_admin(settings.bootstrap, lambda admin: admin.delete_topics(names))
@@ -235,10 +230,10 @@ def test_no_client_of_ours_makes_a_topic_by_asking_for_it(
     for _ in range(4):
         with contextlib.suppress(StreamUnavailable):
             reader.poll(10, 0.5)
-        follower._poll_once(0.5)  # without its own pause and making of topics
+    with contextlib.suppress(StreamUnavailable):
+        announced(settings)
     assert not with_admin(settings.bootstrap, lambda a: describe(a, settings, BOTH))
     reader.close()
-    follower.close()
 
 
 def test_a_stored_offset_past_the_end_is_refused(settings: StreamSettings, start: Start) -> None:

@@ -1,23 +1,21 @@
-"""Reader, dead letters and releases when the broker goes away (an embedded one returns empty)."""
+"""Reader and dead letters when the broker goes away (an embedded one returns empty)."""
 
 from __future__ import annotations
 
 import pytest
 
 from daemon.broker import EmbeddedBroker
-from moorline.events import Reason, Release
+from moorline.events import Reason
 from moorline.settings import StreamSettings
 from moorline.stream import (
     DeadLetters,
     Reader,
     Record,
-    ReleaseFollower,
     StreamUnavailable,
     Topic,
     ensure_topics,
-    publish_release,
 )
-from tests.integration.streams import BOTH, Start, put, release
+from tests.integration.streams import BOTH, Start, put
 from tests.kafka_fixtures import wait_until
 
 pytest_plugins = ("tests.kafka_fixtures",)
@@ -86,18 +84,3 @@ def test_a_dead_letter_that_is_not_acknowledged_raises(topic_prefix: str) -> Non
         with pytest.raises(StreamUnavailable):
             letters.send(record, Reason.MALFORMED_JSON, "ingest")
     letters.close()
-
-
-def test_a_follower_never_raises_and_comes_back(own_tansu: EmbeddedBroker) -> None:
-    settings = StreamSettings(bootstrap=own_tansu.bootstrap, connect_timeout_seconds=1)
-    follower = ReleaseFollower(settings)
-    assert follower.poll(0.1) == []
-    own_tansu.stop()
-    for _ in range(5):
-        assert follower.poll(0.2) == []
-    own_tansu.start()
-    publish_release(settings, release(1))
-    seen: list[Release] = []
-    wait_until(lambda: bool(seen.__iadd__(follower.poll(0.5))))
-    assert seen[0].version == 1
-    follower.close()

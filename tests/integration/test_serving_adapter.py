@@ -70,16 +70,18 @@ def test_a_request_without_a_model_name_gets_the_live_policy(
     assert response.headers["x-moorline-policy-version"] == str(version)
 
 
-def test_the_alias_and_the_live_name_are_served_and_an_old_name_is_not(
-    served: Served,
+def test_the_alias_and_every_name_that_there_was_are_served(
+    served: Served, lineage: Lineage
 ) -> None:
-    live = served.server.status()["policy_name"]
-    names = [card["id"] for card in served.server.get("/v1/models").json()["data"]]
-    assert names == ["assistant", live]
-    body = {"messages": MESSAGES, "max_tokens": 4}
-    assert served.server.post("/v1/chat/completions", body | {"model": live}).status_code == 200
-    old = served.server.post("/v1/chat/completions", body | {"model": "assistant@v000999"})
-    assert old.status_code == 404
+    listed = [card["id"] for card in served.server.get("/v1/models").json()["data"]]
+    assert listed == ["assistant", served.server.status()["policy_name"]]
+    served.server.wait_version(lineage.release())
+    for name in [*listed, served.server.status()["policy_name"]]:
+        body = {"messages": MESSAGES, "max_tokens": 4, "model": name}
+        reply = served.server.post("/v1/chat/completions", body)
+        assert reply.json()["model"] == served.server.status()["policy_name"]
+    body = {"messages": MESSAGES, "max_tokens": 4, "model": "assistant@v000999"}
+    assert served.server.post("/v1/chat/completions", body).status_code == 404
 
 
 def test_more_releases_than_slots_are_served_one_after_the_other(

@@ -16,7 +16,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from moorline import metrics
-from moorline.events import Reason, Release
+from moorline.events import Reason
 from moorline.settings import StreamSettings
 from moorline.stream import (
     DeadLetters,
@@ -24,7 +24,6 @@ from moorline.stream import (
     Publisher,
     Reader,
     Record,
-    ReleaseFollower,
     StreamInvalid,
     StreamUnavailable,
     Topic,
@@ -37,6 +36,7 @@ from moorline.stream.topics import describe_configs
 from tests.integration.streams import (
     BOTH,
     Start,
+    announced,
     positions_after,
     put,
     queue,
@@ -432,31 +432,10 @@ def test_a_dead_letter_may_lack_key_and_value(
 # --- releases ----------------------------------------------------------------------------------
 
 
-def test_releases_are_told_in_order_and_then_as_they_come(settings: StreamSettings) -> None:
-    publish_release(settings, release(1))
-    publish_release(settings, release(2))
-    publish_release(settings, release(7, alias="other"))
-    follower = ReleaseFollower(settings, alias="assistant")
-    seen: list[Release] = []
-    wait_until(lambda: len(seen.__iadd__(follower.poll(0.5))) >= 2)
-    assert [found.version for found in seen] == [1, 2]
-    assert follower.poll(0.2) == []
-    publish_release(settings, release(3))
-    wait_until(lambda: bool(seen.__iadd__(follower.poll(0.5))) and seen[-1].version == 3)
-    follower.close()
-
-
-def test_a_follower_ignores_what_it_cannot_read(settings: StreamSettings) -> None:
-    ensure_topics(settings)
-    producer = KafkaProducer(bootstrap_servers=settings.bootstrap)
-    name = topic_name(settings, Topic.RELEASES)
-    producer.send(name, b"{not json", b"assistant")
-    producer.send(name, None, b"assistant")
-    producer.flush(10)
-    producer.close()
-    publish_release(settings, release(5))
-    follower = ReleaseFollower(settings)
-    seen: list[Release] = []
-    wait_until(lambda: bool(seen.__iadd__(follower.poll(0.5))))
-    assert [found.version for found in seen] == [5]
-    follower.close()
+def test_releases_are_on_their_topic_in_the_order_of_their_announcement(
+    settings: StreamSettings,
+) -> None:
+    made = [release(1), release(2), release(7, alias="other"), release(2)]
+    for one in made:
+        publish_release(settings, one)
+    wait_until(lambda: announced(settings) == made)

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from moorline.pseudonyms import Pseudonyms
 from serving.context import (
     Admission,
+    NotRecorded,
     RequestContext,
     RequestMiddleware,
     current_request,
@@ -27,11 +28,12 @@ def app_with(seen: list[RequestContext | None], admission: Admission | None = No
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
+        body = await request.json()  # before the handler's own code, as FastAPI does it
         context = current_request()
         if context is not None:
             context.policy_version = 42
         seen.append(context)
-        return await request.json()
+        return body
 
     app.add_middleware(
         RequestMiddleware,
@@ -58,7 +60,7 @@ async def test_the_handler_gets_the_body_and_the_client_the_version() -> None:
     (context,) = seen
     assert context is not None
     assert (context.tenant, context.task) == ("blue", "sql")
-    assert (context.streamed, context.opted_out) == (True, False)
+    assert (context.streamed, context.not_recorded) == (True, None)
 
 
 async def test_tenant_and_task_have_defaults_and_a_length() -> None:
@@ -88,15 +90,19 @@ async def test_either_way_of_opting_out_counts(body: Any, headers: Any, out: boo
     seen: list[RequestContext | None] = []
     await post(app_with(seen), body, **headers)
     assert seen[0] is not None
-    assert seen[0].opted_out is out
+    assert (seen[0].not_recorded is NotRecorded.OPTED_OUT) is out
 
 
 async def test_a_user_is_a_pseudonym_that_needs_the_key() -> None:
     seen: list[RequestContext | None] = []
     await post(app_with(seen), {"user": "bob"})
     assert seen[0] is not None
-    assert seen[0].user == PSEUDONYMS.of("bob") != Pseudonyms(b"x" * 32).of("bob")
-    assert "bob" not in (seen[0].user or "")
+    assert (
+        seen[0].users
+        == (PSEUDONYMS.pseudonym_of("bob"),)
+        != (Pseudonyms(b"x" * 32).pseudonym_of("bob"),)
+    )
+    assert "bob" not in seen[0].users[0]
 
 
 async def test_a_body_that_is_no_object_is_the_handlers_to_refuse() -> None:
@@ -118,7 +124,24 @@ async def test_a_closed_door_holds_new_requests_until_it_opens() -> None:
 
 def test_the_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "state" / "pseudonym.key"
-    first = Pseudonyms.from_file(path).of("bob")
-    assert Pseudonyms.from_file(path).of("bob") == first
+    first = Pseudonyms.from_file(path).pseudonym_of("bob")
+    assert Pseudonyms.from_file(path).pseudonym_of("bob") == first
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert len(list(path.parent.iterdir())) == 1
+
+
+async def test_nobodys_name_is_recorded_where_the_setting_says_so() -> None:
+    seen: list[RequestContext | None] = []
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    async def chat() -> None:
+        seen.append(current_request())
+
+    app.add_middleware(
+        RequestMiddleware, admission=Admission(), pseudonyms=PSEUDONYMS, record_user=False
+    )
+    await post(app, {"user": "bob", "stream": True})
+    assert seen[0] is not None
+    assert seen[0].user is None
+    assert seen[0].streamed

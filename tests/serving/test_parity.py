@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.parity import ParityError, compare, read_parity
+from moorline.adapter_format import PARITY_FILE
+from serving.parity import (
+    ParityError,
+    candidate_logprobs,
+    compare,
+    parent_logprobs,
+    read_parity,
+)
+from updater.parity import parity_bytes
+from updater.values import TokenSequence
 
 TOKENS = 64
 TOLERANCE_NATS = 0.1
@@ -88,3 +99,23 @@ def test_a_release_without_usable_references_is_refused(
         (tmp_path / "parity.json").write_bytes(content)
     with pytest.raises(ParityError, match=r"parity\.json"):
         read_parity(tmp_path)
+
+
+@pytest.mark.parametrize(("off_by_nats", "accepted"), [(0.099, True), (0.101, False)])
+def test_the_tolerance_is_crossed_just_beyond_it(off_by_nats: float, accepted: bool) -> None:
+    candidate = logprobs(1)
+    context = contextlib.nullcontext() if accepted else pytest.raises(ParityError, match="differ")
+    with context:
+        compare(candidate + off_by_nats, candidate, candidate - 9.0, TOLERANCE_NATS)
+
+
+def test_the_file_that_the_trainer_writes_is_the_one_that_the_server_reads(tmp_path: Path) -> None:
+    sequences = [TokenSequence((1,), (0, 1)), TokenSequence((1, 0), (1,))]
+    ours = [torch.tensor([[-0.1, -0.2], [-0.3, -0.4]]), torch.tensor([[-0.5, -0.6]])]
+    parents = [part - 1.0 for part in ours]
+    (tmp_path / PARITY_FILE).write_bytes(parity_bytes(sequences, ours, parents))
+    batch = read_parity(tmp_path)
+    assert [one.prompt_token_ids for one in batch.sequences] == [(1,), (1, 0)]
+    assert [one.completion_token_ids for one in batch.sequences] == [(0, 1), (1,)]
+    assert candidate_logprobs(batch) == pytest.approx([-0.1, -0.4, -0.6])
+    assert parent_logprobs(batch) == pytest.approx([-1.1, -1.4, -1.6])

@@ -15,7 +15,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from moorline.events import Interaction, LogprobConvention
 from serving import context as request_context
+from serving.context import NotRecorded
 from serving.recorder import Recorder, sampling_settings
+from serving.unusable_replies import UnusableReplies
 from serving.vllm.worker import PROCESSED_ROW
 
 REPLY_ID = "chatcmpl-1"
@@ -30,6 +32,11 @@ class ScriptedEngine:
         self.deltas = deltas
         self.seen_params: SamplingParams | None = None
         self.closed = False
+        self.vllm_config = SimpleNamespace(
+            speculative_config=None,
+            watermark_config=None,
+            model_config=SimpleNamespace(logits_processors=None),
+        )
         self.output_processor = SimpleNamespace(external_req_ids={}, request_states={})
 
     async def generate(
@@ -59,7 +66,9 @@ class ScriptedEngine:
 def in_a_request() -> Iterator[request_context.RequestContext]:
     """Runs the test inside one HTTP request."""
     metadata = SimpleNamespace(request_id=REPLY_ID)
-    context = request_context.RequestContext({"state": {"request_metadata": metadata}})
+    context = request_context.RequestContext(
+        {"state": {"request_metadata": metadata}}, not_recorded=None
+    )
     token = request_context._current.set(context)
     yield context
     request_context._current.reset(token)
@@ -75,7 +84,7 @@ def recorded(
         published.append(event)
         return True
 
-    recorder = Recorder(engine, "assistant", publish, lambda: 3)
+    recorder = Recorder(engine, "assistant", publish, lambda: 3, UnusableReplies())
     recorder.install()
 
     async def handle() -> None:
@@ -150,7 +159,7 @@ def test_a_handler_that_leaves_aborts_the_engine_and_records_what_was_seen() -> 
 def test_an_opted_out_request_reaches_the_engine_unchanged(
     in_a_request: request_context.RequestContext,
 ) -> None:
-    in_a_request.opted_out = True
+    in_a_request.not_recorded = NotRecorded.OPTED_OUT
     published, outputs, engine = recorded([(0, [5], "stop")])
     assert not published
     assert engine.seen_params is not None
@@ -164,7 +173,7 @@ def test_no_error_of_the_recorder_reaches_a_reply() -> None:
     def publish(_: Interaction) -> bool:
         raise OSError("disk on fire")
 
-    Recorder(engine, "assistant", publish, lambda: 3).install()
+    Recorder(engine, "assistant", publish, lambda: 3, UnusableReplies()).install()
 
     async def handle() -> list[Any]:
         params = SamplingParams(output_kind=RequestOutputKind.DELTA)
@@ -179,3 +188,61 @@ def test_sampling_settings_speak_our_vocabulary() -> None:
     params = SamplingParams(temperature=0.0, top_k=-1, top_p=0.9, presence_penalty=0.1)
     found = sampling_settings(params)
     assert (found.temperature, found.top_k, found.altered_by) == (0.0, 0, ("presence_penalty",))
+
+
+def test_what_a_request_says_of_itself_is_recorded(
+    in_a_request: request_context.RequestContext,
+) -> None:
+    in_a_request.tenant, in_a_request.task, in_a_request.user = "blue", "sql", "u-1"
+    in_a_request.streamed = True
+    published, _, _ = recorded([(0, [5], "stop")])
+    (event,) = published
+    assert (event.tenant, event.task, event.user, event.streamed) == ("blue", "sql", "u-1", True)
+    assert event.alias == "assistant"
+
+
+ALTERING: dict[str, Any] = {
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "repetition_penalty": 1.05,
+    "min_tokens": 1,
+    "logit_bias": {1: 1.0},
+    "allowed_token_ids": [1],
+    "bad_words": ["x"],
+}
+
+
+@pytest.mark.parametrize("name", ALTERING)
+def test_each_setting_that_alters_the_distribution_is_named(name: str) -> None:
+    assert sampling_settings(SamplingParams()).altered_by == ()
+    assert sampling_settings(SamplingParams(**{name: ALTERING[name]})).altered_by == (name,)
+
+
+def test_each_setting_that_truncates_is_recorded_as_it_was() -> None:
+    found = sampling_settings(SamplingParams(temperature=0.7, top_p=0.9, top_k=40, min_p=0.05))
+    assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.7, 0.9, 40, 0.05)
+
+
+def test_a_reply_of_an_adapter_is_its_versions_whatever_is_live_at_its_end() -> None:
+    engine = ScriptedEngine([(0, [5, 6], "stop")])
+    published: list[Interaction] = []
+
+    def publish(event: Interaction) -> bool:
+        published.append(event)
+        return True
+
+    recorder = Recorder(engine, "assistant", publish, lambda: 3)
+    uses: list[tuple[int, int]] = []
+    recorder.on_adapter = lambda adapter, change: uses.append((adapter, change))
+    recorder.install()
+    adapter = SimpleNamespace(lora_name="assistant@v000005", lora_int_id=2)
+
+    async def handle() -> None:
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+        async for _ in engine.generate("prompt", params, REPLY_ID, lora_request=adapter):
+            pass
+
+    asyncio.run(handle())
+    (event,) = published
+    assert [(span.version, span.start, span.end) for span in event.policy_spans] == [(5, 0, 2)]
+    assert uses == [(2, 1), (2, -1)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from moorline.settings import ServingSettings
 from serving.server import _listen, bind
 
 
@@ -34,7 +35,13 @@ async def _listen_until_terminated(manager: socket.socket, bound: socket.socket)
     )
     following = asyncio.create_task(asyncio.sleep(600))
     listening = asyncio.create_task(
-        _listen(parts, bound, SimpleNamespace(errored=False), following, 1.0)  # type: ignore[arg-type]
+        _listen(
+            parts,
+            bound,
+            SimpleNamespace(errored=False),
+            following,
+            ServingSettings(drain_seconds=1.0),
+        )  # type: ignore[arg-type]
     )
     heard: list[str] = []
 

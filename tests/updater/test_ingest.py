@@ -29,6 +29,7 @@ from tests.updater.ledger.fixtures import (
     VOCABULARY,
     Log,
     correction,
+    erasure,
     interaction,
     preference,
     rating,
@@ -174,6 +175,75 @@ def test_nothing_expires_while_its_partner_may_be_unread(ledger: Ledger) -> None
     assert ledger.count_ready() == 1
 
 
+def test_nothing_expires_while_a_record_of_its_partition_is_held(ledger: Ledger) -> None:
+    """Kafka has nothing unread; what was read waits behind a dead letter that nobody takes."""
+    log, stream, letters = Log(partitions=1), Stream(), Letters()
+    letters.away_after = 0
+    stream.unread = [log.record(interaction("a")), log.record(b"{"), log.record(rating("a"))]
+    ingest = make(ledger, stream, letters)
+    assert ingest.step(0.0).stalled
+    assert ledger.expire(NOW + 9 * HORIZON).interactions == 0
+    letters.away_after = None
+    ingest.step(0.0)
+    assert ledger.count_ready() == 1
+
+
+def test_nothing_expires_while_a_partition_of_ours_is_not_looked_at(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, stream = Log(partitions=1), Stream()
+    stream.unread = [log.record(interaction("a")), log.record(rating("b"))]
+    ingest = make(ledger, stream, Letters())
+    monkeypatch.setattr(stream, "lag", lambda: {(REPLIES, 0): 0})
+    ingest.step(0.0)
+    assert ledger.expire(NOW + 9 * HORIZON).interactions == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(ingest_module, "_PROGRESS_SECONDS", 0.0)
+    ingest.step(0.0)
+    assert ledger.expire(NOW + 9 * HORIZON).interactions == 1
+
+
+def test_a_gap_that_the_ledger_did_not_take_is_told_again(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream()
+    ingest = make(ledger, stream, Letters())
+
+    def full(*_: object, **__: object) -> None:
+        raise LedgerUnavailable("the disk is full: make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "ingest", full)
+        for first in (5, 50):
+            stream.found_gaps = [Gap(RATINGS, 0, first, first + 3, GapCause.RETENTION)]
+            with pytest.raises(LedgerUnavailable):
+                ingest.step(0.0)
+    assert ingest.step(0.0).gaps == 2
+    assert ledger.accounting().missed == {RATINGS: 6}
+    assert ingest.step(0.0).gaps == 0
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_an_erasure_is_unread_in_kafka_or_while_it_is_held(ledger: Ledger, held: bool) -> None:
+    log, stream, letters = Log(partitions=1), Stream(), Letters()
+    ingest = make(ledger, stream, letters)
+    assert not ingest.erasures_unread()
+    erased = log.record(erasure("ana"))
+    if held:
+        letters.away_after = 0
+        stream.unread = [log.record(b"{"), erased]
+        assert ingest.step(0.0).stalled
+    else:
+        stream.lag = lambda: {(Topic.ERASURES, 0): 1, (RATINGS, 0): 9}  # type: ignore[method-assign]
+    assert ingest.erasures_unread()
+
+
+def test_the_size_limit_is_crossed_just_beyond_it() -> None:
+    value = rating("a").to_bytes()
+    assert parse(record(value), max_event_bytes=len(value)).event is not None
+    assert parse(record(value), max_event_bytes=len(value) - 1).reason is Reason.TOO_LARGE
+
+
 def test_what_was_read_before_a_restart_is_not_read_again(ledger: Ledger) -> None:
     log, stream = Log(), Stream()
     records = [log.record(interaction("a")), log.record(rating("a"))]
@@ -293,6 +363,32 @@ SPAN = PolicySpan(version=0, start=0, end=3)
         ({"finish_reason": "length"}, None),
         ({"policy_spans": (PolicySpan(version=0, start=0, end=2),)}, Reason.LENGTH_MISMATCH),
         ({"policy_spans": (PolicySpan(version=0, start=1, end=3),)}, Reason.LENGTH_MISMATCH),
+        (
+            {"policy_spans": tuple(PolicySpan(version=0, start=s, end=s + 1) for s in (0, 2))},
+            Reason.LENGTH_MISMATCH,  # a hole
+        ),
+        (
+            {"policy_spans": tuple(PolicySpan(version=0, start=s, end=s + 2) for s in (0, 1))},
+            Reason.LENGTH_MISMATCH,  # an overlap
+        ),
+        (
+            {
+                "policy_spans": tuple(
+                    PolicySpan(version=0, start=s, end=e) for s, e in ((0, 3), (3, 4))
+                )
+            },
+            Reason.LENGTH_MISMATCH,  # beyond the end
+        ),
+        ({"policy_spans": (PolicySpan(version=7, start=0, end=3),)}, None),  # the newest one
+        ({"prompt_token_ids": (0, VOCABULARY - 1)}, None),
+        ({"completion_token_ids": (4, 5, -1)}, Reason.TOKEN_OUT_OF_VOCABULARY),
+        ({"completion_logprobs": (-0.1, 2e-4, -0.1)}, Reason.INVALID_LOGPROBS),
+        ({"completion_logprobs": (-0.1, -0.2, -0.3, -0.4)}, Reason.LENGTH_MISMATCH),
+        ({"finish_reason": "error"}, Reason.ABORTED),
+        (
+            {"logprob_convention": LogprobConvention.RAW, "sampling": SamplingSettings(top_k=5)},
+            Reason.RAW_LOGPROBS,
+        ),
         (
             {
                 "policy_spans": (

@@ -1,11 +1,9 @@
-"""The whole cycle on the tiny model: real ledger, store, gate; records given, not streamed."""
+"""The whole cycle, from feedback to release, on the tiny model."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,158 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from moorline.base_model import model_digest
-from moorline.events import Fate, Feedback, FeedbackKind, Reason, Release, SamplingSettings
-from moorline.settings import Settings, load_settings
-from moorline.store import ArtifactMissing, ArtifactStore
-from moorline.stream import Gap, Record, StreamUnavailable, Topic
+from moorline.events import Fate, Feedback, FeedbackKind, Reason
+from moorline.store import ArtifactMissing
+from moorline.stream import Topic
+from tests.updater.harness import Updater
 from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
-from updater.ingest import Ingest
-from updater.learning.behaviour import Archive
-from updater.learning.chat_template import ChatTemplate
-from updater.learning.policy import Policy, ReleaseInvalid
+from updater.learning.policy import ReleaseInvalid
 from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import Proposal, Trainer
-from updater.ledger import Ledger, LedgerUnavailable
-from updater.loop import Loop
-from updater.progress import Phase, Progress
-from updater.safety import Gate, load_probes
-from updater.safety.trust_region import TrustRegion
+from updater.ledger import LedgerUnavailable
+from updater.progress import Phase
 from updater.values import Batch
-
-
-class Tape:
-    """Records in order, as the reader would give them."""
-
-    def __init__(self) -> None:
-        self._records: list[Record] = []
-        self._offsets: dict[Topic, Iterator[int]] = {topic: itertools.count() for topic in Topic}
-
-    def add(self, topic: Topic, value: bytes) -> None:
-        offset = next(self._offsets[topic])
-        self._records.append(Record(topic, "id", 0, offset, 1_000_000, None, value))
-
-    def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
-        del timeout_seconds
-        taken, self._records = self._records[:max_records], self._records[max_records:]
-        return taken
-
-    def gaps(self) -> list[Gap]:
-        return []
-
-    def lag(self) -> Mapping[tuple[Topic, int], int]:
-        return {}
-
-    def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
-        del positions  # advisory
-
-
-class Letters:
-    """A dead-letter topic that may be away."""
-
-    def __init__(self) -> None:
-        self.offsets: list[int] = []
-        self.away = False
-
-    def send(self, record: Record, reason: Reason, stage: str) -> None:
-        del reason, stage
-        if self.away:
-            raise StreamUnavailable("the dead-letter topic is gone")
-        self.offsets.append(record.offset)
-
-
-class Updater:
-    """One updater's parts around a tape; the state directory survives it."""
-
-    def __init__(
-        self, model_dir: Path, state_dir: Path, tape: Tape | None = None, **overrides: object
-    ) -> None:
-        self.settings: Settings = load_settings(
-            overrides={
-                "state_dir": str(state_dir),
-                "model.path": str(model_dir),
-                "learning.batch_examples": 4,
-                "learning.min_batch_examples": 4,
-                "learning.lora_rank": 4,
-                "learning.lora_alpha": 8,
-                "learning.learning_rate": 2e-3,
-                "learning.horizon_seconds": 10**10,
-                "stream.retention_seconds": 10**10,
-                "updater.poll_seconds": 0.01,
-                "bound.live_kl_nats": 0.5,
-                "gate.live_kl_mean_nats": 1.0,
-                "gate.live_kl_max_prompt_nats": 5.0,
-                "gate.perplexity_rise_share": 1.0,
-                "gate.perplexity_rise_share_from_anchor": 1.0,
-                **overrides,
-            },
-        )
-        learning = self.settings.learning
-        self.tape = tape or Tape()
-        self.letters = Letters()
-        self.published: list[Release] = []
-        self.broker_up = True
-        self.policy = Policy(model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=0)
-        self.ledger = Ledger(self.settings.ledger_path, horizon_seconds=learning.horizon_seconds)
-        self.store = ArtifactStore(self.settings.store_dir)
-        probes = load_probes(None, model_dir)
-        region = TrustRegion(self.policy, probes.sequences, self.settings.bound, 512)
-        archive = Archive(self.policy, self.store, self.ledger.release)
-        self.trainer = Trainer(self.policy, learning, archive, ChatTemplate(model_dir))
-        self.loop = Loop(
-            self.settings,
-            ingest=Ingest(
-                self.tape,
-                self.letters,
-                self.ledger,
-                alias=ALIAS,
-                vocab_size=self.policy.vocabulary_size,
-                max_tokens=64,
-                signals=learning.signals,
-            ),
-            ledger=self.ledger,
-            store=self.store,
-            policy=self.policy,
-            trainer=self.trainer,
-            trust_region=region,
-            gate=Gate(self.policy, probes, region, self.store, self.settings.gate),
-            publish=self._publish,
-            base_model_digest=model_digest(model_dir),
-            software={},
-            progress=Progress(),
-        )
-        self.loop.resume()
-
-    def _publish(self, release: Release) -> None:
-        if not self.broker_up:
-            raise StreamUnavailable("no broker")
-        self.published.append(release)
-
-    def interact(self, number: int, seed: int = 0, *, rated: bool = True) -> None:
-        """So many replies of the live policy, rated up and down in turn."""
-        for index, sequence in enumerate(some_sequences(number, seed)):
-            name = f"chatcmpl-{seed}-{index}"
-            version = self.ledger.live_version()
-            reply = recorded(self.policy, sequence, name, SamplingSettings(), version)
-            self.tape.add(Topic.INTERACTIONS, reply.to_bytes())
-            if rated:
-                thumb = Feedback(
-                    feedback_id=f"fb-{seed}-{index}",
-                    interaction_id=name,
-                    kind=FeedbackKind.THUMBS,
-                    value=1 if index % 2 else -1,
-                    rater=f"rater-{index}",
-                    created_at=1_000.0,
-                )
-                self.tape.add(Topic.FEEDBACK, thumb.to_bytes())
-
-    def fates(self, topic: Topic = Topic.FEEDBACK) -> dict[Fate, int]:
-        accounting = self.ledger.accounting()
-        assert accounting.balanced
-        return {fate: n for fate, n in accounting.fates.get(str(topic), {}).items() if n}
-
-    def close(self) -> None:
-        self.ledger.close()
 
 
 @pytest.fixture
@@ -381,7 +238,7 @@ def test_a_release_decided_while_the_broker_is_away_is_announced_later_and_once(
 def test_a_refused_candidate_leaves_the_policy_and_says_why(
     tiny_model_dir: Path, state_dir: Path, override: dict[str, float], reason: Reason
 ) -> None:
-    updater = Updater(tiny_model_dir, state_dir, **override)
+    updater = Updater(tiny_model_dir, state_dir, **override, **{"learning.max_tries": 1})
     before = updater.policy.state()
     updater.interact(4)
     updater.loop.cycle()
@@ -421,9 +278,9 @@ class Refusing(Trainer):
     error: Exception = ValueError("somebody's words")
 
     def propose(
-        self, batch: Batch, seen: StalenessReport | None = None, **options: Any
+        self, batch: Batch, staleness: StalenessReport | None = None, **options: Any
     ) -> Proposal:
-        proposal = super().propose(batch, seen, **options)
+        proposal = super().propose(batch, staleness, **options)
         names = {one.example.interaction.interaction_id for one in batch.examples}
         if names & self.poison or len(names) >= self.together:
             raise self.error
@@ -432,7 +289,7 @@ class Refusing(Trainer):
 
 @pytest.fixture
 def refusing(monkeypatch: pytest.MonkeyPatch) -> type[Refusing]:
-    monkeypatch.setattr("tests.updater.test_loop.Trainer", Refusing)
+    monkeypatch.setattr("updater.assembly.Trainer", Refusing)
     return Refusing
 
 

@@ -16,8 +16,8 @@ from moorline import failpoints
 from moorline.events import Erasure, Feedback, Release
 from moorline.store import ArtifactStore
 from moorline.stream import Topic
+from tests.updater.harness import Tape, Updater
 from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
-from tests.updater.test_loop import Tape, Updater
 from updater.ledger import Ledger
 
 POINTS = (
@@ -41,7 +41,7 @@ class Announcing(Updater):
 
     outbox: Path
 
-    def _publish(self, release: Release) -> None:
+    def publish(self, release: Release) -> None:
         with self.outbox.open("a") as topic:
             topic.write(f"{release.name} {release.artifact_digest}\n")
 

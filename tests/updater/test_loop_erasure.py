@@ -11,8 +11,8 @@ import torch
 from moorline.events import Erasure, Fate, ReleaseKind
 from moorline.store import ArtifactMissing
 from moorline.stream import Topic
+from tests.updater.harness import Tape, Updater
 from tests.updater.learning.fixtures import ALIAS
-from tests.updater.test_loop import Tape, Updater
 from updater.learning.policy import AdapterState
 
 

@@ -14,8 +14,8 @@ import torch
 from moorline.events import Fate, Feedback, Reason, SamplingSettings
 from moorline.store import ArtifactMissing, ArtifactStore
 from moorline.stream import Topic
+from tests.updater.harness import Tape, Updater
 from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
-from tests.updater.test_loop import Tape, Updater
 from updater.retention import collect_garbage
 
 
@@ -32,9 +32,9 @@ class LateTape(Tape):
         return {(topic, 0): 0 for topic in Topic}
 
 
-def horizon_is_looked_at(updater: Updater) -> None:
-    """The ingest looks at its progress every few seconds; let it do so in the next cycle."""
-    updater.loop._ingest._looked_at = float("-inf")
+def let_horizon_move(updater: Updater) -> None:
+    """The ingest notes its progress every few seconds; let it do so in the next cycle."""
+    updater.loop._ingest._progress_noted_at = float("-inf")
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_only_what_can_still_be_asked_for_stays_in_the_store(
     waiting = waiting.model_copy(update={"created_at": time.time()})
     tape.add_now(Topic.INTERACTIONS, waiting.to_bytes())
     for seed in (2, 3):
-        horizon_is_looked_at(updater)
+        let_horizon_move(updater)
         updater.interact(4, seed=seed)
         updater.loop.cycle()
     assert kept(updater.store) == {1, 2, 3}
@@ -118,7 +118,7 @@ def test_only_what_can_still_be_asked_for_stays_in_the_store(
 
     after = Updater(tiny_model_dir, state_dir, tape, **short)
     for seed in (4, 5):
-        horizon_is_looked_at(after)
+        let_horizon_move(after)
         after.interact(4, seed=seed)
         after.loop.cycle()
     assert kept(after.store) == {1, 4, 5}  # the newest two, and who wrote the waiting reply

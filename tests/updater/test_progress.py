@@ -38,3 +38,23 @@ def test_another_reason_to_wait_is_logged_too(caplog: pytest.LogCaptureFixture) 
         "stream_unavailable",
         "disk_unavailable",
     ]
+
+
+@pytest.mark.parametrize(("silent_seconds", "stalled"), [(10.0, False), (10.5, True)])
+def test_an_updater_is_stalled_just_beyond_its_limit(
+    monkeypatch: pytest.MonkeyPatch, silent_seconds: float, stalled: bool
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("updater.progress.running_seconds", lambda: clock[0])
+    alive: list[float] = []
+    progress = Progress(10.0, lambda: alive.append(clock[0]))
+    progress.enter(Phase.TRAINING)
+    clock[0] += 5.0
+    progress.note()
+    assert alive[-1] == 1005.0
+    clock[0] += silent_seconds
+    assert progress.age_seconds == silent_seconds
+    why = progress.why_stalled()
+    assert (why is not None) is stalled
+    if why:
+        assert why.startswith("training without progress")

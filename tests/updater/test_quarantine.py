@@ -17,9 +17,9 @@ from moorline.events import Fate, Reason
 from moorline.settings import Settings, load_settings
 from moorline.store import ArtifactMissing
 from moorline.stream import Topic
+from tests.updater.harness import Updater
 from tests.updater.learning.fixtures import some_sequences
 from tests.updater.ledger.fixtures import FAST_DISK, NOW, Log, interaction, rating, release
-from tests.updater.test_loop import Updater
 from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import Proposal, Trainer
 from updater.ledger import BatchDecision, Ledger
@@ -42,17 +42,17 @@ class Mortal(Trainer):
     error: BaseException = Died()
 
     def propose(
-        self, batch: Batch, seen: StalenessReport | None = None, **options: Any
+        self, batch: Batch, staleness: StalenessReport | None = None, **options: Any
     ) -> Proposal:
         names = {one.example.interaction.interaction_id for one in batch.examples}
         if names & self.poison or len(names) >= self.together:
             raise self.error
-        return super().propose(batch, seen, **options)
+        return super().propose(batch, staleness, **options)
 
 
 @pytest.fixture
 def mortal(monkeypatch: pytest.MonkeyPatch) -> type[Mortal]:
-    monkeypatch.setattr("tests.updater.test_loop.Trainer", Mortal)
+    monkeypatch.setattr("updater.assembly.Trainer", Mortal)
     return Mortal
 
 
@@ -192,10 +192,12 @@ def test_a_reply_that_kills_whoever_measures_on_it_is_not_measured_on(
     killer = some_sequences(1, seed=1)[0].completion_token_ids
     measure = TrustRegion.largest_step
 
-    def dying(self: TrustRegion, live: object, proposal: object, traffic: Any) -> object:
+    def dying(
+        self: TrustRegion, live: object, proposal: object, traffic: Any, whole: float
+    ) -> object:
         if killer in [one.completion_token_ids for one in traffic]:
             raise Died
-        return measure(self, live, proposal, traffic)  # type: ignore[arg-type]
+        return measure(self, live, proposal, traffic, whole)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TrustRegion, "largest_step", dying)
     with pytest.raises(Died):

@@ -101,7 +101,7 @@ def why_no_credit(feedback: Feedback, signals: Mapping[str, float]) -> Reason | 
 
 
 def overridden_signals(feedback: Collection[Feedback]) -> list[Feedback]:
-    """Signals beside an explicit rating of the same reply: hints, where somebody has spoken."""
+    """Signals beside an explicit rating of the same reply: mere hints, where somebody rated it."""
     if not any(one.kind in EXPLICIT for one in feedback):
         return []
     return [one for one in feedback if one.kind is FeedbackKind.SIGNAL]
@@ -255,7 +255,7 @@ class RaterWeights:
         return CreditedExample(example, reward, advantage, corrections, preferences)
 
     def stats(self) -> dict[str, Any]:
-        """The part of ``CreditStats`` that says who was heard."""
+        """The part of ``CreditStats`` about raters and their weights."""
         kinds = Counter(one.kind for one in self._feedback)
         capped = {
             rater_key: amount * self._caps[rater_key] for rater_key, amount in self._amounts.items()

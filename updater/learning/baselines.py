@@ -159,7 +159,7 @@ def cell_name(tenant: str, task: str = "default") -> str:
 
 
 def rater_name(tenant: str, rater: str) -> str:
-    """Raters of different tenants are different people, whatever they are called."""
+    """The name of a rater; those of different tenants are different people."""
     return json.dumps([tenant, rater])
 
 

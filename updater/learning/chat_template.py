@@ -16,6 +16,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
+from moorline.events import composed
+
 HINT = "A better reply to this would have been:\n{correction}\nReply again."
 _QUESTION, _REPLY = "question", "reply"
 
@@ -31,10 +33,17 @@ class ChatTemplate:
         self._reply_ending = self._find_reply_ending()
 
     def prompt_with_correction(
-        self, prompt_token_ids: tuple[int, ...], correction: str
+        self, prompt_token_ids: tuple[int, ...], correction: str, reply_prefix: str = ""
     ) -> tuple[int, ...] | None:
-        """The prompt with the correction as a last turn of the user; None where there is no way."""
+        """The prompt with the correction as a last turn of the user; None where there is no way.
+
+        Args:
+            correction: what the whole reply should have been.
+            reply_prefix: the beginning of the reply with which the prompt ends.
+        """
         opening = self._reply_opening
+        if opening and reply_prefix:
+            opening += self._ids(reply_prefix)
         plain = self._plain(correction)
         if not plain or not opening or prompt_token_ids[-len(opening) :] != opening:
             return None
@@ -93,6 +102,15 @@ class ChatTemplate:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def after_prefix(text: str, reply_prefix: str) -> str:
+    """A correction without the given beginning of the reply, where it repeats it."""
+    text, reply_prefix = composed(text), composed(reply_prefix)
+    for prefix in (reply_prefix, reply_prefix.rstrip(), reply_prefix.strip()):
+        if prefix and text.startswith(prefix):
+            return text.removeprefix(prefix)
+    return text
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -1,4 +1,4 @@
-"""What one update looks like: every measurement by name, and the levels at which to worry.
+"""The diagnostics of one update: every measurement by name, and the levels of its alarms.
 
 The names are those of the metric ``moorline_update_diagnostic``, of a release's ``diagnostics`` and
 of the status page. A name is absent where it does not apply (no fresh reply, no correction...).

@@ -12,7 +12,7 @@ inequality each is a lower bound of the next:
 
 Probabilities are kept inside [1e-30, 1 - 1e-30], which float32 holds exactly in logs. So a token
 with q = 1, p = 0 is ~69 nats apart: beyond every limit anyone would set, yet means and gradients
-stay finite. NaN goes through as NaN; ``objectives.why_unusable`` refuses it earlier.
+stay finite. NaN goes through as NaN; ``objectives.find_batch_fault`` refuses it earlier.
 
 Sampled estimators (k1, k3, chi2, tv, ess) follow http://joschu.net/blog/kl-approx.html.
 """

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from moorline.events import Interaction
 from moorline.settings import LearningSettings
 from updater.learning.behaviour import Behaviour
-from updater.learning.chat_template import ChatTemplate
+from updater.learning.chat_template import ChatTemplate, after_prefix
 from updater.learning.feedback_objectives import (
     bounded_imitation,
     distillation_advantage,
@@ -106,16 +106,18 @@ class FeedbackLosses:
         not_distilled = not_imitated = 0
         for one in corrected:
             reply = as_sequence(one.example.interaction)
+            prefix = one.example.interaction.reply_prefix or ""
             for correction in one.corrections:
                 name = one.example.example_id
-                prompt = chat.prompt_with_correction(reply.prompt_token_ids, correction.text)
+                rest = after_prefix(correction.text, prefix)  # the prompt ends with the prefix
+                prompt = chat.prompt_with_correction(reply.prompt_token_ids, prefix + rest, prefix)
                 hinted = TokenSequence(prompt or (), reply.completion_token_ids)
                 if settings.distillation_weight > 0.0:
                     if prompt is not None and self._fits(hinted):
                         hinted_replies.append((name, hinted, reply, correction.weight))
                     else:
                         not_distilled += 1
-                text = TokenSequence(reply.prompt_token_ids, chat.reply(correction.text))
+                text = TokenSequence(reply.prompt_token_ids, chat.reply(rest))
                 if settings.correction_weight > 0.0:
                     if text.completion_token_ids and self._fits(text):
                         texts.append((name, text, correction.weight))

@@ -1,9 +1,10 @@
-"""How much anybody's words weigh in one batch. Pure.
+"""The caps on what one rater and one tenant weigh in a batch. Pure.
 
-A *voice* is a (tenant, rater). Inside a tenant no rater has more than a share of the tenant's
-weight, and in the batch no tenant has more than a share of all weight; where there are too few
-raters or tenants for that, the shares are equal (raters': as the trust in them). Caps only ever
-lower a weight, and a tenant's cap lowers all its raters alike, so that both bounds hold at once.
+A rater is known by tenant and name (``RaterKey``). Inside a tenant no rater has more than a share
+of the tenant's weight, and in the batch no tenant has more than a share of all weight; where there
+are too few raters or tenants for that, tenants have equal shares, and raters shares in proportion
+to the trust in them. Caps only ever lower a weight, and a tenant's cap lowers all its raters alike,
+so that both bounds hold at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ the window: it is what one release learns from."""
 
 
 class RaterKey(NamedTuple):
-    """Who speaks."""
+    """A rater: raters of different tenants are different people, whatever their names."""
 
     tenant: str
     rater: str
@@ -58,12 +59,12 @@ def fair_shares(standing: Mapping[str, float], max_share: float) -> dict[str, fl
 
 
 def rater_caps(
-    amounts: Mapping[RaterKey, float],  # voice -> what it would weigh in this batch, each > 0
+    amounts: Mapping[RaterKey, float],  # what each would weigh in this batch, > 0
     trust: Mapping[RaterKey, float],  # in (0, 1]; already in the amounts
     max_rater_share: float = MAX_RATER_SHARE,
     max_tenant_share: float = MAX_TENANT_SHARE,
 ) -> dict[RaterKey, float]:
-    """A factor in (0, 1] for each voice: both caps at once.
+    """A factor in (0, 1] for each rater: both caps at once.
 
     Where raters are too few for ``max_rater_share``, their shares are as their trust is, so that
     making them equal does not undo the distrust in one of them.
@@ -84,7 +85,7 @@ def rater_caps(
 
 
 def largest_share(amounts: Mapping[RaterKey, float], *, of_tenants: bool) -> float:
-    """The largest part of the whole that one voice, or one tenant, has."""
+    """The largest share of all weight that one rater, or one tenant, has."""
     sums: defaultdict[object, list[float]] = defaultdict(list)
     for rater_key, amount in amounts.items():
         sums[rater_key.tenant if of_tenants else rater_key].append(amount)

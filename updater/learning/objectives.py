@@ -385,8 +385,8 @@ def sampled_kl_penalty(
 # --- what is refused, and what is measured ---
 
 
-class Unusable(StrEnum):
-    """Why a batch may not reach a gradient."""
+class BatchFault(StrEnum):
+    """What is wrong with a batch that no gradient may be computed from."""
 
     SHAPES_DIFFER = "shapes_differ"
     """Tensors disagree about batch or time."""
@@ -403,21 +403,23 @@ class Unusable(StrEnum):
 POSITIVE_LOGPROB_TOLERANCE_NATS = 1e-4
 
 
-def why_unusable(log_p: Tensor, log_q: Tensor, advantage: Tensor, mask: Tensor) -> Unusable | None:
-    """The first reason to refuse this batch; None when it is good. Same shapes as an objective."""
+def find_batch_fault(
+    log_p: Tensor, log_q: Tensor, advantage: Tensor, mask: Tensor
+) -> BatchFault | None:
+    """The first fault of this batch; None when it has none. Same shapes as an objective."""
     if not log_p.shape == log_q.shape == mask.shape or (
         advantage.shape[:-1] != mask.shape[:-1] or advantage.shape[-1] not in (1, mask.shape[-1])
     ):
-        return Unusable.SHAPES_DIFFER
+        return BatchFault.SHAPES_DIFFER
     if not bool(mask.any()):
-        return Unusable.NO_TOKENS
+        return BatchFault.NO_TOKENS
     counted = advantage.expand_as(mask)[mask]
     if not all(bool(t.isfinite().all()) for t in (log_p[mask], log_q[mask], counted)):
-        return Unusable.NOT_FINITE
+        return BatchFault.NOT_FINITE
     if any(bool((t[mask] > POSITIVE_LOGPROB_TOLERANCE_NATS).any()) for t in (log_p, log_q)):
-        return Unusable.POSITIVE_LOGPROB
+        return BatchFault.POSITIVE_LOGPROB
     if not bool(counted.any()):
-        return Unusable.NO_SIGNAL
+        return BatchFault.NO_SIGNAL
     return None
 
 

@@ -26,7 +26,7 @@ from updater.learning.behaviour import Archive, BehaviourPolicies, Rerun, token_
 from updater.learning.chat_template import ChatTemplate
 from updater.learning.diagnostics import Observation
 from updater.learning.feedback_losses import FeedbackLosses, ReplyLosses
-from updater.learning.objectives import OBJECTIVES, Unusable, token_mean, why_unusable
+from updater.learning.objectives import OBJECTIVES, BatchFault, find_batch_fault, token_mean
 from updater.learning.policy import AdapterState, Policy, micro_batches
 from updater.learning.sampling import processed_distribution, processed_logprobs
 from updater.learning.staleness import StalenessReport, measure_staleness
@@ -99,6 +99,7 @@ class Trainer:
         )
         self.live_adapter = policy.state()
         self._live_optimizer: OptimizerState = {}
+        self._anchor: AdapterState | None = None
 
     # --- live state -------------------------------------------------------------------------
 
@@ -111,6 +112,10 @@ class Trainer:
         self.live_adapter = adapter
         self._live_optimizer = optimizer
         self.restore()
+
+    def set_anchor(self, anchor: AdapterState | None) -> None:
+        """Pull updates toward this policy from now on (None: the base model)."""
+        self._anchor = anchor
 
     def restore(self) -> None:
         """Back to the live policy, as if nothing had been tried."""
@@ -234,6 +239,7 @@ class Trainer:
     ) -> Tensor:
         """The objective plus ``anchor_weight * KL(policy || anchor)`` over the vocabulary."""
         reruns = self._reruns(examples, update)  # first: it computes as other policies
+        anchor = self._anchor_logprobs(sequences) if self._settings.anchor_weight > 0.0 else None
         sizes = [sequence.tokens for sequence in sequences]
         logits, sampled = self._policy.completion_logits(sequences)
         replies = [
@@ -250,8 +256,8 @@ class Trainer:
             pad_sequence([getattr(reply, name) for reply in replies], True)
             for name in ("log_p", "log_q", "advantage", "mask", "moved")
         )
-        why = why_unusable(log_p.detach(), log_q, advantage, mask)
-        if why is not None and why is not Unusable.NO_SIGNAL:  # the batch as a whole has some
+        why = find_batch_fault(log_p.detach(), log_q, advantage, mask)
+        if why is not None and why is not BatchFault.NO_SIGNAL:  # the batch as a whole has some
             raise NonFiniteUpdate(f"a micro-batch was refused: {why}")
         output = self._objective(
             log_p,
@@ -262,15 +268,18 @@ class Trainer:
             **self._limits,
         )
         loss = token_mean(output.loss, output.mask, total_tokens)
-        if self._settings.anchor_weight > 0.0:
+        if anchor is not None:
             logprobs = logits.log_softmax(dim=-1)
-            with torch.no_grad(), self._policy.using(None):
-                anchor = self._policy.completion_logits(sequences)[0].log_softmax(dim=-1)
             moved_nats = (logprobs.exp() * (logprobs - anchor)).sum()
             loss = loss + self._settings.anchor_weight * moved_nats / total_tokens
         if update.observed:
             update.observation.add_tokens(output, logits)
         return loss
+
+    @torch.no_grad()
+    def _anchor_logprobs(self, sequences: Sequence[TokenSequence]) -> Tensor:  # [N, V]
+        with self._policy.using(self._anchor):
+            return self._policy.completion_logits(sequences)[0].log_softmax(dim=-1)
 
     def _reply(
         self,

@@ -4,6 +4,7 @@ Nothing outside this package imports sqlite3.
 """
 
 from updater.ledger.accounting import Accounting
+from updater.ledger.anchors import Anchor
 from updater.ledger.crashes import Suspect
 from updater.ledger.database import LeaseLost, LedgerError, LedgerLocked, LedgerUnavailable
 from updater.ledger.decisions import BatchDecision
@@ -12,11 +13,13 @@ from updater.ledger.examples import examples_digest
 from updater.ledger.expiry import Expired
 from updater.ledger.intake import Ingested
 from updater.ledger.reader import LedgerReader
+from updater.ledger.refusals import RefusedReply
 from updater.ledger.rules import Parsed
 from updater.ledger.writer import Ledger
 
 __all__ = [
     "Accounting",
+    "Anchor",
     "BatchDecision",
     "Expired",
     "Forgotten",
@@ -28,6 +31,7 @@ __all__ = [
     "LedgerReader",
     "LedgerUnavailable",
     "Parsed",
+    "RefusedReply",
     "Suspect",
     "examples_digest",
 ]

@@ -1,4 +1,4 @@
-"""Do the counts add up: every consumed record has one fate, and nothing else has."""
+"""The accounting: every consumed record has one fate, and nothing else has one."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def audit(connection: sqlite3.Connection) -> list[str]:
     """Recount from the rows themselves. Reads the whole ledger: for an operator, not for a cycle.
 
     Returns:
-        One line for each difference; empty when the books are right.
+        One line for each difference; empty when there is none.
     """
     differences = []
     counted = Counter(
@@ -202,6 +202,11 @@ _NEVER = (
     (
         "SELECT count(*) FROM crash_counts WHERE interaction NOT IN (SELECT id FROM interactions)",
         "crashes counted for replies that are not here",
+    ),
+    (
+        "SELECT count(*) FROM refused_counts WHERE interaction NOT IN"
+        " (SELECT id FROM interactions)",
+        "refused candidates counted for replies that are not here",
     ),
     (
         "SELECT count(*) FROM (SELECT 1 FROM events WHERE fate = 'trained'"

@@ -13,13 +13,13 @@ _KEPT = 65_536
 
 
 class Claims:
-    """In memory: an example that was handed out before a restart is handed out again."""
+    """The rows by example id, in memory only: after a restart examples are handed out anew."""
 
     def __init__(self) -> None:
         self._claims: dict[str, Claim] = {}
 
     def hand_out(self, found: Sequence[tuple[Example, Claim]]) -> list[Example]:
-        """Remember them. Of one reply only the newest hand-out can be decided: an older one may
+        """Remember these. Of one reply only the newest hand-out can be decided: an older one may
         hold a rating that has been replaced since, and both together would teach twice."""
         handed_out = {claim.interaction for _, claim in found}
         self._claims = {
@@ -38,8 +38,8 @@ class Claims:
         claims = [self._claims[name] for name in example_ids if name in self._claims]
         return {identity for claim in claims for identity in (claim.interaction, *claim.over)}
 
-    def of(self, example_ids: Sequence[str]) -> dict[str, Claim]:
-        """Their claims.
+    def for_examples(self, example_ids: Sequence[str]) -> dict[str, Claim]:
+        """The claim of each of these examples.
 
         Raises:
             LedgerError: one is not known, or named twice.
@@ -58,7 +58,7 @@ class Claims:
         self, example_ids: Sequence[str], set_aside: Mapping[str, Reason]
     ) -> tuple[dict[str, Claim], dict[str, Claim]]:
         """The claims of a batch: those that its candidate learned from, and the others."""
-        claims = self.of(example_ids)
+        claims = self.for_examples(example_ids)
         strangers = set_aside.keys() - claims.keys()
         if strangers:
             raise LedgerError(f"{min(strangers)} is set aside but is not in the batch")
@@ -66,10 +66,10 @@ class Claims:
         return claims, aside
 
     def drop(self, example_ids: Iterable[str]) -> None:
-        """They are decided."""
+        """Forget these: they are decided."""
         for name in example_ids:
             self._claims.pop(name, None)
 
     def clear(self) -> None:
-        """Whatever is handed out may hold what is not to be learned from any more."""
+        """Forget all: what is handed out may hold what must not be learned from any more."""
         self._claims.clear()

@@ -18,7 +18,7 @@ from updater.ledger.schema import UpdateRole
 
 logger = logging.getLogger("moorline.ledger")
 
-_LOOKED_AT = 256
+_OLDEST_COMPARED = 256
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,14 @@ class Suspect:
 
     key: str
     crash_count: int
-    """Updates with it that the process did not survive, since one came to an end."""
+    """Updates with it that crashed the process, since the last one that did not."""
 
 
 class Crashes:
-    """The marks, in transactions of their own; ``clear_update`` is in that of a decision."""
+    """Sets and counts the marks, in transactions of its own.
+
+    ``clear_counts`` at the bottom of this module does it inside the transaction of a decision.
+    """
 
     def __init__(self, database: Database, claims: Claims, suspect_after_crashes: int) -> None:
         self._database = database
@@ -41,53 +44,53 @@ class Crashes:
     def count_crashes(self) -> None:
         """Count a crash for whatever is still marked; once, at a start."""
         with self._database.transaction("crashes") as connection:
-            died = connection.execute(
+            crashed = connection.execute(
                 "UPDATE crash_counts SET crash_count = crash_count + 1,"
                 " crash_count_alone = crash_count_alone + (in_update = ?),"
                 " in_update = NULL WHERE in_update IS NOT NULL RETURNING crash_count",
                 (UpdateRole.ALONE,),
             ).fetchall()
-        if died:
+        if crashed:
             logger.error(
                 "the updater crashed in its last update: counted for each of its replies",
                 extra={
                     "event": "crash_counted",
-                    "replies": len(died),
-                    "crashes": max(crash_count for (crash_count,) in died),
+                    "replies": len(crashed),
+                    "crashes": max(crash_count for (crash_count,) in crashed),
                 },
             )
         self.export_metrics()
 
-    def begin(self, example_ids: Sequence[str], *, alone: bool = False) -> None:
-        """An update from these begins.
+    def mark_update(self, example_ids: Sequence[str], *, alone: bool = False) -> None:
+        """Mark the replies of these examples: an update from them begins.
 
         Args:
-            alone: it is of one, and another one has survived the same in this process.
+            alone: it is of one example, after another one succeeded in the same process.
 
         Raises:
             LedgerError: an example is unknown. Nothing changed.
         """
-        replies = [claim.interaction for claim in self._claims.of(example_ids).values()]
+        replies = [claim.interaction for claim in self._claims.for_examples(example_ids).values()]
         with self._database.transaction("attempt") as connection:
-            _forget_marks(connection)
+            _remove_marks(connection)
             _mark(connection, replies, UpdateRole.ALONE if alone else UpdateRole.WITH_OTHERS)
 
-    def measure_on(self, replies: Iterable[int]) -> None:
-        """Mark what the update under way, if one is, also measures on (``interactions.id``)."""
+    def mark_measured(self, replies: Iterable[int]) -> None:
+        """Mark the replies (``interactions.id``) that the update under way also measures on."""
         if self._under_way():
             with self._database.transaction("measured") as connection:
                 _mark(connection, replies, UpdateRole.WITH_OTHERS)
 
-    def end(self) -> None:
-        """Take the marks away: a crash from here on is not the fault of the replies."""
+    def remove_marks(self) -> None:
+        """Remove the marks: a crash from here on is not the fault of the replies."""
         if self._under_way():
             with self._database.transaction("undecided") as connection:
-                _forget_marks(connection)
+                _remove_marks(connection)
 
-    def succeeded(self) -> None:
+    def clear_counts(self) -> None:
         """Clear the counts of an update that ended without a decision: it crashed nothing."""
         with self._database.transaction("succeeded") as connection:
-            clear_update(connection)
+            clear_counts(connection)
         self.export_metrics()
 
     def suspects(self) -> list[Suspect]:
@@ -134,7 +137,7 @@ class Crashes:
             " ORDER BY i.event_time, i.key LIMIT ?) ORDER BY crash_count, event_time, key LIMIT 1",
             but,
             crash_count,
-            _LOOKED_AT,
+            _OLDEST_COMPARED,
         )
         return found[0][0] if found else None
 
@@ -153,7 +156,7 @@ class Crashes:
         )
 
 
-def clear_update(connection: sqlite3.Connection) -> None:
+def clear_counts(connection: sqlite3.Connection) -> None:
     """Clear the counts of the replies in the update that has ended."""
     connection.execute("DELETE FROM crash_counts WHERE in_update IS NOT NULL")
 
@@ -166,7 +169,7 @@ def _mark(connection: sqlite3.Connection, replies: Iterable[int], role: UpdateRo
     )
 
 
-def _forget_marks(connection: sqlite3.Connection) -> None:
-    """As if it had never been begun."""
+def _remove_marks(connection: sqlite3.Connection) -> None:
+    """Remove the marks, and the rows that count no crash."""
     connection.execute("UPDATE crash_counts SET in_update = NULL WHERE in_update IS NOT NULL")
     connection.execute("DELETE FROM crash_counts WHERE crash_count = 0")

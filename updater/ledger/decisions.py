@@ -11,11 +11,12 @@ from pydantic_core import to_json
 
 from moorline.events import Fate, Reason, Release, ReleaseKind, user_digest
 from updater.learning.baselines import Baselines
-from updater.ledger.crashes import clear_update
+from updater.ledger.crashes import clear_counts
 from updater.ledger.database import LedgerError, set_meta
 from updater.ledger.examples import Claim
 from updater.ledger.fates import Fates
 from updater.ledger.joins import NOT_MEASURABLE
+from updater.ledger.refusals import count_refusal, forget_refusals
 from updater.ledger.schema import FeedbackState, InteractionState
 
 OF_THE_BATCH = frozenset(
@@ -99,7 +100,9 @@ class Decisions:
                 " WHERE i.id = ?",
                 (reply,),
             ).fetchone()
-            self._execute(_TAUGHT, (user, tenants[reply], version))
+            others = self._execute("SELECT user FROM other_users WHERE interaction = ?", (reply,))
+            for name in (user, *(other for (other,) in others.fetchall())):
+                self._execute(_TAUGHT, (name, tenants[reply], version))
         for rating in claim.feedback:
             (rater,) = self._execute(
                 "SELECT rater FROM feedback WHERE id = ?", (rating,)
@@ -113,16 +116,18 @@ class Decisions:
         claims: Mapping[str, Claim],
         reason: Reason,
         now: float,
+        max_tries: int = 1,
     ) -> int:
-        """Examples end with their candidate.
+        """Examples end with their candidate, once so many candidates were refused with them.
 
         Returns:
             The rejection's number.
         """
+        claims, returned = count_refusal(self._connection, claims, max_tries)
         (number,) = self._execute(
-            "INSERT INTO rejections (reason, parent, examples, at, record)"
-            " VALUES (?, ?, ?, ?, ?) RETURNING id",
-            (reason, parent, len(claims), now, _json(record)),
+            "INSERT INTO rejections (reason, parent, examples, at, record, returned)"
+            " VALUES (?, ?, ?, ?, ?, ?) RETURNING id",
+            (reason, parent, len(claims), now, _json(record), len(returned)),
         ).fetchone()
         self.decide(claims, ExampleOutcome(Fate.REJECTED, FeedbackState.REJECTED, reason, number))
         return int(number)
@@ -151,7 +156,7 @@ class Decisions:
 
     def finish(self, baselines: Baselines | None) -> None:
         """End the update under way, and keep what the credit knows now."""
-        clear_update(self._connection)
+        clear_counts(self._connection)
         if baselines is not None:
             set_meta(self._connection, "baselines", baselines.to_json())
 
@@ -224,6 +229,7 @@ class Decisions:
             self._mark_untrainable(identity, outcome.reason)
         self._decide_interaction(identity, outcome)
         self._execute("DELETE FROM crash_counts WHERE interaction = ?", (identity,))
+        forget_refusals(self._connection, identity)
 
     def _decide_interaction(self, identity: int, outcome: ExampleOutcome) -> None:
         """An interaction keeps the first fate that was decided of it."""

@@ -1,9 +1,9 @@
-"""Erasing a person: what they are in, and what was made of it.
+"""Erases a person: the bodies, the events, and the names.
 
 Bodies are deleted, and the triggers doom their keys. Events that nothing had decided end as
 ``erased``; the others keep their fates, because a release that has learned from somebody has
-learned from them, and the books say so until it is revoked (``revocation.py``). Names are taken
-out of what stays.
+learned from them, and the accounting says so until it is revoked (``revocation.py``). Names are
+taken out of what stays.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ from updater.ledger.fates import Fates
 from updater.ledger.keys import KeyRing
 from updater.ledger.schema import FeedbackState, InteractionState
 
+_REPLIES_OF_NAMES = """
+    SELECT s.user, s.tenant, i.id, i.event_time
+    FROM subjects s JOIN interactions i ON i.subject = s.id
+    UNION ALL
+    SELECT o.user, s.tenant, i.id, i.event_time
+    FROM other_users o JOIN interactions i ON i.id = o.interaction
+    JOIN subjects s ON s.id = i.subject
+"""
 _UNDECIDED = (FeedbackState.WAITING, FeedbackState.READY)
 
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What an erasure came to, or would."""
+    """What an erasure did, or would do."""
 
     interactions: int
     """Replies erased."""
@@ -76,15 +84,14 @@ def concerned(connection: sqlite3.Connection, erasure: Erasure) -> Concerned:
     whose, names = _whose(erasure)
     interactions = _ids(
         connection,
-        "SELECT i.id FROM subjects s JOIN interactions i ON i.subject = s.id"
-        f" WHERE {whose} AND i.event_time <= ?",
+        f"SELECT DISTINCT s.id FROM ({_REPLIES_OF_NAMES}) s WHERE {whose} AND s.event_time <= ?",
         (*names, erasure.erased_at),
     )
     return Concerned(interactions, _own_words(connection, erasure))
 
 
 def _own_words(connection: sqlite3.Connection, erasure: Erasure) -> tuple[int, ...]:
-    """What the users said, of any reply; of the tenant's only, where one is named."""
+    """Ratings by the users, of any reply; only of the tenant's, where one is named."""
     raters = [
         rater
         for (rater,) in connection.execute("SELECT DISTINCT rater FROM feedback WHERE rater <> ''")
@@ -179,7 +186,7 @@ class Eraser:
         """Whether anything was erased since."""
 
     def carry_out(self, erasure: Erasure, arrived_at: float, now: float) -> None:
-        """Erase what is here, and put up the tombstone for what comes. Again is a no-op.
+        """Erase what is here, and leave a marker for what still comes. Repeating it does nothing.
 
         Args:
             arrived_at: nothing later is erased, whatever the clock of whoever asked says.
@@ -216,26 +223,26 @@ class Eraser:
         self.carried_out = True
 
     def erase_body(self, body: BodyErased) -> None:
-        """The row of a body that turned out to be erased."""
+        """Erase the row of a body whose key turned out to be gone."""
         if body.kind == "interaction":
             self.erase_interaction(body.identity)
         else:
             self.erase_rating(body.identity)
 
     def erase_interaction(self, identity: int) -> int:
-        """A reply and what was said of it, or by it of others; returns how many words that were."""
+        """Erase a reply and all feedback that names it; returns how many ratings that were."""
         topic_partition, offset, state = self._execute(
             "SELECT topic_partition, offset, state FROM interactions WHERE id = ?", (identity,)
         ).fetchone()
         if state == InteractionState.PENDING:
             self._fates.move(topic_partition, offset, Fate.ERASED)
-        words = _ids(
+        ratings = _ids(
             self._connection,
             "SELECT id FROM feedback WHERE interaction = ?1 UNION"
             " SELECT id FROM feedback WHERE over = ?1",
             (identity,),
         )
-        erased = sum(self.erase_rating(word) for word in words)
+        erased = sum(self.erase_rating(rating) for rating in ratings)
         self._execute("DELETE FROM interaction_bodies WHERE id = ?", (identity,))
         self._execute(
             "UPDATE interactions SET state = ?, retained = 0, prompt = NULL, subject = NULL"
@@ -245,7 +252,7 @@ class Eraser:
         return erased
 
     def erase_rating(self, identity: int) -> int:
-        """One word; returns whether it was there still, as a number."""
+        """Erase one rating; returns 1, or 0 where it was erased before."""
         topic_partition, offset, state = self._execute(
             "SELECT topic_partition, offset, state FROM feedback WHERE id = ?",
             (identity,),
@@ -264,7 +271,7 @@ class Eraser:
     def _subjects(
         self, erasure: Erasure, interactions: Sequence[int]
     ) -> list[tuple[int, int | None]]:
-        """(id, key) of whoever is erased, or has a reply erased."""
+        """(id, key) of every subject that is erased or has a reply erased."""
         found = dict[int, int | None]()
         if erasure.interaction_id is None:
             whose, names = _whose(erasure)
@@ -278,7 +285,7 @@ class Eraser:
         return list(found.items())
 
     def _retire(self, subject: int, key: int | None) -> None:
-        """Nothing reads copies of their bodies any more; what they keep gets another key."""
+        """Doom the subject's key, and so every copy of its bodies; kept bodies get a new one."""
         kept = _ids(self._connection, "SELECT id FROM interactions WHERE subject = ?", (subject,))
         if not kept:
             self._execute("DELETE FROM subjects WHERE id = ?", (subject,))
@@ -300,7 +307,7 @@ class Eraser:
                 self._bodies.change_key("interaction", body, new)
 
     def _drop_names(self, erasure: Erasure) -> None:
-        """What the credit remembers of them by name."""
+        """Remove what the baselines remember of them by name."""
         stored = read_meta(self._connection, "baselines")
         if stored is None:
             return

@@ -1,4 +1,4 @@
-"""Who was erased, as the door asks: is this event older than its subject's erasure?"""
+"""Markers of past erasures: whether an arriving event is older than the erasure of its subject."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ def scopes_of(event: Interaction | Feedback) -> list[str]:
     """Every scope of an ``Erasure`` that this event alone says it is in."""
     if isinstance(event, Interaction):
         scopes = [f"interaction/{event.interaction_id}", f"tenant/{event.tenant}"]
-        if event.user is not None:
-            digest = user_digest(event.user)
+        for digest in map(user_digest, event.users):
             scopes += [f"user/{digest}", f"user/{digest}/{event.tenant}"]
         return scopes
     scopes = [f"interaction/{event.interaction_id}", f"user/{user_digest(event.rater)}"]
@@ -24,7 +23,7 @@ def scopes_of(event: Interaction | Feedback) -> list[str]:
 
 
 class ErasureMarkers:
-    """Inside one transaction."""
+    """Reads and writes the markers, inside one transaction."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._execute = connection.execute
@@ -33,7 +32,8 @@ class ErasureMarkers:
         self.any = last is not None
 
     def put(self, erasure: Erasure) -> None:
-        """From now on. Of one scope the latest moment counts; a reply is gone for ever."""
+        """Add an erasure's markers. Of one scope the latest moment counts."""
+        # An erased reply stays erased whenever feedback on it was given.
         at = erasure.erased_at if erasure.interaction_id is None else math.inf
         for scope in erasure.scopes:
             self._execute(
@@ -44,11 +44,11 @@ class ErasureMarkers:
         self.any = True
 
     def cover(self, event: Interaction | Feedback, event_time: float) -> bool:
-        """Whether this event was revoked."""
+        """Whether this event happened before an erasure of its subject."""
         return self.any and self._cover(scopes_of(event), event_time)
 
     def cover_rater(self, rater: str, tenant: str, event_time: float) -> bool:
-        """Whether somebody withdrew what they said of this tenant's replies."""
+        """Whether the rater had their ratings of this tenant's replies erased."""
         return self.any and self._cover([f"user/{user_digest(rater)}/{tenant}"], event_time)
 
     def _cover(self, scopes: Iterable[str], event_time: float) -> bool:

@@ -1,4 +1,4 @@
-"""What waits to be learned from, and what divergences are measured on."""
+"""Reads the examples that wait for a batch, and the traffic that divergences are measured on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The horizon: what has waited long enough, forgotten a bounded number of rows at a time."""
+"""Expiry: forgets what has waited for the whole horizon, a bounded number of rows at a time."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Expiry:
         return len(rows)
 
     def _drop_body(self, identity: int) -> None:
-        """A reply's, and those of the feedback that was learned from with it."""
+        """Delete a reply's body, and those of the feedback that was learned from with it."""
         self._execute(
             "UPDATE interactions SET retained = 0, prompt = NULL, state = ? WHERE id = ?",
             (InteractionState.DECIDED, identity),

@@ -20,7 +20,7 @@ class Fates:
     def record(
         self, topic_partition: int, offset: int, fate: Fate, reason: Reason, subject: int | None
     ) -> None:
-        """A consumed record's first fate."""
+        """Record the first fate of a consumed record."""
         self._connection.execute(
             "INSERT INTO events (topic_partition, offset, fate, reason, subject) VALUES (?, ?,"
             " ?, ?, ?)",
@@ -40,7 +40,7 @@ class Fates:
         reason: Reason = Reason.NONE,
         decided_by: int | None = None,
     ) -> None:
-        """A later fate of a recorded event."""
+        """Give a recorded event a later fate."""
         self._connection.execute(
             "UPDATE events SET fate = ?, reason = ?, decided_by = ?"
             " WHERE topic_partition = ? AND offset = ?",

@@ -1,4 +1,4 @@
-"""One event's story: when it was read, what it joined, where it ended, and what decided that.
+"""One event's history: when it was read, what it joined, where it ended, and what decided that.
 
 Made of the rows that hold no body: it cannot show what anybody wrote.
 """
@@ -94,7 +94,7 @@ class Histories(LedgerReader):
     def histories(self, asked: str) -> list[EventHistory]:
         """Known under an interaction id, a key, a feedback id, or topic/partition/offset."""
         found = [
-            self._story(*place)
+            self._history(*place)
             for place in [
                 *self._place_of_record(asked),
                 *self._places_of_interaction(asked),
@@ -158,7 +158,7 @@ class Histories(LedgerReader):
             for topic_partition, offset in self._database.rows(sql, *parameters)
         ]
 
-    def _story(self, topic_partition: int, offset: int) -> EventHistory:
+    def _history(self, topic_partition: int, offset: int) -> EventHistory:
         rows = self._database.rows(
             "SELECT p.topic, p.partition, p.topic_id, e.fate, e.reason, e.decided_by, e.subject"
             " FROM events e JOIN topic_partitions p ON p.id = e.topic_partition"

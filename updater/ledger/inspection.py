@@ -1,4 +1,4 @@
-"""The ledger as an auditor asks: what was consumed where, and what is behind a release.
+"""Answers for an auditor: what was consumed where, and what is behind a release.
 
 Questions of an operator, not of a cycle: some of them read a whole table. None touches a body.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moorline.events import Erasure, Fate, Release
 from moorline.stream import GapCause, Topic
+from updater.ledger.anchors import Anchor
 from updater.ledger.database import Database, LedgerError
 from updater.ledger.erasure import Forgotten, concerned, last_clean_version, taught_versions
 from updater.ledger.history import Histories
@@ -46,6 +47,8 @@ class Lineage:
     """Different ones among the feedback whose rows are still here."""
     revoked: bool = False
     """For an erasure: what it had learned from is erased, or waits to be learned from again."""
+    anchors: tuple[Anchor, ...] = ()
+    """Every policy that a person made the anchor of the line, oldest first."""
 
 
 class LedgerInspector(Histories):
@@ -121,7 +124,7 @@ class LedgerInspector(Histories):
     # --- for an erasure ---------------------------------------------------------------------
 
     def would_forget(self, erasure: Erasure) -> Forgotten:
-        """What an erasure would come to now. Reads whole tables."""
+        """What an erasure would do now. Reads whole tables."""
         with self._database.snapshot() as connection:
             rows = concerned(connection, erasure)
             taught = taught_versions(connection, erasure)
@@ -180,4 +183,5 @@ class LedgerInspector(Histories):
             dict(events),
             int(raters),
             revoked=version in self.revoked_versions(),
+            anchors=tuple(self.anchors()),
         )

@@ -1,4 +1,4 @@
-"""Consumed records: each once, by offset, with its join and its partition's next offset."""
+"""Consumes records: each once, by offset, with its join and its partition's next offset."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Intake:
                 self._eraser.carry_out(parsed.event, arrival.at, now)
                 cursor.instructions += 1
             else:
-                self._joins.take(parsed, arrival)
+                self._joins.add_event(parsed, arrival)
             cursor.seen.add(parsed.record.offset)
             cursor.arrived_at = max(cursor.arrived_at, arrival.at)
             new += 1

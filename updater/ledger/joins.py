@@ -1,4 +1,4 @@
-"""The rows that the rules make: every consumed record joined to what it belongs to."""
+"""Joins every consumed record to what it belongs to, as the rules say."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ NOT_MEASURABLE = frozenset(
     {
         Reason.TOKEN_OUT_OF_VOCABULARY,
         Reason.EMPTY_PROMPT,
+        Reason.MULTIMODAL_PROMPT,
         Reason.EMPTY_COMPLETION,
         Reason.TOO_LONG,
         Reason.UNKNOWN_POLICY,
@@ -46,8 +47,8 @@ class Joins:
         self._erasure_markers = erasure_markers
         self._ratings = Ratings(connection, fates, keys, erasure_markers, horizon_seconds)
 
-    def take(self, parsed: Parsed, arrival: Arrival) -> None:
-        """One consumed record: its row in ``events``, and what follows from it."""
+    def add_event(self, parsed: Parsed, arrival: Arrival) -> None:
+        """Give a consumed record its row in ``events``, and join it to what it belongs to."""
         match parsed.event:
             case Erasure():
                 raise TypeError("an erasure is an instruction, not an event: see Intake")
@@ -56,11 +57,11 @@ class Joins:
                     arrival.topic_partition, arrival.offset, Fate.DEAD_LETTERED, parsed.reason, None
                 )
             case Interaction():
-                self._take_interaction(parsed.event, parsed, arrival)
+                self._add_interaction(parsed.event, parsed, arrival)
             case Feedback():
-                self._ratings.take(parsed.event, parsed, arrival)
+                self._ratings.add_feedback(parsed.event, parsed, arrival)
 
-    def _take_interaction(self, event: Interaction, parsed: Parsed, arrival: Arrival) -> None:
+    def _add_interaction(self, event: Interaction, parsed: Parsed, arrival: Arrival) -> None:
         row = self._execute(
             "SELECT id, state FROM interactions WHERE key = ?", (event.key,)
         ).fetchone()
@@ -72,7 +73,7 @@ class Joins:
         identity = self._write_interaction(event, parsed, arrival, subject)
         fate, reason = Fate.ERASED, Reason.NONE
         if not erased:
-            self._bodies.keep("interaction", identity, parsed.record.value or b"", key)
+            self._bodies.write_body("interaction", identity, parsed.record.value or b"", key)
             fate = Fate.PENDING if parsed.reason is Reason.NONE else Fate.NOT_TRAINABLE
             reason = parsed.reason
         self._fates.record(arrival.topic_partition, arrival.offset, fate, reason, identity)
@@ -81,7 +82,7 @@ class Joins:
 
     def _subject(self, event: Interaction) -> tuple[int, int]:
         """Its row of ``subjects``, and the key for its body: the user's, or one of its own."""
-        user = "" if event.user is None else user_digest(event.user)
+        user = user_digest(event.users[0]) if event.users else ""
         row = self._execute(
             "SELECT id, key FROM subjects WHERE tenant = ? AND user = ?", (event.tenant, user)
         ).fetchone()
@@ -127,6 +128,12 @@ class Joins:
             f" ON CONFLICT (key) DO UPDATE SET {assignments} RETURNING id",
             tuple(row.values()),
         ).fetchone()
+        if not erased:
+            for user in event.users[1:]:
+                self._execute(
+                    "INSERT OR IGNORE INTO other_users (user, interaction) VALUES (?, ?)",
+                    (user_digest(user), identity),
+                )
         if trainable:
             for version in {min(span.version, 2**63 - 1) for span in event.policy_spans}:
                 self._execute(

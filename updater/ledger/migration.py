@@ -1,4 +1,4 @@
-"""From an older ledger format to the newest, so that what was learned survives every upgrade.
+"""Migrates a ledger of an older format to the newest: what was learned survives every upgrade.
 
 The file is copied first, durably; then one transaction runs the numbered scripts of the folder
 ``migrations``.

@@ -50,8 +50,8 @@ class Ratings:
         self._erasure_markers = erasure_markers
         self._horizon_seconds = horizon_seconds
 
-    def take(self, event: Feedback, parsed: Parsed, arrival: Arrival) -> None:
-        """One consumed record of feedback: its row, and its place if its reply is known."""
+    def add_feedback(self, event: Feedback, parsed: Parsed, arrival: Arrival) -> None:
+        """Give a record of feedback its row, and its place if its reply is known."""
         of = self._known_or_awaited(event.key, arrival)
         over = None
         if event.over_key is not None and not event.retracted:
@@ -88,7 +88,7 @@ class Ratings:
         )
         if ruling.state is not FeedbackState.WAITING:
             return
-        self._bodies.keep("feedback", identity, event.to_bytes(), self._keys.new())
+        self._bodies.write_body("feedback", identity, event.to_bytes(), self._keys.new())
         self._execute(
             "UPDATE interactions SET event_time = max(event_time, ?)"
             " WHERE id IN (?, ?) AND state = 'awaited'",
@@ -189,7 +189,7 @@ class Ratings:
         )
 
     def _supersede(self, latest: Rating, rating: Rating) -> None:
-        """A later word takes the latest's place; what was decided of the old one stays."""
+        """Let a rating take the place of its rater's latest; what was decided of that one stays."""
         self._execute("UPDATE feedback SET latest = 0 WHERE id = ?", (latest.id,))
         if latest.state in _UNDECIDED:
             fate, reason = fate_before(rating.retracts, latest.retracts)
@@ -248,7 +248,7 @@ class Ratings:
         )
 
     def _waiting(self, interaction: int) -> list[Rating]:
-        """Feedback that names it, on either side."""
+        """The feedback that names this interaction, on either side."""
         return [
             *self._ratings("interaction = ? AND state = 'waiting'", (interaction,)),
             *self._ratings("over = ? AND state = 'waiting'", (interaction,)),

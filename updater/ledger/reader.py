@@ -9,8 +9,10 @@ from moorline.events import Release
 from moorline.stream import Topic
 from updater.learning.baselines import Baselines
 from updater.ledger.accounting import Accounting, audit, read_accounting
+from updater.ledger.anchors import Anchor, current_anchor, read_anchors
 from updater.ledger.database import Database
 from updater.ledger.erasure import Forgotten
+from updater.ledger.refusals import RefusedReply, most_refused
 from updater.ledger.revocation import wanted_revocation
 
 
@@ -107,11 +109,11 @@ class LedgerReader:
     def rejections(self, newest: int = 100) -> list[dict[str, Any]]:
         """The newest rejected candidates, ascending; ``record`` is the JSON that was given."""
         rows = self._database.rows(
-            "SELECT id, reason, parent, examples, at, record FROM rejections"
+            "SELECT id, reason, parent, examples, at, record, returned FROM rejections"
             " ORDER BY id DESC LIMIT ?",
             newest,
         )
-        names = ("id", "reason", "parent", "examples", "at", "record")
+        names = ("id", "reason", "parent", "examples", "at", "record", "returned")
         return [dict(zip(names, row, strict=True)) for row in reversed(rows)]
 
     def no_updates(self, newest: int = 100) -> list[dict[str, Any]]:
@@ -176,6 +178,21 @@ class LedgerReader:
         """The version that an erasure wants the policy to go back to; None: none does."""
         with self._database.snapshot() as connection:
             return wanted_revocation(connection)
+
+    def most_refused(self, limit: int) -> list[RefusedReply]:
+        """Ready replies in the most refused candidates, all in equally many, oldest first."""
+        with self._database.snapshot() as connection:
+            return most_refused(connection, limit)
+
+    def anchor(self) -> Anchor:
+        """The policy that the line's distance is measured from."""
+        with self._database.snapshot() as connection:
+            return current_anchor(connection)
+
+    def anchors(self) -> list[Anchor]:
+        """Every policy that somebody made the anchor, oldest first."""
+        with self._database.snapshot() as connection:
+            return read_anchors(connection)
 
     def revoked_versions(self) -> set[int]:
         """Releases that a revocation took back."""

@@ -1,7 +1,7 @@
-"""Taking releases back: after an erasure with ``revoke``, nothing live may have learned from it.
+"""Revokes releases: after an erasure with ``revoke``, nothing live may have learned from it.
 
 The policy goes back to an ancestor that never did. What the releases between had learned from, and
-is still kept, waits for a batch again; each word is then in the accepted weights once, in the new
+is still kept, waits for a batch again; each rating is then in the accepted weights once, in the new
 line.
 """
 
@@ -52,7 +52,7 @@ def check_revocation(
 
 
 class Revocation:
-    """Inside one transaction."""
+    """Writes a revocation, inside one transaction."""
 
     def __init__(self, connection: sqlite3.Connection, fates: Fates) -> None:
         self._connection = connection
@@ -71,7 +71,7 @@ class Revocation:
                 " WHERE e.decided_by > ? AND e.fate = 'trained' AND p.topic = ?",
                 (after, topic),
             ).fetchall():
-                back = self._word if topic is Topic.FEEDBACK else self._reply
+                back = self._requeue_rating if topic is Topic.FEEDBACK else self._requeue_reply
                 fate = back(subject, topic_partition, offset)
                 reason = Reason.NONE
                 if fate is Fate.NOT_TRAINABLE:
@@ -92,8 +92,8 @@ class Revocation:
             (release.version,),
         )
 
-    def _word(self, identity: int, topic_partition: int, offset: int) -> Fate:
-        """What a trained word comes to."""
+    def _requeue_rating(self, identity: int, topic_partition: int, offset: int) -> Fate:
+        """Queue a trained rating again, or end it; returns its new fate."""
         row = self._execute(
             "SELECT f.state, i.retained = 1 AND i.untrainable IS NULL AND EXISTS"
             " (SELECT 1 FROM feedback_bodies WHERE id = f.id) AND (f.over IS NULL OR EXISTS"
@@ -114,8 +114,8 @@ class Revocation:
             return Fate.NOT_TRAINABLE
         return Fate.PENDING
 
-    def _reply(self, identity: int, topic_partition: int, offset: int) -> Fate:
-        """What a trained reply comes to."""
+    def _requeue_reply(self, identity: int, topic_partition: int, offset: int) -> Fate:
+        """Queue a trained reply again, or end it; returns its new fate."""
         row = self._execute(
             "SELECT state, retained FROM interactions WHERE id = ? AND topic_partition = ? AND"
             " offset = ?",

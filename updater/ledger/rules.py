@@ -7,7 +7,7 @@ which it is read: the same events shuffled, repeated or interleaved give the sam
   ``duplicate/repeated_event``. Other content under the id replaces it (``revisions.py``).
 * Feedback that arrived more than a horizon after its interaction's event time: ``late``. An
   interaction that arrived more than a horizon after feedback for it: that feedback ``expired``.
-* Of one rater's words on one aspect of a reply (``Feedback.aspect``) the last counts (event time,
+* Of one rater's ratings of one aspect of a reply (``Feedback.aspect``) the last counts (event time,
   then arrival); the others are ``duplicate/superseded_rating``. Once it is in the weights, all
   others of that rater and aspect are ``duplicate/already_trained``.
 * A retraction is a word that says nothing: where it is the last, the ratings before it are
@@ -140,7 +140,7 @@ def rule(
 
     Args:
         over: of a preference: the reply that lost.
-        latest: the same rater's word on the same aspect so far, if any.
+        latest: the same rater's rating of the same aspect so far, if any.
     """
     closed = FeedbackState.CLOSED
     named = (of,) if over is None else (of, over)

@@ -19,7 +19,7 @@ class InteractionState(StrEnum):
 
 
 class FeedbackState(StrEnum):
-    """Where a row of ``feedback`` is. Those with ``latest = 1`` are their rater's word so far."""
+    """Where a row of ``feedback`` is. ``latest = 1``: its rater's latest so far."""
 
     WAITING = "waiting"
     """Its interaction was not read yet, or the other one that it names."""

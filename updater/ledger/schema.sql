@@ -108,6 +108,21 @@ WHEN OLD.open_ratings > 0 AND NEW.open_ratings = 0 BEGIN
     UPDATE meta SET value = CAST(value AS INTEGER) - 1 WHERE name = 'ready_examples';
 END;
 
+-- Further names that a request gave the person whose reply it is.
+CREATE TABLE other_users (
+    user TEXT NOT NULL,                      -- moorline.events.user_digest
+    interaction INTEGER NOT NULL,            -- interactions.id
+    PRIMARY KEY (user, interaction)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX other_users_by_interaction ON other_users (interaction);
+CREATE TRIGGER other_users_erased AFTER UPDATE OF subject ON interactions
+WHEN NEW.subject IS NULL BEGIN
+    DELETE FROM other_users WHERE interaction = NEW.id;
+END;
+CREATE TRIGGER other_users_forgotten AFTER DELETE ON interactions BEGIN
+    DELETE FROM other_users WHERE interaction = OLD.id;
+END;
+
 -- Which policies wrote a reply that may still be trained on: their adapters must be kept.
 CREATE TABLE behaviour_policies (
     interaction INTEGER NOT NULL REFERENCES interactions (id),
@@ -212,7 +227,8 @@ CREATE TABLE rejections (
     parent INTEGER NOT NULL,
     examples INTEGER NOT NULL,
     at REAL NOT NULL,
-    record TEXT NOT NULL                     -- JSON: verdict, divergences, diagnostics
+    record TEXT NOT NULL,                    -- JSON: verdict, divergences, diagnostics
+    returned INTEGER NOT NULL DEFAULT 0      -- more examples, which wait for a smaller try
 ) STRICT;
 
 -- Batches from which there was nothing to learn.
@@ -243,6 +259,25 @@ CREATE TABLE crash_counts (
 CREATE TRIGGER crash_counts_forgotten AFTER DELETE ON interactions BEGIN
     DELETE FROM crash_counts WHERE interaction = OLD.id;
 END;
+
+-- In how many refused candidates a reply was that waits for another try.
+CREATE TABLE refused_counts (
+    interaction INTEGER PRIMARY KEY,         -- interactions.id
+    refused INTEGER NOT NULL                 -- candidates that were refused with it
+) STRICT;
+CREATE TRIGGER refused_counts_forgotten AFTER DELETE ON interactions BEGIN
+    DELETE FROM refused_counts WHERE interaction = OLD.id;
+END;
+
+-- The policies that somebody made the anchor of the line; the newest unrevoked one counts.
+CREATE TABLE anchors (
+    id INTEGER PRIMARY KEY,
+    version INTEGER NOT NULL,                -- 0: the base model
+    reason TEXT NOT NULL,
+    requested_by TEXT NOT NULL,
+    requested_at REAL NOT NULL,              -- Unix seconds
+    applied_at REAL NOT NULL                 -- Unix seconds
+) STRICT;
 
 -- Whose words and replies are in which release, also after their rows are gone.
 CREATE TABLE taught (

@@ -1,4 +1,4 @@
-"""Up to which moment everything was read: what may be forgotten is judged by it."""
+"""The moment up to which everything was read: expiry goes by it."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from moorline.events import Erasure, Fate, Reason, Release
 from moorline.stream import Gap
+from updater.ledger.anchors import Anchor, write_anchor
 from updater.ledger.bodies import Bodies, BodyErased, WordInvalid
 from updater.ledger.claims import Claims
 from updater.ledger.crashes import Crashes
@@ -35,6 +36,7 @@ from updater.ledger.intake import Ingested, Intake
 from updater.ledger.joins import Joins
 from updater.ledger.keys import KeyRing
 from updater.ledger.reader import LedgerReader
+from updater.ledger.refusals import refusals_of
 from updater.ledger.revocation import Revocation, check_revocation, wanted_revocation
 from updater.ledger.rules import Parsed
 from updater.ledger.watermark import Watermark
@@ -276,6 +278,11 @@ class Ledger(LedgerReader):
         found = self._readable(lambda connection, bodies: read_ready(connection, bodies, limit))
         return self._claims.hand_out(found)
 
+    def refusals(self, example_ids: Sequence[str]) -> int:
+        """How many candidates were refused with the most refused of these examples."""
+        with self._database.snapshot() as connection:
+            return refusals_of(connection, self._claims.interactions(example_ids))
+
     def examples_of(self, keys: Sequence[str]) -> list[Example]:
         """The same, of those of these replies that wait for a batch."""
         found = self._readable(lambda connection, bodies: read_named(connection, bodies, keys))
@@ -295,7 +302,7 @@ class Ledger(LedgerReader):
         found = self._readable(
             lambda connection, bodies: read_traffic(connection, bodies, limit, max_tokens, excluded)
         )
-        self.crashes.measure_on(found)
+        self.crashes.mark_measured(found)
         return list(found.values())
 
     # --- how it ends --------------------------------------------------------------------------
@@ -322,9 +329,17 @@ class Ledger(LedgerReader):
             decisions.set_aside(aside, decision.set_aside)
 
     def commit_rejection(
-        self, reason: Reason, decision: BatchDecision, *, now: float | None = None
+        self,
+        reason: Reason,
+        decision: BatchDecision,
+        *,
+        max_tries: int = 1,
+        now: float | None = None,
     ) -> int:
         """Examples end with their candidate; those set aside did not influence it.
+
+        Args:
+            max_tries: examples of which fewer candidates were refused stay ready.
 
         Returns:
             The rejection's number.
@@ -335,7 +350,9 @@ class Ledger(LedgerReader):
         judged, aside = self._claims.divided(decision.example_ids, decision.set_aside)
         now = time.time() if now is None else now
         with self._decision("rejection", decision) as decisions:
-            number = decisions.rejection(decision.record, self.live_version(), judged, reason, now)
+            number = decisions.rejection(
+                decision.record, self.live_version(), judged, reason, now, max_tries
+            )
             decisions.set_aside(aside, decision.set_aside)
         return number
 
@@ -355,6 +372,18 @@ class Ledger(LedgerReader):
         now = time.time() if now is None else now
         with self._decision("no_update", decision) as decisions:
             decisions.no_update(decision.record, aside, decision.set_aside, now)
+
+    def commit_anchor(self, anchor: Anchor) -> None:
+        """Distances are measured from this policy from now on.
+
+        Raises:
+            LedgerError: there is no such release, or it is revoked. Nothing changed.
+        """
+        known = anchor.version == 0 or self.release(anchor.version) is not None
+        if not known or anchor.version in self.revoked_versions():
+            raise LedgerError(f"version {anchor.version} cannot be the anchor: no such release")
+        with self._database.transaction("anchor") as connection:
+            write_anchor(connection, anchor)
 
     def mark_published(self, version: int) -> None:
         """The releases topic has acknowledged this release."""

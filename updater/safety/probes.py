@@ -1,4 +1,4 @@
-"""Canaries: fixed prompts with replies, and fixed text. Feedback can never write to them."""
+"""The gate's probes: fixed prompts with replies, and fixed text, out of reach of any feedback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ProbesInvalid(MoorlineError):
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Canaries as token ids, in the order of the file."""
+    """Probes as token ids, in the order of the file."""
 
     chats: tuple[TokenSequence, ...]
     """A prompt under the model's chat template, and the reply."""

@@ -8,23 +8,26 @@ forward KL from the start predicts forgetting):
     KL(anchor || candidate) <= anchor_kl_nats    many small steps must not add up unseen
 
 A proposal outside is shrunk along the line from live to proposed until it is inside both, or
-refused.
+refused. Where the live policy itself is outside on the traffic of today, the line from the anchor
+to the proposal is searched instead.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from moorline.events import Divergence
+from moorline.events import Divergence, Release
 from moorline.settings import BoundSettings
 from updater.learning.divergence import exact_kl
 from updater.learning.policy import AdapterState, Policy, interpolate
 from updater.values import TokenSequence
 
+_EXHAUSTED = 0.5  # of the anchor's limit: below, it is the proposal that is far, not the line
 _AIM = 0.97  # of the limit, when the size of a step is guessed: measuring noise must not decide
 
 
@@ -33,6 +36,7 @@ class BoundedStep:
     """The part of a proposal that may become a candidate."""
 
     scale: float
+    """Of the way from the live policy to the proposal; from the anchor where that was searched."""
     adapter: AdapterState
     divergences: tuple[Divergence, ...]
     probe_logprobs: list[Tensor]
@@ -45,6 +49,8 @@ class Refused:
 
     divergences: tuple[Divergence, ...]
     """Those of the whole proposal."""
+    anchor_exhausted: bool
+    """The smallest step is too far from the anchor: no other batch would fare better."""
 
 
 class TrustRegion:
@@ -61,13 +67,19 @@ class TrustRegion:
         self._bound = bound
         self._micro_batch_tokens = micro_batch_tokens
         self.probes = list(probes)
-        self.anchor_probe_logprobs = self.logprobs(None, self.probes)
+        self._base = policy.state()
+        self.set_anchor(None)
         self._live: tuple[AdapterState, list[Tensor]] | None = None
+
+    def set_anchor(self, anchor: AdapterState | None, version: int = 0) -> None:
+        """Measure from this version's policy from now on (None: the base model)."""
+        self._anchor, self._anchor_version = anchor, version
+        self.anchor_probe_logprobs = self.logprobs(anchor, self.probes)
 
     def logprobs(
         self, adapter: AdapterState | None, sequences: Sequence[TokenSequence]
     ) -> list[Tensor]:
-        """Full-vocabulary log-probabilities under an adapter (None: the anchor)."""
+        """Full-vocabulary log-probabilities under an adapter (None: the base model)."""
         with self._policy.using(adapter):
             return self._policy.full_logprobs(sequences, self._micro_batch_tokens)
 
@@ -78,13 +90,19 @@ class TrustRegion:
         return self._live[1]
 
     def largest_step(
-        self, live: AdapterState, proposed: AdapterState, traffic: Sequence[TokenSequence]
+        self,
+        live: AdapterState,
+        proposed: AdapterState,
+        traffic: Sequence[TokenSequence],
+        whole: float = 1.0,
     ) -> BoundedStep | Refused:
-        """Search for the largest scale in [min_step_scale, 1] that is inside every limit.
+        """Search for the largest scale in [min_step_scale, whole] that is inside every limit.
 
         Args:
             traffic: recent replies that the batch at hand does not contain.
+            whole: share of the proposal to begin with, in (0, 1].
         """
+        whole = max(whole, self._bound.min_step_scale)
         origins = [
             _Origin("live", "probes", self.live_probe_logprobs(live)),
             _Origin("anchor", "probes", self.anchor_probe_logprobs),
@@ -92,28 +110,76 @@ class TrustRegion:
         if traffic:
             origins += [
                 _Origin("live", "traffic", self.logprobs(live, traffic)),
-                _Origin("anchor", "traffic", self.logprobs(None, traffic)),
+                _Origin("anchor", "traffic", self.logprobs(self._anchor, traffic)),
             ]
         tried: dict[float, BoundedStep] = {}
 
-        def measure(scale: float) -> float:
-            adapter = interpolate(live, proposed, scale)
-            on_probes = self.logprobs(adapter, self.probes)
-            on_traffic = self.logprobs(adapter, traffic) if traffic else []
-            measured = tuple(
-                origin.divergence(on_probes if origin.tokens_from == "probes" else on_traffic)
-                for origin in origins
-            )
-            tried[scale] = BoundedStep(scale, adapter, measured, on_probes)
-            return max(one.mean_kl_nats / self._limit(one) for one in measured)
+        def used_at(start: AdapterState) -> Callable[[float], float]:
+            def used(scale: float) -> float:
+                tried[scale] = self._measure(
+                    interpolate(start, proposed, scale), scale, traffic, origins
+                )
+                return self._used(tried[scale].divergences)
 
-        scale = largest_inside(measure, self._bound.search_steps, self._bound.min_step_scale)
-        return Refused(tried[1.0].divergences) if scale is None else tried[scale]
+            return used
+
+        steps, min_scale = self._bound.search_steps, self._bound.min_step_scale
+        scale = largest_inside(used_at(live), steps, min_scale, whole)
+        if scale is not None:
+            return tried[scale]
+        spent = self._used(self._measure(live, 0.0, traffic, origins).divergences, "anchor")
+        refused = self._refused(tried[whole], tried[min(tried)], spent)
+        if spent <= 1.0:
+            return refused
+        back = self._base if self._anchor is None else self._anchor
+        scale = largest_inside(used_at(back), steps, min_scale)
+        return refused if scale is None else tried[scale]
+
+    def _measure(
+        self,
+        adapter: AdapterState,
+        scale: float,
+        traffic: Sequence[TokenSequence],
+        origins: Sequence[_Origin],
+    ) -> BoundedStep:
+        on_probes = self.logprobs(adapter, self.probes)
+        on_traffic = self.logprobs(adapter, traffic) if traffic else []
+        measured = tuple(
+            origin.divergence(on_probes if origin.tokens_from == "probes" else on_traffic)
+            for origin in origins
+        )
+        return BoundedStep(scale, adapter, measured, on_probes)
+
+    def _refused(self, whole: BoundedStep, smallest: BoundedStep, spent: float) -> Refused:
+        """``spent``: the share of its limit that the live policy's distance from the anchor is."""
+        too_far = spent > _EXHAUSTED and self._used(smallest.divergences, "anchor") > 1.0
+        jumps = self._used(smallest.divergences, "live") > 1.0
+        return Refused(whole.divergences, anchor_exhausted=too_far and not jumps)
+
+    def _used(self, divergences: Sequence[Divergence], measured_from: str | None = None) -> float:
+        """The largest share of its limit that any of these uses; NaN where one is NaN."""
+        shares = [
+            one.mean_kl_nats / self._limit(one)
+            for one in divergences
+            if measured_from in (None, one.measured_from)
+        ]
+        return math.nan if any(map(math.isnan, shares)) else max(shares)
 
     def anchor_budget_left_nats(self, divergences: Sequence[Divergence]) -> float:
         """What the lineage may still move away from the anchor, nats per token."""
         spent = max(one.mean_kl_nats for one in divergences if one.measured_from == "anchor")
         return self._bound.anchor_kl_nats - spent
+
+    def budget_left_nats(self, live: Release) -> float | None:
+        """The same after the live release.
+
+        None: another anchor was chosen since it was measured; the next release will tell.
+        """
+        if live.version == self._anchor_version or not live.divergences:
+            return self._bound.anchor_kl_nats
+        if live.anchor != self._anchor_version:
+            return None
+        return self.anchor_budget_left_nats(live.divergences)
 
     def _limit(self, divergence: Divergence) -> float:
         if divergence.measured_from == "live":
@@ -159,19 +225,21 @@ def moved_from_live_nats(divergences: Sequence[Divergence]) -> float:
     )
 
 
-def largest_inside(measure: Callable[[float], float], steps: int, min_scale: float) -> float | None:
+def largest_inside(
+    measure: Callable[[float], float], steps: int, min_scale: float, whole: float = 1.0
+) -> float | None:
     """The largest scale found whose ``measure`` (share of the limit used) is at most 1.
 
-    Tries the whole step first. Then, because a divergence grows about with the square of a small
-    step, guesses from the last measurement and falls back to bisection where the guess leaves the
-    bracket. ``None`` when nothing of at least ``min_scale`` was inside within ``steps`` tries after
-    the first, or when a measurement is NaN (never taken for being inside).
+    Tries the ``whole`` step first. Then, because a divergence grows about with the square of a
+    small step, guesses from the last measurement and falls back to bisection where the guess leaves
+    the bracket. ``None`` when nothing of at least ``min_scale`` was inside within ``steps`` tries
+    after the first, or when a measurement is NaN (never taken for being inside).
     """
-    used = measure(1.0)
+    used = measure(whole)
     if used <= 1.0:
-        return 1.0
-    inside, outside = 0.0, 1.0
-    scale = 1.0
+        return whole
+    inside, outside = 0.0, whole
+    scale = whole
     for _ in range(steps):
         guess = scale * (_AIM / used) ** 0.5 if used > 0.0 else 1.0
         if not inside < guess < outside:

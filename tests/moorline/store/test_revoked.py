@@ -43,6 +43,13 @@ class Flip:
         self._live = live
         self._unusable = unusable
 
+    def has_room(self, target: ServedPolicy) -> bool:
+        del target
+        return True
+
+    async def remove_unused(self) -> None:
+        """Nothing is loaded that could be unused."""
+
     async def swap(self, target: ServedPolicy, check: Any) -> float:
         if target.version == self._unusable:
             raise PolicyInvalid("not this one")

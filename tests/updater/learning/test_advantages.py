@@ -1,4 +1,4 @@
-"""Rewards, advantages, corrections and preferences, and what each voice weighs in them."""
+"""Rewards, advantages, corrections and preferences, and what each rater weighs in them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ from updater.learning.advantages import (
     reward,
     why_no_credit,
 )
-from updater.learning.baselines import LEAST_TRUST, Baselines, Cell, cell_name, rater_name
+from updater.learning.baselines import (
+    HALF_LIFE_NATS,
+    KEEP_LEAST,
+    KEEP_MOST,
+    LEAST_TRUST,
+    Baselines,
+    Cell,
+    cell_name,
+    rater_name,
+)
 from updater.learning.influence import MAX_RATER_SHARE, MAX_TENANT_SHARE
 from updater.values import CreditedExample, Example
 
@@ -376,3 +385,78 @@ def test_an_empty_batch_has_no_credit() -> None:
 def test_an_example_without_ratings_is_refused() -> None:
     with pytest.raises(ValueError, match="without feedback"):
         credit([example("a")])
+
+
+def test_how_far_the_policy_moved_decides_how_much_of_the_baseline_is_kept() -> None:
+    known = Baselines({"": Cell(100, 100), cell_name("default"): Cell(100, 100)})
+    counts = [
+        credit(thumbs(1), known, moved_nats=moved)[1].cell(cell_name("default")).count
+        for moved in (0.0, HALF_LIFE_NATS, 10.0)
+    ]
+    assert counts == pytest.approx([200 * KEEP_MOST + 1, 200 * 0.5 + 1, 200 * KEEP_LEAST + 1])
+
+
+def test_a_rater_is_compared_with_the_others_only() -> None:
+    """Ann says it twice, and loudly; Bob says the other thing once."""
+    twice = [
+        rating("a", 1, "ann"),
+        rating("a", 0.9, "ann", kind=FeedbackKind.SCORE, score_min=0.0, score_max=1.0),
+    ]
+    _, after, _ = credit([example("a", *twice, rating("a", -1, "bob"))])
+    assert after.agreements == {
+        rater_name("default", "ann"): Cell(0.0, 2.0),
+        rater_name("default", "bob"): Cell(0.0, 1.0),
+    }
+    _, alone, _ = credit([example("a", *twice)])
+    assert alone.agreements == {}
+
+
+def test_a_rater_agrees_with_the_sign_of_what_all_others_say_together() -> None:
+    mixed = [rating("a", value, name) for name, value in (("ann", 1), ("bob", 1), ("cy", -1))]
+    _, after, _ = credit([example("a", *mixed)])
+    # Ann's others cancel out, and so do Bob's: only Cy has a crowd, and contradicts it.
+    assert after.agreements == {rater_name("default", "cy"): Cell(0.0, 1.0)}
+
+
+def test_an_example_weighs_what_its_raters_weigh_and_at_most_one() -> None:
+    known = Baselines({"": Cell(0, 1e9), cell_name("default"): Cell(0, 1e9)})
+    crowd = example("a", *[rating("a", 1, f"r{n}") for n in range(3)])
+    one, hint = example("b", rating("b", 1, "solo")), example("c", signal("c", "copied", "sue"))
+    credited, _, _ = credit([crowd, one, hint], known, max_rater_share=1.0, max_tenant_share=1.0)
+    by_crowd, by_one, by_hint = (each.advantage for each in credited)
+    assert by_crowd == by_one
+    # Surprises of 2, 2 and 1.5 in units of one scale; the hint weighs a quarter of a word.
+    assert by_hint / by_one == pytest.approx(SIGNAL_WEIGHT * 1.5 / 2.0)
+
+
+def test_a_baseline_is_the_mean_of_rewards_by_their_weight() -> None:
+    word, hint = example("a", rating("a", 1)), example("b", signal("b", "tool_failed", "bob"))
+    _, after, stats = credit([word, hint], max_rater_share=1.0)
+    good = 1.0 + SIGNAL_WEIGHT * (SIGNALS["tool_failed"] + 1) / 2
+    bad = SIGNAL_WEIGHT * (1 - SIGNALS["tool_failed"]) / 2
+    cell = after.cell(cell_name("default"))
+    assert (cell.good, cell.bad) == pytest.approx((good, bad))
+    mean = good / (good + bad)
+    assert stats.mean_baseline == pytest.approx(2 * mean - 1)
+
+
+def test_a_neutral_score_is_no_opinion_and_disputes_nothing() -> None:
+    middle = rating("a", 0.5, "cy", kind=FeedbackKind.SCORE, score_min=0.0, score_max=1.0)
+    _, after, stats = credit([example("a", rating("a", 1, "ann"), middle)])
+    assert stats.disputed_examples == 0
+    assert after.agreements == {}
+    _, _, stats = credit([example("a", rating("a", 1, "ann"), rating("a", -1, "bob"), middle)])
+    assert stats.disputed_examples == 1
+
+
+def test_the_settings_of_the_caps_are_those_that_cap() -> None:
+    two = [example("a", *[rating("a", 1, "ann")]), *thumbs(1, 1, 1)]
+    flood = [*two, *[example(f"f{i}", rating(f"f{i}", -1, "mob")) for i in range(6)]]
+    for share in (0.3, 0.5):
+        _, _, stats = credit(flood, max_rater_share=share)
+        assert stats.largest_rater_share_capped == pytest.approx(share)
+    tenants = [example(f"t{i}", rating(f"t{i}", 1, f"r{i}"), tenant="big") for i in range(9)]
+    others = [example(f"o{i}", rating(f"o{i}", 1, f"r{i}"), tenant=f"s{i}") for i in range(3)]
+    for share in (0.4, 0.6):
+        _, _, stats = credit([*tenants, *others], max_tenant_share=share)
+        assert stats.largest_tenant_share_capped == pytest.approx(share)

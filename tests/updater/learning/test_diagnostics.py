@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moorline.metrics import UPDATE_ALARM, UPDATE_DIAGNOSTIC
-from updater.learning.diagnostics import ALARMS, export_metrics, ringing_alarms
+from updater.learning.diagnostics import ALARMS, Alarm, export_metrics, ringing_alarms
 
 GOOD = {"mean_ratio": 1.0, "ess_share": 1.0, "k1_nats": 0.0, "chi2": 0.0, "mismatch_nats": 0.04}
 
@@ -72,3 +72,12 @@ def test_the_documented_levels_are_those_that_ring() -> None:
         for name, low, high, meaning in rows
     }
     assert documented == {one.name: (one.low, one.high, one.meaning) for one in ALARMS}
+
+
+@pytest.mark.parametrize("alarm", ALARMS, ids=lambda alarm: alarm.name)
+def test_exactly_at_a_level_nothing_rings_and_a_hair_beyond_it_does(alarm: Alarm) -> None:
+    for level, beyond in ((alarm.low, -math.inf), (alarm.high, math.inf)):
+        assert not alarm.rings(level)
+        if math.isfinite(level):
+            assert alarm.rings(math.nextafter(level, beyond))
+    assert alarm.rings(math.nan)

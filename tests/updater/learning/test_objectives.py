@@ -14,13 +14,13 @@ from torch import Tensor
 from updater.learning import divergence
 from updater.learning.objectives import (
     OBJECTIVES,
-    Unusable,
+    BatchFault,
+    find_batch_fault,
     kl_penalty,
     log_ratio_penalty,
     measure,
     sampled_kl_penalty,
     token_mean,
-    why_unusable,
 )
 
 BEHAVIOUR_ANCHORED = sorted(OBJECTIVES.keys() - {"pg"})
@@ -384,20 +384,20 @@ def spoilt(value: float, *at: int) -> Tensor:
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ({"log_p": spoilt(math.nan, 0, 1)}, Unusable.NOT_FINITE),
-        ({"log_q": spoilt(-math.inf, 1, 0)}, Unusable.NOT_FINITE),
-        ({"advantage": torch.tensor([[1.0], [math.inf]])}, Unusable.NOT_FINITE),
-        ({"log_q": spoilt(0.01, 0, 0)}, Unusable.POSITIVE_LOGPROB),
-        ({"log_p": spoilt(0.01, 0, 0)}, Unusable.POSITIVE_LOGPROB),
-        ({"log_q": torch.full((2, 4), -1.0)}, Unusable.SHAPES_DIFFER),
-        ({"advantage": torch.ones(3, 1)}, Unusable.SHAPES_DIFFER),
-        ({"advantage": torch.ones(2, 2)}, Unusable.SHAPES_DIFFER),
-        ({"mask": torch.zeros(2, 3).bool()}, Unusable.NO_TOKENS),
-        ({"advantage": torch.zeros(2, 1)}, Unusable.NO_SIGNAL),
+        ({"log_p": spoilt(math.nan, 0, 1)}, BatchFault.NOT_FINITE),
+        ({"log_q": spoilt(-math.inf, 1, 0)}, BatchFault.NOT_FINITE),
+        ({"advantage": torch.tensor([[1.0], [math.inf]])}, BatchFault.NOT_FINITE),
+        ({"log_q": spoilt(0.01, 0, 0)}, BatchFault.POSITIVE_LOGPROB),
+        ({"log_p": spoilt(0.01, 0, 0)}, BatchFault.POSITIVE_LOGPROB),
+        ({"log_q": torch.full((2, 4), -1.0)}, BatchFault.SHAPES_DIFFER),
+        ({"advantage": torch.ones(3, 1)}, BatchFault.SHAPES_DIFFER),
+        ({"advantage": torch.ones(2, 2)}, BatchFault.SHAPES_DIFFER),
+        ({"mask": torch.zeros(2, 3).bool()}, BatchFault.NO_TOKENS),
+        ({"advantage": torch.zeros(2, 1)}, BatchFault.NO_SIGNAL),
     ],
 )
-def test_bad_batches_are_refused_with_a_reason(bad: dict[str, Tensor], reason: Unusable) -> None:
-    assert why_unusable(**batch(**bad)) is reason
+def test_bad_batches_are_refused_with_a_reason(bad: dict[str, Tensor], reason: BatchFault) -> None:
+    assert find_batch_fault(**batch(**bad)) is reason
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_bad_batches_are_refused_with_a_reason(bad: dict[str, Tensor], reason: U
     ],
 )
 def test_good_batches_pass(fine: dict[str, Tensor]) -> None:
-    assert why_unusable(**batch(**fine)) is None
+    assert find_batch_fault(**batch(**fine)) is None
 
 
 def test_measurements_by_hand() -> None:

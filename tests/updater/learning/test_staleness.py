@@ -177,18 +177,18 @@ def test_pace_and_look_are_the_share_worked_out_from_the_ratios(
 ) -> None:
     line = lineage()
     replies = [*line.replies(4, 1), *line.replies(4, 2, seed=1)]
-    seen = line.trainer.measure_staleness(examples_of(replies), 2)
+    report = line.trainer.measure_staleness(examples_of(replies), 2)
     ratios = []
     for reply in replies:
         logits, sampled = policy.completion_logits([as_sequence(reply)])
         log_p = logits.detach().log_softmax(-1).gather(-1, sampled[:, None])[:, 0]
         ratios += (log_p - torch.tensor(reply.completion_logprobs)).exp().tolist()
     by_hand = sum(ratios) ** 2 / (len(ratios) * sum(r * r for r in ratios))
-    assert seen.ess_share == pytest.approx(by_hand, rel=1e-3)
-    assert seen.ess_share < 0.999
-    found = line.trainer.propose(batch_of(replies), seen).diagnostics
-    assert found["ess_lr_scale"] == seen.ess_share
-    assert found["ess_share"] == pytest.approx(seen.ess_share, rel=1e-3)
+    assert report.ess_share == pytest.approx(by_hand, rel=1e-3)
+    assert report.ess_share < 0.999
+    found = line.trainer.propose(batch_of(replies), report).diagnostics
+    assert found["ess_lr_scale"] == report.ess_share
+    assert found["ess_share"] == pytest.approx(report.ess_share, rel=1e-3)
 
 
 def test_the_pace_scales_this_batchs_step_only(lineage: Callable[..., Lineage]) -> None:
@@ -222,10 +222,10 @@ def test_what_is_too_far_is_set_aside_by_measurement_not_by_age(
         )
         for n, reply in enumerate(near)
     ]
-    seen = line.trainer.measure_staleness(examples_of([*near, *old, *far]), 2)
-    assert seen.set_aside == {reply.interaction_id: Reason.OFF_POLICY for reply in far}
-    assert seen.ess_share == pytest.approx(1.0, abs=1e-3)  # of what is left
-    assert seen.diagnostics["set_aside_off_policy"] == 3.0
+    report = line.trainer.measure_staleness(examples_of([*near, *old, *far]), 2)
+    assert report.set_aside == {reply.interaction_id: Reason.OFF_POLICY for reply in far}
+    assert report.ess_share == pytest.approx(1.0, abs=1e-3)  # of what is left
+    assert report.diagnostics["set_aside_off_policy"] == 3.0
 
 
 def test_a_correction_is_never_too_far(lineage: Callable[..., Lineage]) -> None:
@@ -249,9 +249,9 @@ def test_a_reply_that_its_policy_did_not_write_is_set_aside(
     honest, forged = line.replies(2, 1, sampling)
     lies = tuple(float(value) - 0.5 for value in forged.completion_logprobs if value is not None)
     forged = forged.model_copy(update={"completion_logprobs": lies})
-    seen = line.trainer.measure_staleness(examples_of([honest, forged]), 2)
-    assert seen.set_aside == {forged.interaction_id: Reason.MISMATCH}
-    assert seen.diagnostics["set_aside_mismatch"] == 1.0
+    report = line.trainer.measure_staleness(examples_of([honest, forged]), 2)
+    assert report.set_aside == {forged.interaction_id: Reason.MISMATCH}
+    assert report.diagnostics["set_aside_mismatch"] == 1.0
 
 
 def test_a_stale_token_is_masked_by_what_the_estimator_measures(

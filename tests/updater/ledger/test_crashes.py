@@ -105,11 +105,11 @@ def update(path: Path, outbox: Path) -> None:
 def decide(ledger: Ledger) -> None:
     """Decides by content, so that a repeated decision is the same one."""
     ids = [example.example_id for example in ledger.ready_examples(BATCH_EXAMPLES)]
-    ledger.crashes.begin(ids[:1], alone=True)
-    ledger.crashes.succeeded()
-    ledger.crashes.begin(ids)
-    ledger.crashes.end()
-    ledger.crashes.begin(ids)
+    ledger.crashes.mark_update(ids[:1], alone=True)
+    ledger.crashes.clear_counts()
+    ledger.crashes.mark_update(ids)
+    ledger.crashes.remove_marks()
+    ledger.crashes.mark_update(ids)
     ledger.held_out_traffic(2, exclude=ids)
     match int(examples_digest(ids)[:8], 16) % 5:
         case 0 | 1:

@@ -346,6 +346,18 @@ def test_releases_that_learned_from_somebody_are_known_long_after_their_rows(
     assert ledger.revocation_wanted() is None
 
 
+def test_the_baselines_begin_anew_after_a_revocation(ledger: Ledger) -> None:
+    trained_four_times(ledger, Log())
+    known = Baselines({"": Cell(4, 4), cell_name("acme"): Cell(3, 1)})
+    feed(ledger, Log(topic_id="t1"), interaction("more"), rating("more"))
+    ids = [example.example_id for example in ledger.ready_examples(9)]
+    ledger.commit_release(release(ledger, ids), BatchDecision(ids, baselines=known))
+    ledger.forget(erasure("ana", revoke=True), now=NOW)
+    assert ledger.baselines().cells == known.cells
+    ledger.commit_revocation(release(ledger, revokes_after=1))
+    assert ledger.baselines() == Baselines()
+
+
 def test_a_replay_goes_back_and_learns_the_rest_again(ledger: Ledger) -> None:
     log = Log()
     trained_four_times(ledger, log)

@@ -672,7 +672,7 @@ def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> 
                 ["a/0", "b/0", "c/0"] if life == 2 else []
             )
             ids = [one.example_id for one in ledger.ready_examples(9)]
-            ledger.crashes.begin(ids[:2])
+            ledger.crashes.mark_update(ids[:2])
             # What was measured on has died too, and is not measured on any more.
             measured = ledger.held_out_traffic(9, exclude=ids[:2])
             assert len(measured) == (0 if life == 2 else 2)
@@ -686,7 +686,7 @@ def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> 
         (first,) = ledger.examples_of(["a/0", "d/0"])
         assert ledger.crashes.least_suspect("a/0", 9) == "c/0"
         assert ledger.crashes.least_suspect("c/0", 3) is None
-        ledger.crashes.begin([first.example_id], alone=True)
+        ledger.crashes.mark_update([first.example_id], alone=True)
     with Ledger(path, horizon_seconds=HORIZON, suspect_after_crashes=2) as ledger:
         assert [ledger.crashes.crashes_alone(key) for key in ("a/0", "b/0")] == [1, 0]
         feed(ledger, log, rating("a", -1, at=NOW + 9), at=NOW + 9)
@@ -694,11 +694,11 @@ def test_deaths_are_of_whatever_the_update_under_way_was_made_of(path: Path) -> 
         ids = [one.example_id for one in ledger.ready_examples(9)]
         ledger.commit_no_update(BatchDecision(ids[:1], dict.fromkeys(ids[:1], Reason.NO_ADVANTAGE)))
         assert [one.key for one in ledger.crashes.suspects()] == ["b/0", "c/0"]
-        ledger.crashes.begin(ids[1:])
-        ledger.crashes.end()
+        ledger.crashes.mark_update(ids[1:])
+        ledger.crashes.remove_marks()
         assert [one.crash_count for one in ledger.crashes.suspects()] == [3, 2]
-        ledger.crashes.begin(ids[1:2])
-        ledger.crashes.succeeded()
+        ledger.crashes.mark_update(ids[1:2])
+        ledger.crashes.clear_counts()
         assert [one.key for one in ledger.crashes.suspects()] == ["c/0"]
         ledger.expire(NOW + 3 * HORIZON)
         assert ledger.crashes.excluded() == {3}, "nobody rated d, and it is forgotten"

@@ -352,7 +352,7 @@ class Updater(RuleBasedStateMachine):
     def begin(self, batch: list[Any], alone: bool, measure: bool) -> None:
         ids = [example.example_id for example in batch]
         try:
-            self.ledger.crashes.begin(ids, alone=alone)
+            self.ledger.crashes.mark_update(ids, alone=alone)
         except LedgerError as error:
             self.check_refusal(error)
             return
@@ -371,12 +371,12 @@ class Updater(RuleBasedStateMachine):
 
     @rule()
     def stop_in_order(self) -> None:
-        self.ledger.crashes.end()
+        self.ledger.crashes.remove_marks()
         self.under_way = set()
 
     @rule()
     def succeeded(self) -> None:
-        self.ledger.crashes.succeeded()
+        self.ledger.crashes.clear_counts()
         self.ended([])
 
     def ended(self, batch: Iterable[Any]) -> None:

@@ -1,4 +1,4 @@
-"""A state directory of ledger format 4 opens, and says the same as it did when it was made."""
+"""State directories of older ledger formats open, and say what they said when they were made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shutil
 import sqlite3
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import SIGKILL
 from typing import Any
@@ -27,10 +27,15 @@ from updater.ledger import Ledger, LedgerError
 from updater.ledger.inspection import LedgerInspector
 from updater.ledger.migration import NEWEST_FORMAT
 
-FORMAT4 = Path(__file__).parent / "format4"
+HERE = Path(__file__).parent
 STEPS = ("before_copy", "after_copy", "before_commit", "after_commit")
 HORIZON_SECONDS = 7 * 86400.0
-RENAMED_KEYS = {"reference": "measured_from"}
+RENAMED_KEYS = {
+    "reference": "measured_from",
+    "attempts": "crash_counts",
+    "restores": "revokes_after",
+    "withdrawn_versions": "revoked_versions",
+}
 RENAMED_VALUES = RENAMED_REASONS | {"canaries": "probes", "settled": "not_trainable"}
 
 
@@ -46,10 +51,40 @@ def in_todays_words(value: Any) -> Any:
     return str(RENAMED_VALUES.get(value, value)) if isinstance(value, str) else value
 
 
-EXPECTED: dict[str, Any] = in_todays_words(json.loads((FORMAT4 / "expected.json").read_text()))
-for _accounting in (EXPECTED["accounting"], EXPECTED["accounting_at_now_plus_8_days"]):
-    _accounting["fates"] = {str(fate): 0 for fate in Fate} | _accounting["fates"]
-NOW: float = EXPECTED["now"]
+@dataclass(frozen=True)
+class Fixture:
+    """A stored state directory, and what the commit that made it said of it."""
+
+    format: int
+    expected: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return HERE / f"format{self.format}"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+
+def stored(number: int) -> Fixture:
+    said = json.loads((HERE / f"format{number}" / "expected.json").read_text())
+    said = in_todays_words(said) if number == 4 else said
+    for accounting in (said["accounting"], said["accounting_at_now_plus_8_days"]):
+        accounting["fates"] = {str(fate): 0 for fate in Fate} | accounting["fates"]
+    return Fixture(number, said)
+
+
+FORMATS = [stored(number) for number in (4, 5)]
+OLDER = [one for one in FORMATS if one.format < NEWEST_FORMAT]
+
+
+def name(fixture: Fixture) -> str:
+    return f"format{fixture.format}"
+
+
+older_formats = pytest.mark.parametrize("fixture", OLDER, ids=name, indirect=True)
+format_4 = pytest.mark.parametrize("fixture", FORMATS[:1], ids=name, indirect=True)
 
 
 def plain(value: object) -> Any:
@@ -60,10 +95,7 @@ def tables(path: Path) -> dict[tuple[str, str], str]:
     """The text of every table, index and trigger, without comments, quotes and white space."""
     with closing(sqlite3.connect(path)) as connection:
         found = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
-    return {
-        (kind, name): " ".join(re.sub(r"--[^\n]*|\"", " ", sql or "").split())
-        for kind, name, sql in found
-    }
+    return {(kind, name): re.sub(r"--[^\n]*|[\s\"]", "", sql or "") for kind, name, sql in found}
 
 
 def format_of(path: Path) -> int:
@@ -80,10 +112,21 @@ def open_ledger(state: Path) -> Ledger:
     return Ledger(state / "ledger.sqlite", horizon_seconds=HORIZON_SECONDS)
 
 
+@pytest.fixture(params=FORMATS, ids=name)
+def fixture(request: pytest.FixtureRequest) -> Fixture:
+    assert isinstance(request.param, Fixture)
+    return request.param
+
+
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
+def expected(fixture: Fixture) -> dict[str, Any]:
+    return fixture.expected
+
+
+@pytest.fixture
+def state(fixture: Fixture, tmp_path: Path) -> Path:
     """A copy of the stored state directory."""
-    return shutil.copytree(FORMAT4 / "state", tmp_path / "state")
+    return shutil.copytree(fixture.state, tmp_path / "state")
 
 
 @pytest.fixture
@@ -99,32 +142,33 @@ def test_a_migrated_ledger_has_the_tables_of_a_new_one(migrated: Path, tmp_path:
     assert format_of(migrated / "ledger.sqlite") == NEWEST_FORMAT
 
 
-def test_the_old_ledger_is_kept_beside_the_new_one(migrated: Path) -> None:
-    copy = migrated / "ledger.sqlite.format4"
-    assert format_of(copy) == 4
+@older_formats
+def test_the_old_ledger_is_kept_beside_the_new_one(fixture: Fixture, migrated: Path) -> None:
+    copy = migrated / f"ledger.sqlite.format{fixture.format}"
+    assert format_of(copy) == fixture.format
     with (
         closing(sqlite3.connect(copy)) as kept,
-        closing(sqlite3.connect(FORMAT4 / "state" / "ledger.sqlite")) as original,
+        closing(sqlite3.connect(fixture.state / "ledger.sqlite")) as original,
     ):
         assert list(kept.iterdump()) == list(original.iterdump())
 
 
-def test_an_auditor_finds_what_was_there(migrated: Path) -> None:
+def test_an_auditor_finds_what_was_there(migrated: Path, expected: dict[str, Any]) -> None:
     store = ArtifactStore(migrated / "store")
     with LedgerInspector(migrated / "ledger.sqlite") as ledger:
-        assert ledger.audit() == EXPECTED["audit"] == []
-        assert plain(ledger.accounting().as_dict()) == EXPECTED["accounting"]
-        assert json.loads(ledger.baselines().to_json()) == EXPECTED["baselines"]
-        assert ledger.live_version() == EXPECTED["live_version"]
-        assert sorted(ledger.revoked_versions()) == EXPECTED["withdrawn_versions"]
-        assert sorted(ledger.policy_versions_referenced()) == EXPECTED["policy_versions_referenced"]
+        assert ledger.audit() == expected["audit"] == []
+        assert plain(ledger.accounting().as_dict()) == expected["accounting"]
+        assert json.loads(ledger.baselines().to_json()) == expected["baselines"]
+        assert ledger.live_version() == expected["live_version"]
+        assert sorted(ledger.revoked_versions()) == expected["revoked_versions"]
+        assert sorted(ledger.policy_versions_referenced()) == expected["policy_versions_referenced"]
         offsets = {f"{topic}/{n}": list(place) for (topic, n), place in ledger.offsets().items()}
-        assert offsets == EXPECTED["offsets"]
-        for release, said in zip(ledger.releases(), EXPECTED["releases"], strict=True):
+        assert offsets == expected["offsets"]
+        for release, said in zip(ledger.releases(), expected["releases"], strict=True):
             assert (release.version, release.parent, release.revokes_after) == (
                 said["version"],
                 said["parent"],
-                said["restores"],
+                said["revokes_after"],
             )
             assert plain(ledger.lineage(release.version)) == said["lineage"]
             assert store.release("assistant", release.version) == release
@@ -133,45 +177,47 @@ def test_an_auditor_finds_what_was_there(migrated: Path) -> None:
                 store.open(release.artifact_digest, release.files)
 
 
-def test_every_event_has_the_history_that_it_had(migrated: Path) -> None:
+def test_every_event_has_the_history_that_it_had(migrated: Path, expected: dict[str, Any]) -> None:
     with LedgerInspector(migrated / "ledger.sqlite") as ledger:
-        for key, told in EXPECTED["stories"].items():
+        for key, told in expected["stories"].items():
             found = [
                 [str(one.place), one.fate, one.reason, one.state] for one in ledger.histories(key)
             ]
             assert plain(found) == [
                 [one["place"], one["fate"], one["reason"], one["state"]] for one in told
             ]
-        for key, told in EXPECTED["stories_asdict"].items():
+        for key, told in expected["stories_asdict"].items():
             assert plain([asdict(one) for one in ledger.histories(key)]) == told
-        for place, told in EXPECTED["kinds_by_place"].items():
+        for place, told in expected["kinds_by_place"].items():
             found = [[one.kind, one.fate, one.reason, one.name] for one in ledger.histories(place)]
             assert plain(found) == told
 
 
-def test_the_updater_goes_on_where_it_was(state: Path) -> None:
-    assert keys_of(state) == EXPECTED["keys"]
+def test_the_updater_goes_on_where_it_was(state: Path, expected: dict[str, Any]) -> None:
+    now = expected["now"]
+    assert keys_of(state) == expected["keys"]
     with open_ledger(state) as ledger:
-        after = EXPECTED["after_opening_to_write"]
+        after = expected["after_opening_to_write"]
         assert ledger.epoch == after["lease_epoch"]
-        assert keys_of(state) == after["keys"] != EXPECTED["keys"], "doomed keys go at the start"
+        assert keys_of(state) == after["keys"] != expected["keys"], "doomed keys go at the start"
         crashes = ledger._database.rows(
             "SELECT i.key, c.in_update, c.crash_count, c.crash_count_alone FROM crash_counts c"
             " JOIN interactions i ON i.id = c.interaction ORDER BY i.key"
         )
-        assert plain(crashes) == after["attempts"]
-        assert plain(asdict(ledger.expire(now=NOW))) == EXPECTED["expire_at_now"]
+        assert plain(crashes) == after["crash_counts"]
+        assert plain(asdict(ledger.expire(now=now))) == expected["expire_at_now"]
         ready = [[one.example_id, one.interaction.key] for one in ledger.ready_examples(24)]
-        assert ready == [[one["example_id"], one["key"]] for one in EXPECTED["ready_examples"]]
+        assert ready == [[one["example_id"], one["key"]] for one in expected["ready_examples"]]
         traffic = ledger.held_out_traffic(24, max_tokens=64)
         tokens = [[list(t.prompt_token_ids), list(t.completion_token_ids)] for t in traffic]
-        assert tokens == EXPECTED["held_out_traffic_tokens"]
-        later = ledger.expire(now=NOW + 8 * 86400.0)
-        assert plain(asdict(later)) == EXPECTED["expire_at_now_plus_8_days"]
+        assert tokens == expected["held_out_traffic_tokens"]
+        later = ledger.expire(now=now + 8 * 86400.0)
+        assert plain(asdict(later)) == expected["expire_at_now_plus_8_days"]
         assert ledger.audit() == []
-        assert plain(ledger.accounting().as_dict()) == EXPECTED["accounting_at_now_plus_8_days"]
+        assert plain(ledger.accounting().as_dict()) == expected["accounting_at_now_plus_8_days"]
 
 
+@format_4
 def test_no_old_word_is_left_in_a_column(migrated: Path) -> None:
     columns = {
         "events": ("reason",),
@@ -197,10 +243,12 @@ def test_the_spool_is_read_on(state: Path) -> None:
     assert topics == ["feedback.v1", *["interactions.v1", "feedback.v1"] * 2]
 
 
-def test_reading_an_old_format_says_to_start_the_updater(state: Path) -> None:
-    with pytest.raises(LedgerError, match=rf"format 4.*reads {NEWEST_FORMAT}.*moorline update"):
+@older_formats
+def test_reading_an_old_format_says_to_start_the_updater(fixture: Fixture, state: Path) -> None:
+    why = rf"format {fixture.format}.*reads {NEWEST_FORMAT}.*moorline update"
+    with pytest.raises(LedgerError, match=why):
         LedgerInspector(state / "ledger.sqlite")
-    assert format_of(state / "ledger.sqlite") == 4
+    assert format_of(state / "ledger.sqlite") == fixture.format
 
 
 def test_a_newer_format_is_refused_with_the_way_back(migrated: Path) -> None:
@@ -209,11 +257,12 @@ def test_a_newer_format_is_refused_with_the_way_back(migrated: Path) -> None:
     shutil.copy(path, path.with_name(f"ledger.sqlite.format{NEWEST_FORMAT}"))
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version = {newer}")
-    kept = rf"ledger\.sqlite\.format{NEWEST_FORMAT}"
-    with pytest.raises(LedgerError, match=rf"format {newer}.*newer Moorline.*{kept}"):
+    copy = rf"ledger\.sqlite\.format{NEWEST_FORMAT}"
+    with pytest.raises(LedgerError, match=rf"format {newer}.*newer Moorline.*{copy}"):
         open_ledger(migrated)
 
 
+@format_4
 def test_a_format_before_the_first_release_is_refused(state: Path) -> None:
     with closing(sqlite3.connect(state / "ledger.sqlite")) as connection:
         connection.execute("PRAGMA user_version = 3")
@@ -222,8 +271,13 @@ def test_a_format_before_the_first_release_is_refused(state: Path) -> None:
     assert not (state / "ledger.sqlite.format3").exists()
 
 
+@older_formats
 @pytest.mark.parametrize("step", STEPS)
-def test_a_kill_in_a_migration_leaves_the_old_ledger_or_the_new_one(state: Path, step: str) -> None:
+def test_a_kill_in_a_migration_leaves_the_old_ledger_or_the_new_one(
+    fixture: Fixture, state: Path, step: str
+) -> None:
+    copy = state / f"ledger.sqlite.format{fixture.format}"
+
     def child() -> None:
         failpoints._passes.clear()
         os.environ[failpoints.FAILPOINTS_VARIABLE] = f"ledger.migration.{step}=kill@1"
@@ -234,33 +288,39 @@ def test_a_kill_in_a_migration_leaves_the_old_ledger_or_the_new_one(state: Path,
     process.join(60)
     assert process.exitcode == -SIGKILL
     # Reading recovers the WAL; the format says which of the two it is.
-    assert format_of(state / "ledger.sqlite") == (NEWEST_FORMAT if step == "after_commit" else 4)
-    assert (state / "ledger.sqlite.format4").exists() == (step != "before_copy")
+    assert format_of(state / "ledger.sqlite") == (
+        NEWEST_FORMAT if step == "after_commit" else fixture.format
+    )
+    assert copy.exists() == (step != "before_copy")
     with open_ledger(state) as ledger:
         assert ledger.audit() == []
-        assert plain(ledger.accounting().as_dict()) == EXPECTED["accounting"]
-    assert format_of(state / "ledger.sqlite.format4") == 4
+        assert plain(ledger.accounting().as_dict()) == fixture.expected["accounting"]
+    assert format_of(copy) == fixture.format
 
 
-def test_a_full_disk_leaves_the_old_ledger(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@older_formats
+def test_a_full_disk_leaves_the_old_ledger(
+    fixture: Fixture, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("updater.ledger.migration.os.fsync", refuse)
     with pytest.raises(LedgerError, match="check free space"):
         open_ledger(state)
-    assert format_of(state / "ledger.sqlite") == 4
-    assert not list(state.glob("*.format4*"))
+    assert format_of(state / "ledger.sqlite") == fixture.format
+    assert not list(state.glob("*.format*"))
 
 
+@format_4
 @pytest.mark.slow
 def test_a_server_serves_the_newest_release(
-    tiny_model_dir: Path, server_factory: ServerFactory
+    fixture: Fixture, tiny_model_dir: Path, server_factory: ServerFactory
 ) -> None:
-    if model_digest(tiny_model_dir) != EXPECTED["base_model_digest"]:
+    if model_digest(tiny_model_dir) != fixture.expected["base_model_digest"]:
         pytest.skip("on this CPU the tiny model is drawn with other weights than the fixture's")
     server = server_factory("format4", SERVING__SWAP_MODE="reload", STREAM__BOOTSTRAP="127.0.0.1:1")
-    shutil.copytree(FORMAT4 / "state", server.state_dir, dirs_exist_ok=True)
+    shutil.copytree(fixture.state, server.state_dir, dirs_exist_ok=True)
     server.launch()
     server.wait_listening()
     server.wait_version(6)
