@@ -8,10 +8,11 @@ from typing import Any
 import jiter
 from pydantic import ValidationError
 
+from moorline.errors import MoorlineError
 from moorline.events import Feedback, Reason
 
 
-class FeedbackInvalid(ValueError):
+class FeedbackInvalid(MoorlineError):
     """Says nothing that can be used. The message has the remedy and quotes nothing of it."""
 
     def __init__(self, reason: Reason, message: str) -> None:
