@@ -146,9 +146,9 @@ GAPS = _counter(
 READY_EXAMPLES = _gauge("moorline_ready_examples", "Rated replies that wait for an update")
 RECENT_FEEDBACK = _gauge(
     "moorline_recent_feedback_events",
-    "Feedback of the last hour without the last 5 minutes, the newest 1,000; reply: found, or "
-    "missing where no reply that was recorded has the id that it names",
-    ["reply"],
+    "Feedback of the last hour without the last 5 minutes, the newest 1,000; interaction: found or "
+    "missing (no reply that was recorded has the id that it names)",
+    ["interaction"],
 )
 
 UPDATER_PHASE = _gauge(
