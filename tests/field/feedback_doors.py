@@ -16,7 +16,15 @@ from moorline.events import Fate, Feedback, Interaction, Reason
 from moorline.settings import SIGNALS
 from moorline.stream import Topic
 from serving.feedback import feedback_router
-from tests.updater.ledger.fixtures import HORIZON, NOW, Log, interaction, parsed, release
+from tests.updater.ledger.fixtures import (
+    HORIZON,
+    NOW,
+    Log,
+    erasure,
+    interaction,
+    parsed,
+    release,
+)
 from updater.learning.advantages import reward
 from updater.ledger import BatchDecision, Ledger
 
@@ -35,9 +43,9 @@ class Door:
         self.answer: Any = None
         """What the route answered last; nothing at the topic."""
 
-    def record(self, *names: str) -> None:
+    def record(self, *names: str, **fields: Any) -> None:
         """Replies of these ids are recorded."""
-        self._ingest(*(interaction(name) for name in names))
+        self._ingest(*(interaction(name, **fields) for name in names))
 
     def send(self, body: Body, after_seconds: float = 1.0) -> bool:
         """Send it so long after what was sent before; returns whether it was taken."""
@@ -67,10 +75,28 @@ class Door:
         self.ledger.ingest(found, now=self._at)
         return all(one.event is not None for one in found)
 
-    def train(self) -> None:
-        """Release what is ready."""
-        ids = [one.example_id for one in self.ledger.ready_examples(9)]
-        self.ledger.commit_release(release(self.ledger, ids), BatchDecision(ids))
+    def take_batch(self) -> list[str]:
+        """Begin an update of what is ready; returns its examples' ids."""
+        return [one.example_id for one in self.ledger.ready_examples(9)]
+
+    def release(self, batch: list[str]) -> None:
+        """End it with a release."""
+        self.ledger.commit_release(release(self.ledger, batch), BatchDecision(batch))
+
+    def refuse(self, batch: list[str], max_tries: int) -> None:
+        """End it with a candidate that the bound refuses."""
+        record = {"verdict": None, "divergences": [], "diagnostics": {}, "cause": ""}
+        self.ledger.commit_rejection(
+            Reason.DIVERGENCE_BOUND,
+            BatchDecision(batch, record=record),
+            max_tries=max_tries,
+            now=self._at,
+        )
+
+    def revoke_for(self, user: str) -> None:
+        """Everything that was learned since this person's first word is taken back."""
+        self.ledger.forget(erasure(user, at=self._at, revoke=True), now=self._at)
+        self.ledger.commit_revocation(release(self.ledger, revokes_after=0))
 
     @property
     def taught(self) -> list[float | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 
 from daemon.cli import status_page
+from moorline import metrics
 from moorline.events import Fate, Reason
+from moorline.stream import Topic
 from tests.field.feedback_doors import DOORS, Body, Door
-from tests.updater.ledger.fixtures import HORIZON, NOW
+from tests.updater.harness import Updater
+from tests.updater.ledger.fixtures import HORIZON, NOW, rating
 from tests.updater.ledger.test_inspection import moorline
 
 UP, DOWN = 1.0, -1.0
@@ -141,7 +145,7 @@ def test_an_id_belongs_to_its_rater(door: Door) -> None:
 
 def test_what_is_in_the_weights_is_not_learned_again(door: Door) -> None:
     assert door.send(said(feedback_id="f", value=1))
-    door.train()
+    door.release(door.take_batch())
     assert door.send(said(feedback_id="f", value=0))
     assert door.taught == []
     assert door.fates == {TRAINED: 1, ALREADY_TRAINED: 1}
@@ -204,9 +208,57 @@ def test_a_retraction_may_come_before_the_reply_and_after_the_horizon(door: Door
 
 def test_what_has_taught_stays_taught_and_the_books_say_so(door: Door) -> None:
     assert door.send(said(feedback_id="f", value=1))
-    door.train()
+    door.release(door.take_batch())
     assert door.send(said(feedback_id="f", value=None))
     assert door.fates == {TRAINED: 1, ALREADY_TRAINED: 1}
+
+
+NEW_WORDS = [{"value": None}, {"value": 0}, {"retracted": True}]
+
+
+@pytest.mark.parametrize("word", NEW_WORDS)
+def test_what_changes_while_its_batch_is_in_training_was_learned_or_is_not(
+    door: Door, word: dict[str, Any]
+) -> None:
+    assert door.send(said(feedback_id="f", value=1))
+    batch = door.take_batch()
+    assert door.send(said(feedback_id="f", **word))
+    door.release(batch)
+    assert door.fates == {TRAINED: 1, ALREADY_TRAINED: 1}
+    assert door.taught == []
+
+
+@pytest.mark.parametrize("word", NEW_WORDS)
+@pytest.mark.parametrize("during", [True, False])
+@pytest.mark.parametrize("max_tries", [1, 3])
+def test_a_refused_candidate_brings_no_word_back_that_was_changed(
+    door: Door, word: dict[str, Any], during: bool, max_tries: int
+) -> None:
+    assert door.send(said(feedback_id="f", value=1))
+    batch = door.take_batch()
+    assert not during or door.send(said(feedback_id="f", **word))
+    door.refuse(batch, max_tries)
+    assert during or door.send(said(feedback_id="f", **word))
+    assert UP not in door.taught
+    assert sum(door.fates.values()) == 2
+    assert DOWN not in door.taught or word == {"value": 0}
+
+
+@pytest.mark.parametrize("word", NEW_WORDS)
+@pytest.mark.parametrize("during", [True, False])
+def test_a_revocation_teaches_nothing_again_that_was_changed(
+    door: Door, word: dict[str, Any], during: bool
+) -> None:
+    door.record("chatcmpl-2", user="ana")
+    assert door.send(said(feedback_id="f", value=1))
+    assert door.send({"id": "chatcmpl-2", "value": 1})
+    batch = door.take_batch()
+    assert not during or door.send(said(feedback_id="f", **word))
+    door.release(batch)
+    assert during or door.send(said(feedback_id="f", **word))
+    door.revoke_for("ana")
+    assert door.taught == []
+    assert sum(door.fates.values()) == 3
 
 
 @pytest.mark.parametrize("rater", ["anonymous", "ann"])
@@ -347,6 +399,21 @@ def test_status_says_how_much_feedback_has_no_reply(
         )
     )
     assert expected in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_the_metric_says_how_much_feedback_has_no_reply(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    updater = Updater(tiny_model_dir, tmp_path / "state")
+    for name in ("run-1", "run-2"):
+        updater.tape.add(Topic.FEEDBACK, rating(name).to_bytes(), at=time.time() - 600)
+    updater.interact(1, rated=False)
+    updater.tape.add(Topic.FEEDBACK, rating("chatcmpl-0-0").to_bytes(), at=time.time() - 600)
+    updater.loop.cycle()
+    updater.close()
+    shown = metrics.render().decode()
+    assert 'moorline_recent_feedback_events{interaction="missing"} 2.0' in shown
+    assert 'moorline_recent_feedback_events{interaction="found"} 1.0' in shown
 
 
 def test_explain_tells_what_such_feedback_waits_for(door: Door, tmp_path: Path) -> None:
