@@ -137,6 +137,14 @@ def test_an_id_may_become_another_kind_and_is_counted_once(door: Door) -> None:
     assert door.fates == {PENDING: 1, REPLACED: 1}
 
 
+def test_an_id_that_has_taught_teaches_nothing_of_another_kind(door: Door) -> None:
+    assert door.send(said(feedback_id="f", value=1))
+    door.release(door.take_batch())
+    assert door.send(said(feedback_id="f", kind="correction", text="A river of ice."))
+    assert door.taught == []
+    assert door.fates == {TRAINED: 1, ALREADY_TRAINED: 1}
+
+
 def test_an_id_belongs_to_its_rater(door: Door) -> None:
     assert door.send(said(feedback_id="f", value=1, rater="ann"))
     assert door.send(said(feedback_id="f", value=0, rater="bob"))
