@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from moorline.errors import MoorlineError, cause_of
 from moorline.events import Erasure, Fate, Feedback, Interaction, Reason
 from moorline.failpoints import failpoint
+from moorline.feedback import FeedbackInvalid, read_feedback, read_retraction
 from moorline.stream import Gap, Record, StreamUnavailable, Topic
 from moorline.trainability import why_recorded_in_vain
 from updater.learning.advantages import why_no_credit
@@ -236,7 +237,8 @@ def parse(record: Record, max_event_bytes: int) -> Parsed:
     if record.corrupt:
         return Parsed(record, None, Reason.CORRUPT_RECORD, record.corrupt)
     if not value:
-        return Parsed(record, None, Reason.EMPTY_VALUE)
+        retraction = read_retraction(record.key) if _takes_back(record) else None
+        return Parsed(record, retraction, Reason.EMPTY_VALUE if retraction is None else Reason.NONE)
     if len(value) > max_event_bytes:
         return Parsed(record, None, Reason.TOO_LARGE)
     event: Interaction | Feedback | Erasure
@@ -246,13 +248,20 @@ def parse(record: Record, max_event_bytes: int) -> Parsed:
         elif record.topic is Topic.ERASURES:
             event = Erasure.model_validate_json(value)
         else:
-            event = Feedback.model_validate_json(value)
+            event = read_feedback(value)
             if "feedback_id" not in event.model_fields_set:
                 name = f"fb-{_plain(record.topic_id)}.{record.partition}.{record.offset:020d}"
                 event = event.model_copy(update={"feedback_id": name})
     except ValidationError as error:
         return Parsed(record, None, _unreadable(error))
+    except FeedbackInvalid as error:
+        return Parsed(record, None, error.reason)
     return Parsed(record, event)
+
+
+def _takes_back(record: Record) -> bool:
+    """Whether it may be a Kafka null for a rating; an empty text is no null."""
+    return record.topic is Topic.FEEDBACK and record.value is None
 
 
 def _unexpected(record: Record, error: Exception) -> Parsed:

@@ -52,7 +52,7 @@ def a_log(interactions: Sequence[Interaction], equal: int = 0) -> list[Record]:
                 "feedback_id": f"fb-{number}",
                 "interaction_id": interaction.interaction_id,
                 "value": 1 if number < equal or number % 3 else -1,
-                "created_at": 2_000.0 + number,
+                "created_at": 1_750_000_002.0 + number,
             }
         )
         for topic, event in ((Topic.INTERACTIONS, interaction), (Topic.FEEDBACK, rating)):

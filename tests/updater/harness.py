@@ -25,9 +25,10 @@ class Tape:
         self._records: list[Record] = []
         self._offsets: dict[Topic, Iterator[int]] = {topic: itertools.count() for topic in Topic}
 
-    def add(self, topic: Topic, value: bytes) -> None:
+    def add(self, topic: Topic, value: bytes, at: float = 1_750_000_000.0) -> None:
+        """The next record of its topic, as if it had arrived then, Unix seconds."""
         offset = next(self._offsets[topic])
-        self._records.append(Record(topic, "id", 0, offset, 1_750_000_000_000, None, value))
+        self._records.append(Record(topic, "id", 0, offset, int(at * 1000), None, value))
 
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
         del timeout_seconds

@@ -22,7 +22,7 @@ from typing import TypeVar
 from moorline.events import Erasure, Fate, Reason, Release
 from moorline.stream import Gap, Topic
 from updater.ledger.anchors import Anchor, write_anchor
-from updater.ledger.bodies import Bodies, BodyErased
+from updater.ledger.bodies import Bodies, BodyErased, WordInvalid
 from updater.ledger.claims import Claims
 from updater.ledger.crashes import Crashes
 from updater.ledger.database import Database, LedgerError, lock_for_writing, make_home
@@ -280,15 +280,18 @@ class Ledger(LedgerReader):
 
     def _readable(self, read: Callable[[sqlite3.Connection, Bodies], _Read]) -> _Read:
         """Read bodies. One whose key is gone (the ledger is a copy from before an erasure, and has
-        not read of it yet) is erased here too."""
+        not read of it yet) is erased here too; one that the rules of today refuse is passed by."""
         while True:
             try:
                 with self._database.snapshot() as connection:
                     return read(connection, Bodies(connection, self._keys))
-            except BodyErased as erased:
-                body = erased
+            except (BodyErased, WordInvalid) as error:
+                unreadable = error
             with self._unit_of_work("forget") as work:
-                self._eraser(work).erase_body(body)
+                if isinstance(unreadable, BodyErased):
+                    self._eraser(work).erase_body(unreadable)
+                else:
+                    Decisions(work.connection, work.fates).refuse_word(unreadable.identity)
 
     # --- what is learned from -----------------------------------------------------------------
 
