@@ -29,6 +29,10 @@ class Tape:
         offset = next(self._offsets[topic])
         self._records.append(Record(topic, "id", 0, offset, 1_000_000, None, value))
 
+    def continue_after(self, other: Tape) -> None:
+        """Give records the offsets that follow those of another tape, as one stream."""
+        self._offsets = other._offsets
+
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
         del timeout_seconds
         taken, self._records = self._records[:max_records], self._records[max_records:]
