@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from moorline.events import Erasure, Fate, Reason
 from moorline.stream import Gap, GapCause, Record
+from updater.ledger.adoption import AlreadyRead
 from updater.ledger.erasure import Eraser
 from updater.ledger.joins import Joins
 from updater.ledger.rules import Arrival, Parsed
@@ -49,6 +50,7 @@ class Intake:
         self._joins = joins
         self._eraser = eraser
         self._cursors: dict[tuple[str, str, int], _Cursor] = {}
+        self._already_read = AlreadyRead(connection)
 
     def consume(self, records: Sequence[Parsed], now: float) -> tuple[int, int]:
         """Give each record its row and move the offsets.
@@ -66,7 +68,7 @@ class Intake:
                 self._eraser.carry_out(parsed.event, arrival.at, now)
                 cursor.instructions += 1
             else:
-                self._joins.add_event(parsed, arrival)
+                self._joins.add_event(self._already_read.judged(parsed, arrival.at), arrival)
             cursor.seen.add(parsed.record.offset)
             cursor.arrived_at = max(cursor.arrived_at, arrival.at)
             new += 1
