@@ -159,6 +159,9 @@ class Reason(StrEnum):
     """The gate refused the candidate, or could not judge it."""
     NON_FINITE_UPDATE = "non_finite_update"
     """The update gave a loss, a gradient or a weight that is NaN or infinite."""
+    MAY_HAVE_TAUGHT = "may_have_taught"
+    """It was there before a release that this ledger adopted from the store, and may be in the
+    weights already."""
     RELEASE_REVOKED = "release_revoked"
     """It was in a release that was revoked for an erasure, and is no longer kept to learn from
     again."""

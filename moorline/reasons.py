@@ -74,6 +74,8 @@ REMEDIES: Mapping[Reason, str] = {
     Reason.GATE_BLOCKED: "Read the failed check in the rejection; do not raise its limit before "
     "you know why it failed.",
     Reason.NON_FINITE_UPDATE: "Lower `learning.learning_rate`; if it stays, report it.",
+    Reason.MAY_HAVE_TAUGHT: "Nothing: the ledger was lost or older than the store. "
+    "`moorline backup` keeps both at one version.",
     Reason.RELEASE_REVOKED: "Nothing. `learning.keep_decided_seconds` says how much is kept to "
     "learn from again.",
     Reason.UPDATE_FAILED: "Report it, with the ERROR line and the rejection; they hold no words.",

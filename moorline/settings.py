@@ -106,7 +106,8 @@ class StreamSettings(_Section):
     topic_prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
     partitions: int = Field(default=4, ge=1)
     """For topics that Moorline creates; interactions and feedback must have the same count."""
-    replication_factor: int = Field(default=1, ge=1)
+    replication_factor: int | None = Field(default=None, ge=1)
+    """Copies of the topics that Moorline creates; None: 3, or one a broker if there are fewer."""
     retention_seconds: float = Field(default=14 * 86400.0, gt=0)
     """How long the topics that Moorline creates keep events; at least the horizon."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"

@@ -11,6 +11,7 @@ from moorline.base_model import check_model_dir, model_digest
 from moorline.events import Release
 from moorline.settings import Settings
 from moorline.store import ArtifactStore
+from updater.adoption import adopt_lineage
 from updater.ingest import DeadLetterSink, Ingest, Source
 from updater.learning.behaviour import Archive
 from updater.learning.chat_template import ChatTemplate
@@ -58,7 +59,7 @@ def assemble(
     publish: Callable[[Release], None],
     progress: Progress | None = None,
 ) -> Assembled:
-    """Load the model and put the loop together; it still has to ``resume``.
+    """Adopt the store's line, load the model and put the loop together; it still has to ``resume``.
 
     Args:
         reader: has been sought to the ledger's offsets.
@@ -66,10 +67,13 @@ def assemble(
         progress: is told what the loop does; None: nobody reads it.
 
     Raises:
-        ModelInvalid, ProbesInvalid, ObjectiveInvalid: with one line that says what to do.
+        ModelInvalid, ProbesInvalid, ObjectiveInvalid, ReleaseInvalid: with one line that says what
+            to do.
     """
     learning = settings.learning
     model_dir = check_model_dir(settings.model.path)
+    base_model_digest = model_digest(model_dir)
+    adopt_lineage(ledger, store, settings.alias, base_model_digest)
     policy = Policy(
         model_dir, rank=learning.lora_rank, alpha=learning.lora_alpha, seed=learning.seed
     )
@@ -100,7 +104,7 @@ def assemble(
         trust_region=trust_region,
         gate=Gate(policy, probes, trust_region, store, settings.gate),
         publish=publish,
-        base_model_digest=model_digest(model_dir),
+        base_model_digest=base_model_digest,
         software=_software(),
     )
     return Assembled(loop, policy, trainer, trust_region)

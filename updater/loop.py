@@ -22,8 +22,9 @@ from moorline.adapter_format import OPTIMIZER_STATE
 from moorline.events import Release
 from moorline.failpoints import failpoint
 from moorline.settings import Settings
-from moorline.store import ArtifactStore, PinInvalid, StoreUnavailable
+from moorline.store import ArtifactStore, PinInvalid, ReleaseConflict, StoreUnavailable
 from moorline.stream import StreamUnavailable
+from updater.adoption import check_only_writer
 from updater.anchors import Anchors
 from updater.ingest import Ingest
 from updater.learning.policy import Policy, check_continues
@@ -136,6 +137,8 @@ class Loop:
             self._progress.wait(Phase.DISK_UNAVAILABLE, error)
         except PinInvalid as error:
             self._progress.wait(Phase.PIN_INVALID, error)
+        except ReleaseConflict as error:
+            self._progress.wait(Phase.RELEASE_CONFLICT, error)
         self._progress.end_cycle()
 
     def _cycle(self) -> None:
@@ -143,6 +146,7 @@ class Loop:
         self._revoke()
         self._reanchor()
         self._publish_decided()
+        check_only_writer(self._ledger, self._store, self._settings.alias)
         waits_in = self._why_no_update()
         if waits_in is not None:
             if reading:

@@ -34,12 +34,19 @@ class Phase(StrEnum):
     """The line has used up its distance from the anchor: ratings wait until a person decides."""
     PIN_INVALID = "pin_invalid"
     """There is a pin that nobody can read: as if pinned, until an operator writes it again."""
+    RELEASE_CONFLICT = "release_conflict"
+    """The store has releases of another updater: events are taken in, nothing is trained."""
     STREAM_UNAVAILABLE = "stream_unavailable"
     DISK_UNAVAILABLE = "disk_unavailable"
     """The disk of the ledger or of the store is full or broken; nothing is lost, learning waits."""
 
 
-UNAVAILABLE = (Phase.STREAM_UNAVAILABLE, Phase.DISK_UNAVAILABLE, Phase.PIN_INVALID)
+UNAVAILABLE = (
+    Phase.STREAM_UNAVAILABLE,
+    Phase.DISK_UNAVAILABLE,
+    Phase.PIN_INVALID,
+    Phase.RELEASE_CONFLICT,
+)
 """Not ready: something outside must come back first."""
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from daemon.cli.audit import audit
+from daemon.cli.backup import backup, restore
 from daemon.cli.common import err
 from daemon.cli.doctor import doctor
 from daemon.cli.explain import explain
@@ -59,7 +60,7 @@ def _root(
 _VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (up, serve, update),
     "Inspect": (status, releases, config, schemas, doctor, audit, explain, lineage),
-    "Operate": (rollback, resume, reanchor, feedback, redrive, forget),
+    "Operate": (rollback, resume, reanchor, feedback, redrive, forget, backup, restore),
 }
 for _panel, _verbs in _VERBS.items():
     for _verb in _verbs:

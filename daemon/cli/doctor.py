@@ -226,16 +226,28 @@ def _broker(settings: Settings) -> Iterator[Finding]:
             detail = "embedded, in memory (development only)"
             yield Finding("broker", Health.OK, detail)
         return
+    from moorline.stream import Topic
     from moorline.stream.client import StreamUnavailable, admin_session
+    from moorline.stream.copies import too_few_copies
+    from moorline.stream.topics import topic_name
 
     try:
-        with admin_session(settings.stream):
-            pass
+        with admin_session(settings.stream) as admin:
+            few = too_few_copies(
+                admin, settings.stream, [topic_name(settings.stream, topic) for topic in Topic]
+            )
     except StreamUnavailable as error:
         detail, _, remedy = str(error).partition(": ")
         yield Finding("broker", Health.FAIL, detail, remedy)
     else:
         yield Finding("broker", Health.OK, f"{settings.stream.bootstrap} answers")
+        if few:
+            detail = ", ".join(f"{name} has {n}" for name, n in sorted(few.items()))
+            remedy = (
+                "the cluster could keep more: add replicas with kafka-reassign-partitions.sh, or "
+                "set stream.replication_factor to what you want"
+            )
+            yield Finding("topic copies", Health.WARN, detail, remedy)
 
 
 def _installed(package: str) -> str | None:

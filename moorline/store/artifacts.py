@@ -212,7 +212,8 @@ class ArtifactStore:
                 if self.release(release.alias, release.version) != release:
                     raise ReleaseConflict(
                         f"{release.name} is already recorded with other contents in {path}: "
-                        "is a second updater writing to this store?"
+                        "is a second updater writing to this store? Stop it, move this one's "
+                        "ledger.sqlite* away and start again: it adopts the store's line"
                     )
         # Also where it is there already: that it is seen does not say that it reached the disk.
         with disk_errors(self.root):

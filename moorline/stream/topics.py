@@ -15,6 +15,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 
 from moorline.settings import StreamSettings
 from moorline.stream.client import StreamInvalid, StreamUnavailable, admin_session
+from moorline.stream.copies import copies_wanted, count_brokers, warn_of_few_copies
 
 logger = logging.getLogger("moorline.stream")
 
@@ -103,6 +104,7 @@ def ensure_topics(settings: StreamSettings, horizon_seconds: float = 0.0) -> boo
         check_not_compacted(settings, configs)
         _warn_unless_compacted(settings, configs)
         _warn_of_short_retention(settings, configs, horizon_seconds)
+        warn_of_few_copies(admin, settings, _names(settings, Topic))
     return created
 
 
@@ -258,6 +260,7 @@ def _warn_of_short_retention(
 
 def _create_missing(admin: KafkaAdminClient, settings: StreamSettings) -> bool:
     wanted: dict[str, dict[str, object]] = {}
+    copies = copies_wanted(settings, count_brokers(admin))
     for topic in Topic:
         retention_ms = int(settings.retention_seconds * 1000)
         configs = {"cleanup.policy": "delete", "retention.ms": str(retention_ms)}
@@ -271,7 +274,7 @@ def _create_missing(admin: KafkaAdminClient, settings: StreamSettings) -> bool:
         ):
             wanted[name] = {
                 "num_partitions": count,
-                "replication_factor": settings.replication_factor,
+                "replication_factor": copies,
                 "configs": chosen,
             }
     unseen = set(wanted)

@@ -32,6 +32,7 @@ from moorline.stream import (
     publish_release,
     topic_name,
 )
+from moorline.stream.copies import count_copies
 from moorline.stream.topics import describe_configs
 from tests.integration.streams import (
     BOTH,
@@ -356,6 +357,9 @@ def test_topics_are_made_once_with_their_retention_and_compaction(
     assert not ensure_topics(settings)
     assert caplog.text.count("retention") == caplog.text.count("compacted") == 0
     names = [topic_name(settings, topic) for topic in Topic]
+    assert "copies" not in caplog.text
+    copies = with_admin(settings.bootstrap, lambda admin: count_copies(admin, names))
+    assert copies == dict.fromkeys(names, 1)  # of one broker
     made = with_admin(settings.bootstrap, lambda admin: describe_configs(admin, names))
     for name in names[:2]:
         assert made[name]["cleanup.policy"] == "delete"

@@ -23,12 +23,30 @@ class Tape:
 
     def __init__(self) -> None:
         self._records: list[Record] = []
+        self._all: list[Record] = []
+        self.at = 1_750_000_000.0
         self._offsets: dict[Topic, Iterator[int]] = {topic: itertools.count() for topic in Topic}
 
-    def add(self, topic: Topic, value: bytes, at: float = 1_750_000_000.0) -> None:
-        """The next record of its topic, as if it had arrived then, Unix seconds."""
+    def add(self, topic: Topic, value: bytes, at: float | None = None) -> None:
+        """The next record of its topic, as if it had arrived then (``self.at``), Unix seconds."""
         offset = next(self._offsets[topic])
-        self._records.append(Record(topic, "id", 0, offset, int(at * 1000), None, value))
+        self._records.append(
+            Record(topic, "id", 0, offset, int((at or self.at) * 1000), None, value)
+        )
+        self._all.append(self._records[-1])
+
+    def begin_anew(self) -> None:
+        """Count offsets from 0, as in a topic that was made again."""
+        self._offsets = {topic: itertools.count() for topic in Topic}
+
+    def play_again(self, other: Tape) -> None:
+        """Give what another tape has given, from its start, as to a reader without positions."""
+        self._records += other._all
+        self._all += other._all
+
+    def continue_after(self, other: Tape) -> None:
+        """Give records the offsets that follow those of another tape, as one stream."""
+        self._offsets = other._offsets
 
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]:
         del timeout_seconds
@@ -121,15 +139,23 @@ class Updater:
             reply = recorded(self.policy, sequence, name, SamplingSettings(), version)
             self.tape.add(Topic.INTERACTIONS, reply.to_bytes())
             if rated:
-                thumb = Feedback(
-                    feedback_id=f"fb-{seed}-{index}",
-                    interaction_id=name,
-                    kind=FeedbackKind.THUMBS,
-                    value=1 if index % 2 else -1,
-                    rater=f"rater-{index}",
-                    created_at=1_750_000_000.0,
-                )
-                self.tape.add(Topic.FEEDBACK, thumb.to_bytes())
+                self._rate(seed, index)
+
+    def rate(self, number: int, seed: int = 0) -> None:
+        """Rate the replies of ``interact`` with this seed, down and up in turn."""
+        for index in range(number):
+            self._rate(seed, index)
+
+    def _rate(self, seed: int, index: int) -> None:
+        thumb = Feedback(
+            feedback_id=f"fb-{seed}-{index}",
+            interaction_id=f"chatcmpl-{seed}-{index}",
+            kind=FeedbackKind.THUMBS,
+            value=1 if index % 2 else -1,
+            rater=f"rater-{index}",
+            created_at=1_750_000_000.0,
+        )
+        self.tape.add(Topic.FEEDBACK, thumb.to_bytes())
 
     def fates(self, topic: Topic = Topic.FEEDBACK) -> dict[Fate, int]:
         """How many events of the topic have each fate; the ledger's accounting must balance."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from moorline.errors import MoorlineError
 from moorline.events import Erasure, Fate, Reason
 from moorline.stream import Gap, GapCause, Record
+from updater.ledger.adoption import AlreadyRead
 from updater.ledger.database import RecordInvalid, is_of_the_file
 from updater.ledger.erasure import Eraser
 from updater.ledger.joins import Joins
@@ -51,6 +52,7 @@ class Intake:
         self._joins = joins
         self._eraser = eraser
         self._cursors: dict[tuple[str, str, int], _Cursor] = {}
+        self._already_read = AlreadyRead(connection)
 
     def consume(self, records: Sequence[Parsed], now: float) -> tuple[int, int]:
         """Give each record its row and move the offsets.
@@ -95,7 +97,7 @@ class Intake:
             self._eraser.carry_out(parsed.event, arrival.at, now)
             cursor.instructions += 1
         else:
-            self._joins.add_event(parsed, arrival)
+            self._joins.add_event(self._already_read.judged(parsed, arrival.at), arrival)
         cursor.seen.add(parsed.record.offset)
         cursor.arrived_at = max(cursor.arrived_at, arrival.at)
 

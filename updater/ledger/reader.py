@@ -9,6 +9,7 @@ from moorline.events import Release
 from moorline.stream import Topic
 from updater.learning.baselines import Baselines
 from updater.ledger.accounting import Accounting, audit, read_accounting
+from updater.ledger.adoption import TAKEN, adopted_versions
 from updater.ledger.anchors import Anchor, current_anchor, read_anchors
 from updater.ledger.database import Database
 from updater.ledger.erasure import Forgotten
@@ -94,7 +95,7 @@ class LedgerReader:
 
     def next_version(self) -> int:
         """The number of the next release. A rejected candidate takes none."""
-        return self.newest_version() + 1
+        return max(self.newest_version(), int(self._database.meta(TAKEN) or 0)) + 1
 
     def live_version(self) -> int:
         """The policy that the next update starts from: the newest release."""
@@ -199,6 +200,11 @@ class LedgerReader:
         """Every policy that somebody made the anchor, oldest first."""
         with self._database.snapshot() as connection:
             return read_anchors(connection)
+
+    def adopted_versions(self) -> tuple[int, ...]:
+        """Releases taken over from the store: who taught them is not known here."""
+        with self._database.snapshot() as connection:
+            return adopted_versions(connection)
 
     def revoked_versions(self) -> set[int]:
         """Releases that a revocation took back."""

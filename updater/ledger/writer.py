@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from moorline.events import Erasure, Fate, Reason, Release
 from moorline.stream import Gap, Topic
+from updater.ledger.adoption import adopt
 from updater.ledger.anchors import Anchor, write_anchor
 from updater.ledger.bodies import Bodies, BodyErased, WordInvalid
 from updater.ledger.claims import Claims
@@ -400,6 +401,19 @@ class Ledger(LedgerReader):
         now = time.time() if now is None else now
         with self._decision("no_update", decision) as decisions:
             decisions.no_update(decision.record, aside, decision.set_aside, now)
+
+    def adopt(self, releases: Sequence[Release], *, taken: int) -> None:
+        """Enter releases of the store that are not here; the newest is live.
+
+        Open ratings, and those that had been read when the newest of them was made, end as
+        `may_have_taught`: nobody knows any more which of them it has learned from.
+
+        Args:
+            taken: the highest version in the store; no new release gets a number up to it.
+        """
+        with self._unit_of_work("adopt") as work:
+            adopt(work.connection, work.fates, releases, taken)
+        self._claims.clear()
 
     def commit_anchor(self, anchor: Anchor) -> None:
         """Distances are measured from this policy from now on.
