@@ -17,7 +17,7 @@ from tests.updater.test_ingest import Letters, Stream, make
 from updater import ingest as ingest_module
 from updater.ledger import Ledger, LedgerUnavailable
 from updater.ledger.erasure import Eraser
-from updater.ledger.joins import Joins
+from updater.ledger.ratings import Ratings
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
 
 def fail_for_bob(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """A rating of Bob's raises after its rows are written."""
-    admit = Joins._admit_if_known
+    admit = Ratings._admit_if_known
 
-    def admit_or_raise(joins: Joins, given: Any) -> None:
-        admit(joins, given)
+    def admit_or_raise(ratings: Ratings, given: Any) -> None:
+        admit(ratings, given)
         if given.rater == "bob":
             raise error
 
-    monkeypatch.setattr(Joins, "_admit_if_known", admit_or_raise)
+    monkeypatch.setattr(Ratings, "_admit_if_known", admit_or_raise)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,14 @@ def test_a_record_that_cannot_be_parsed_for_an_unknown_cause_is_a_dead_letter(
 ) -> None:
     log, stream, letters = Log(partitions=1), Stream(), Letters()
     stream.unread = [log.record(one) for one in (interaction("a"), rating("a"), rating("b"))]
-    parse = Feedback.model_validate_json
+    parse = ingest_module.read_feedback
 
     def parse_or_raise(value: bytes) -> Feedback:
         if b'"a"' in value:
             raise KeyError("x")
         return parse(value)
 
-    monkeypatch.setattr(Feedback, "model_validate_json", parse_or_raise)
+    monkeypatch.setattr(ingest_module, "read_feedback", parse_or_raise)
     assert make(ledger, stream, letters).step(0.0).records == 3
     assert [reason for _, reason in letters.sent] == [Reason.UNEXPECTED]
 
