@@ -153,12 +153,15 @@ def assign_credit(
         The examples in their order; the baselines to commit with the outcome; how it came about.
 
     Raises:
-        ValueError: an example without feedback, or an ``ess_share`` outside its range.
+        ValueError: an example without feedback, an ``ess_share`` outside its range, or a
+            ``moved_nats`` that is NaN.
     """
     if any(not example.feedback for example in examples):
         raise ValueError("an example without feedback teaches nothing")
     if not 0.0 < ess_share <= 1.0:
         raise ValueError(f"ess_share is {ess_share}, it must be in (0, 1]")
+    if math.isnan(moved_nats):
+        raise ValueError("moved_nats is NaN, it must be a number")
     rater_weights = RaterWeights(examples, baselines, signals, max_rater_share, max_tenant_share)
     weighted = [
         (one, *found) for one in examples if (found := rater_weights.reward(one)) is not None

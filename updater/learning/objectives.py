@@ -154,7 +154,7 @@ def _dppo_kl(
     log_r = divergence.log_ratio(log_q, log_p.detach())
     if moved is None:
         moved = divergence.binary_kl(log_q, log_p.detach())
-    kept = ~((moved > divergence_limit) & _moving_away(log_r, advantage))
+    kept = (moved <= divergence_limit) | ~_moving_away(log_r, advantage)
     return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * kept, advantage), kept
 
 
@@ -176,8 +176,8 @@ def _dppo_tv(
     rise = log_p.detach().exp() - log_q.exp()
     if moved is not None:
         rise = moved.copysign(rise)
-    out = torch.where(advantage > 0, rise > divergence_limit, rise < -divergence_limit)
-    return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * ~out, advantage), ~out
+    kept = torch.where(advantage > 0, rise <= divergence_limit, rise >= -divergence_limit)
+    return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * kept, advantage), kept
 
 
 def _drpo(

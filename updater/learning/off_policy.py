@@ -31,16 +31,18 @@ def is_off_policy(
 
     Either the mean binary KL(q || p) per token is above the limit (the policies disagree about
     what this text is), or the tokens' importance weights are negligible (it would teach nothing).
+    What cannot be measured (NaN) is too far.
     """
     moved_nats = float(divergence.binary_kl(log_q, log_p).mean())
     weight = float(divergence.log_ratio(log_q, log_p).exp().mean())
-    return moved_nats > limit_nats or weight < NEGLIGIBLE_WEIGHT
+    return not (moved_nats <= limit_nats and weight >= NEGLIGIBLE_WEIGHT)
 
 
 def batch_ess_share(
     log_q: Tensor,  # [T] of all replies of a batch
     log_p: Tensor,  # [T]
 ) -> float:
-    """Effective sample size of a batch as a share of its tokens, in (0, 1]; 1 without tokens."""
+    """Effective sample size of a batch as a share of its tokens, in (0, 1]; 1 without tokens, NaN
+    where a logprob is NaN."""
     everything = torch.ones_like(log_q, dtype=torch.bool)
-    return min(1.0, float(divergence.ess_share(log_q, log_p, everything)))
+    return float(divergence.ess_share(log_q, log_p, everything).clamp_max(1.0))

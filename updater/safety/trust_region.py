@@ -163,11 +163,11 @@ class TrustRegion:
             for one in divergences
             if measured_from in (None, one.measured_from)
         ]
-        return math.nan if any(map(math.isnan, shares)) else max(shares)
+        return _largest(shares)
 
     def anchor_budget_left_nats(self, divergences: Sequence[Divergence]) -> float:
         """What the lineage may still move away from the anchor, nats per token."""
-        spent = max(one.mean_kl_nats for one in divergences if one.measured_from == "anchor")
+        spent = _largest([one.mean_kl_nats for one in divergences if one.measured_from == "anchor"])
         return self._bound.anchor_kl_nats - spent
 
     def budget_left_nats(self, live: Release) -> float | None:
@@ -213,16 +213,20 @@ def measure_divergence(
         measured_from=measured_from,
         tokens_from=tokens_from,
         mean_kl_nats=sum(float(kl.sum()) for kl in per_sequence) / max(1, tokens),
-        max_prompt_kl_nats=max((float(kl.mean()) for kl in per_sequence), default=0.0),
+        max_prompt_kl_nats=_largest([float(kl.mean()) for kl in per_sequence] or [0.0]),
         tokens=tokens,
     )
 
 
 def moved_from_live_nats(divergences: Sequence[Divergence]) -> float:
     """KL(live || candidate) of a release, nats per token: the larger one; 0 before the first."""
-    return max(
-        (one.mean_kl_nats for one in divergences if one.measured_from == "live"), default=0.0
-    )
+    moved = [one.mean_kl_nats for one in divergences if one.measured_from == "live"]
+    return _largest(moved or [0.0])
+
+
+def _largest(measured: Sequence[float]) -> float:
+    """NaN where one is: ``max`` would pass over it."""
+    return math.nan if any(map(math.isnan, measured)) else max(measured)
 
 
 def largest_inside(

@@ -460,3 +460,8 @@ def test_the_settings_of_the_caps_are_those_that_cap() -> None:
     for share in (0.4, 0.6):
         _, _, stats = credit([*tenants, *others], max_tenant_share=share)
         assert stats.largest_tenant_share_capped == pytest.approx(share)
+
+
+def test_a_move_that_nobody_could_measure_is_refused() -> None:
+    with pytest.raises(ValueError, match="moved_nats"):
+        credit(thumbs(1), moved_nats=math.nan)

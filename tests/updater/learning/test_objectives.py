@@ -476,3 +476,16 @@ def test_an_objective_that_measures_nothing_takes_no_divergence() -> None:
     one = tensor(0.5)
     with pytest.raises(TypeError, match="measures no divergence"):
         OBJECTIVES["drpo"](one.log(), one.log(), one, one.bool(), moved=one)
+
+
+@pytest.mark.parametrize("name", ["dppo_kl", "dppo_tv"])
+def test_a_divergence_that_is_nan_is_outside_the_limit(name: str) -> None:
+    log_q = tensor(0.5, 0.5).log()
+    log_p = tensor(0.51, 0.49).log().requires_grad_()
+    moved = tensor(math.nan, math.nan)
+    output = OBJECTIVES[name](
+        log_p, log_q, tensor(1.0, -1.0), torch.ones_like(log_p).bool(), moved=moved
+    )
+    assert not output.kept.any(), "both would move further away, nobody knows how far they are"
+    (slope,) = torch.autograd.grad(output.loss.sum(), log_p)
+    assert not slope.any()

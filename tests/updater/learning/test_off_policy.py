@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,3 +52,11 @@ def test_too_far_by_divergence_and_by_negligible_weight() -> None:
 def test_a_long_reply_is_judged_by_its_mean_not_by_its_sum() -> None:
     q, p = torch.full((1000,), 0.5), torch.full((1000,), 0.4)
     assert not is_off_policy(q.log(), p.log(), 0.5)
+
+
+@pytest.mark.parametrize("broken", ["behaviour", "live"])
+def test_what_cannot_be_measured_is_too_far_and_has_no_share(broken: str) -> None:
+    fine, nan = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, math.nan]).log()
+    log_q, log_p = (nan, fine) if broken == "behaviour" else (fine, nan)
+    assert is_off_policy(log_q, log_p, 10.0)
+    assert math.isnan(batch_ess_share(log_q, log_p)), "credit refuses it"

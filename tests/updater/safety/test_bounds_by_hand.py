@@ -357,3 +357,21 @@ def test_each_check_is_counted_as_it_ended(tmp_path: Path) -> None:
     then = failed.get()
     assert 0.0 <= last.judge({}, {2: (0.4, 0.3, 0.3)}).seconds < 60.0
     assert failed.get() == then + 1
+
+
+def test_a_number_that_is_none_is_the_largest_wherever_it_stands() -> None:
+    fine, broken = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.5, math.nan]]).log()
+    for order in ([fine, broken], [broken, fine]):
+        measured = measure_divergence([fine, fine], order, "live", "probes")
+        assert math.isnan(measured.mean_kl_nats)
+        assert math.isnan(measured.max_prompt_kl_nats)
+    region = region_of((EVEN, EVEN), CALM)
+    for start in ("live", "anchor"):
+        both = [divergence(start, 0.1), divergence(start, math.nan, "traffic")]
+        for one in (both, both[::-1]):
+            found = (
+                moved_from_live_nats(one)
+                if start == "live"
+                else region.anchor_budget_left_nats(one)
+            )
+            assert math.isnan(found)
