@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from daemon.cli.common import CommandError, api_key, endpoints, say
 from daemon.cli.options import with_settings
-from moorline.events import Feedback, FeedbackKind, policy_name
+from moorline.events import ANONYMOUS, Feedback, FeedbackKind, policy_name
 from moorline.http import ServerUnavailable, request_json
 from moorline.settings import Settings
 from moorline.store import ArtifactStore, RevokedReleases
@@ -146,15 +146,23 @@ def feedback(
         str | None,
         typer.Option(metavar="NAME", help="What somebody did with it: a name in learning.signals."),
     ] = None,
+    retract: Annotated[
+        str | None,
+        typer.Option(metavar="FEEDBACK_ID", help="Take back what was said under this id."),
+    ] = None,
     choice: Annotated[int, typer.Option(min=0, help="Which choice, for n > 1.")] = 0,
     rater: Annotated[
-        str, typer.Option(help="Who says so; the last word of one rater of each kind counts.")
-    ] = "cli",
+        str | None,
+        typer.Option(
+            help="Who says so (cli); the last word of one rater of each kind counts. "
+            "With --retract: whose word, where several raters use the id."
+        ),
+    ] = None,
     kafka: Annotated[
         bool, typer.Option("--kafka", help="Produce to the feedback topic, without the server.")
     ] = False,
 ) -> None:
-    """Rate or correct a reply, prefer it over another, or report a signal.
+    """Rate or correct a reply, prefer it over another, report a signal, or take a word back.
 
     [bold]Examples[/]
 
@@ -165,6 +173,7 @@ def feedback(
       moorline feedback chatcmpl-8f3a --choice 1 --over chatcmpl-8f3a --over-choice 0
       moorline feedback chatcmpl-8f3a --signal copied
       moorline feedback chatcmpl-8f3a --thumbs down --kafka
+      moorline feedback chatcmpl-8f3a --retract fb-51c0
     """
     said: dict[FeedbackKind, dict[str, Any]] = {
         FeedbackKind.THUMBS: {"value": thumbs and {"up": 1.0, "down": -1.0}[thumbs]},
@@ -174,23 +183,27 @@ def feedback(
         FeedbackKind.SIGNAL: {"signal": signal},
     }
     given = [kind for kind, fields in said.items() if None not in fields.values()]
-    if len(given) != 1:
+    if len(given) + (retract is not None) != 1:
         raise typer.BadParameter(
-            "give exactly one of --thumbs, --score, --correction, --over and --signal"
+            "give exactly one of --thumbs, --score, --correction, --over, --signal and --retract"
         )
     if score is not None and score_range is None:
         raise typer.BadParameter("--score needs --range, such as --range 1 5 for stars")
     try:
-        event = Feedback(
-            interaction_id=interaction_id,
-            choice=choice,
-            kind=given[0],
-            score_min=score_range and score_range[0],
-            score_max=score_range and score_range[1],
-            over_choice=over_choice,
-            rater=rater,
-            **said[given[0]],
-        )
+        about: dict[str, Any] = {"interaction_id": interaction_id, "choice": choice}
+        if retract is not None:
+            whose = ANONYMOUS if rater is None else rater  # nobody in particular: whoever said it
+            event = Feedback(feedback_id=retract, retracted=True, rater=whose, **about)
+        else:
+            event = Feedback(
+                kind=given[0],
+                score_min=score_range and score_range[0],
+                score_max=score_range and score_range[1],
+                over_choice=over_choice,
+                rater="cli" if rater is None else rater,
+                **about,
+                **said[given[0]],
+            )
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "feedback"
@@ -208,6 +221,8 @@ def feedback(
         )
         not_trainable = answer.get("not_trainable")
     say(f"Accepted by {where} as {event.feedback_id}")
+    if event.retracted:
+        say("It no longer counts, unless it is in the weights: see `moorline explain` of its id.")
     if not_trainable is not None:
         say(f"It teaches nothing: the reply cannot be learned from ({not_trainable}).")
     if event.signal is not None and event.signal not in settings.learning.signals:

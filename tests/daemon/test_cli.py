@@ -25,6 +25,7 @@ from daemon.cli import common, status_page
 from daemon.cli import text as texts
 from daemon.cli.common import RunFile, running_tree
 from moorline.events import (
+    ANONYMOUS,
     Check,
     Decision,
     Divergence,
@@ -299,6 +300,7 @@ def test_wrong_usage_exits_2(state: Path) -> None:
         ["feedback", "chatcmpl-1", "--thumbs", "up", "--score", "1"],
         ["feedback", "chatcmpl-1", "--score", "1"],
         ["feedback", "chatcmpl-1", "--correction", "so", "--signal", "copied"],
+        ["feedback", "chatcmpl-1", "--thumbs", "up", "--retract", "fb-1"],
         ["rollback", "--to", "-1"],
     ):
         moorline(*arguments, state=state, code=2)
@@ -542,6 +544,21 @@ def test_every_kind_of_feedback_can_be_given(state: Path, server: Server) -> Non
     text = refusal("feedback", "chatcmpl-1", "--over", "chatcmpl-1", state=state, **port)
     assert "another reply than itself" in text
     assert "needs text" in refusal("feedback", "a", "--correction", " ", state=state, **port)
+
+
+def test_a_rating_is_taken_back_by_its_id(state: Path, server: Server) -> None:
+    port = {"MOORLINE_SERVING__PORT": server.port}
+    text = moorline("feedback", "chatcmpl-1", "--retract", "fb-1", state=state, **port)
+    assert "as fb-1" in text
+    assert "no longer counts" in text
+    arguments = ["--retract", "fb-1", "--choice", "1", "--rater", "ana"]
+    moorline("feedback", "chatcmpl-1", *arguments, state=state, **port)
+    anybodys, anas = (Feedback.model_validate(body) for body in server.posted)
+    assert (anybodys.key, anybodys.feedback_id) == ("chatcmpl-1/0", "fb-1")
+    assert anybodys.retracted
+    assert anybodys.rater == ANONYMOUS, "a retraction that names no rater is for whoever has the id"
+    assert (anas.key, anas.rater, anas.retracted) == ("chatcmpl-1/1", "ana", True)
+    assert "feedback_id" in refusal("feedback", "a", "--retract", " ", state=state, **port)
 
 
 def test_feedback_that_is_not_kept_is_one_line(state: Path, server: Server) -> None:

@@ -269,6 +269,38 @@ def test_a_revocation_teaches_nothing_again_that_was_changed(
     assert sum(door.fates.values()) == 3
 
 
+@pytest.mark.parametrize("word", NEW_WORDS)
+@pytest.mark.parametrize("during", [True, False])
+def test_a_revocation_teaches_nothing_again_that_was_changed_under_another_id(
+    door: Door, word: dict[str, Any], during: bool
+) -> None:
+    door.record("chatcmpl-2", user="ana")
+    assert door.send(said(feedback_id="f", value=1, created_at=NOW))
+    assert door.send({"id": "chatcmpl-2", "value": 1})
+    batch = door.take_batch()
+    assert not during or door.send(said(feedback_id="g", created_at=NOW + 1, **word))
+    door.release(batch)
+    assert during or door.send(said(feedback_id="g", created_at=NOW + 1, **word))
+    door.revoke_for("ana")
+    assert door.taught == []
+    assert sum(door.fates.values()) == 3
+
+
+@pytest.mark.parametrize(
+    "word", [{"value": 1}, {"value": 0, "created_at": NOW - 9}, {"value": 0, "rater": "bob"}]
+)
+def test_a_revocation_teaches_again_what_nobody_changed(door: Door, word: dict[str, Any]) -> None:
+    """The same once more, an older word, and another rater's change nothing."""
+    door.record("chatcmpl-2", user="ana")
+    assert door.send(said(feedback_id="f", value=1, created_at=NOW))
+    assert door.send({"id": "chatcmpl-2", "value": 1})
+    door.release(door.take_batch())
+    assert door.send(said(feedback_id="g", **{"created_at": NOW + 1, **word}))
+    door.revoke_for("ana")
+    assert UP in door.taught
+    assert sum(door.fates.values()) == 3
+
+
 @pytest.mark.parametrize("rater", ["anonymous", "ann"])
 def test_a_record_without_a_value_takes_back_the_rating_of_its_key(door: Door, rater: str) -> None:
     assert door.send(said(feedback_id="f", value=1, rater=rater))

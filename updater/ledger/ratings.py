@@ -140,6 +140,14 @@ class Ratings:
         for word in words:
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (word,))
 
+    def _says_otherwise(self, later: Rating, earlier: Rating) -> bool:
+        """Whether the later word's content is another; what an old ledger did not note is."""
+        known, different = self._execute(
+            "SELECT count(content), count(DISTINCT content) FROM feedback WHERE id IN (?, ?)",
+            (later.id, earlier.id),
+        ).fetchone()
+        return (known, different) != (2, 1)
+
     def admit_waiting(self, interaction: int) -> None:
         """An interaction was read: feedback that named it need not wait for it any more."""
         for rating in self._waiting(interaction):
@@ -163,7 +171,12 @@ class Ratings:
             )
         if ruling.is_latest and latest is not None:
             self._supersede(latest, rating)
-        if ruling.reason is Reason.ALREADY_TRAINED and latest is not None and rating.retracts:
+        if (
+            latest is not None
+            and ruling.reason is Reason.ALREADY_TRAINED
+            and latest.is_before(rating)
+            and self._says_otherwise(rating, latest)
+        ):
             self._forget_trained([latest.id])
         self._execute(
             "UPDATE feedback SET state = ?, latest = ? WHERE id = ?",

@@ -410,7 +410,7 @@ def test_preferences_and_repeats_are_learned_again_once(ledger: Ledger) -> None:
     feed(ledger, log, preference("a", "b"), rating("a", rater="cy"), rating("x"))
     feed(ledger, log, signal("a", "copied", "cy"), correction("b", rater="dan"))
     train(ledger)
-    feed(ledger, log, rating("a", -1, rater="cy", at=NOW + 1), at=NOW + 1)
+    feed(ledger, log, rating("a", rater="cy", at=NOW + 1), at=NOW + 1)
     assert fates(ledger)[Fate.DUPLICATE, Reason.ALREADY_TRAINED] == 1
     ledger.forget(erasure("ana", revoke=True), now=NOW + 1)
     ledger.commit_revocation(release(ledger, revokes_after=0))
