@@ -101,6 +101,7 @@ class Ingest:
         self._held_gaps: list[Gap] = []
         self._acknowledged = 0  # so many of the held ones need no dead-lettering any more
         self._lettered: set[int] = set()  # the places in `_held` of those that were sent
+        self._letters_refused = False
         self._progress_noted_at = -math.inf
         self._announced: dict[tuple[Topic, int], tuple[str, int]] = {}
         ledger.set_behind(ledger.offsets(), as_of=0.0)  # nothing expires before the first look
@@ -198,15 +199,30 @@ class Ingest:
                 try:
                     self._dead_letters.send(parsed.record, parsed.reason, _STAGE, parsed.error)
                 except StreamUnavailable as error:
-                    logger.error(
-                        "the dead-letter topic takes nothing: intake waits, nothing is skipped",
-                        extra={"event": "dead_letters_unavailable", "error": str(error)},
-                    )
+                    self._log_refused(error)
                     return False
+                self._log_taken()
                 self._lettered.add(place)
                 failpoint("ingest.dead_lettered")
             self._acknowledged += 1
         return True
+
+    def _log_refused(self, error: StreamUnavailable) -> None:
+        """Log once that dead letters are not taken, not at every attempt."""
+        if not self._letters_refused:
+            self._letters_refused = True
+            logger.error(
+                "the dead-letter topic takes nothing: intake waits, nothing is skipped",
+                extra={"event": "dead_letters_unavailable", "error": str(error)},
+            )
+
+    def _log_taken(self) -> None:
+        if self._letters_refused:
+            self._letters_refused = False
+            logger.warning(
+                "the dead-letter topic takes letters again: intake goes on",
+                extra={"event": "dead_letters_available"},
+            )
 
     def _note_progress(self) -> None:
         """Tell the ledger what is still unread, so that nothing expires that may have a partner."""

@@ -34,7 +34,7 @@ from updater.learning.trainer import (
 from updater.ledger import Ledger, LedgerUnavailable
 from updater.outcomes import Outcomes
 from updater.progress import Phase, Progress
-from updater.releases import Manifests, publish_decided
+from updater.releases import Manifests, Outbox
 from updater.retention import collect_garbage
 from updater.safety import Gate
 from updater.safety.trust_region import TrustRegion
@@ -73,7 +73,7 @@ class Loop:
         self._policy = policy
         self._trainer = trainer
         self._trust_region = trust_region
-        self._publish = publish
+        self._outbox = Outbox(ledger, store, publish)
         self._manifests = Manifests(settings, ledger, store, base_model_digest, software)
         self._outcomes = Outcomes(
             ledger, self._manifests, trainer, trust_region, settings.learning.max_tries
@@ -225,7 +225,7 @@ class Loop:
 
     def _publish_decided(self) -> None:
         """Publish what the ledger has decided and nobody was told of yet."""
-        publish_decided(self._ledger, self._store, self._publish)
+        self._outbox.send()
 
     def _collect_garbage(self) -> None:
         keep = self._settings.learning.keep_releases

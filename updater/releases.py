@@ -19,36 +19,47 @@ from updater.values import Batch, Candidate
 logger = logging.getLogger("moorline.releases")
 
 
-def publish_decided(
-    ledger: Ledger, store: ArtifactStore, publish: Callable[[Release], None]
-) -> None:
-    """Put each unpublished release into the store, which servers follow, then onto its topic.
+class Outbox:
+    """Releases that the ledger has decided and nobody was told of yet."""
 
-    Safe to repeat: a release that the topic does not take now stays unpublished in the ledger.
+    def __init__(
+        self, ledger: Ledger, store: ArtifactStore, publish: Callable[[Release], None]
+    ) -> None:
+        """``publish`` writes a release to its topic, and returns when it is acknowledged."""
+        self._ledger = ledger
+        self._store = store
+        self._publish = publish
+        self._refused_version: int | None = None
+        """The last one that the log says its topic does not take."""
 
-    Args:
-        publish: writes a release to its topic, and returns when it is acknowledged.
-    """
-    for release in ledger.unpublished():
-        store.record_release(release)
-        failpoint("loop.after_manifest")
-        try:
-            publish(release)
-        except StreamUnavailable as error:
+    def send(self) -> None:
+        """Put each unpublished release into the store, which servers follow, then onto its topic.
+
+        Safe to repeat: a release that the topic does not take now stays unpublished in the ledger.
+        """
+        for release in self._ledger.unpublished():
+            self._store.record_release(release)
+            failpoint("loop.after_manifest")
+            try:
+                self._publish(release)
+            except StreamUnavailable as error:
+                self._log_once(release.version, error)
+                return
+            self._ledger.mark_published(release.version)
+            metrics.RELEASES_PUBLISHED.inc()
+            logger.info(
+                "release is published",
+                extra={"event": "release_published", "version": release.version},
+            )
+
+    def _log_once(self, version: int, error: StreamUnavailable) -> None:
+        """Log that a release waits for its topic once, not at every attempt."""
+        if version != self._refused_version:
+            self._refused_version = version
             logger.warning(
                 "release is in the store, but its topic does not take it: will retry",
-                extra={
-                    "event": "release_not_announced",
-                    "version": release.version,
-                    "error": str(error),
-                },
+                extra={"event": "release_not_announced", "version": version, "error": str(error)},
             )
-            return
-        ledger.mark_published(release.version)
-        metrics.RELEASES_PUBLISHED.inc()
-        logger.info(
-            "release is published", extra={"event": "release_published", "version": release.version}
-        )
 
 
 class Manifests:

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import logging
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from kafka.net.selector import NetworkSelector
 
 from moorline.errors import MoorlineError
 from moorline.settings import StreamSettings
+from moorline.stream.library_log import quiet_library_loggers
 
 logger = logging.getLogger("moorline.stream")
 
@@ -33,8 +33,6 @@ Client = TypeVar("Client")
 RECONNECT_BACKOFF_MAX_MS = 1000
 """The library's default is 30 s; with this a send is acknowledged ~1 s after the broker is back."""
 CONNECTING_POLL_MS = 100.0
-REPEATED_LOG_SECONDS = 30.0
-"""The library repeats itself several times a second while a broker is away."""
 
 _client_numbers = itertools.count(1)
 
@@ -130,7 +128,8 @@ class _WatchedClient(KafkaNetClient):  # type: ignore[misc]
     """A network client over a ``_WatchedManager``."""
 
     def __init__(self, **configs: Any) -> None:
-        net = NetworkSelector(**configs)
+        # Else a busy machine makes it warn of every step that took 0.1 s.
+        net = NetworkSelector(**configs, slow_task_threshold_secs=0)
         super().__init__(net=net, manager=_WatchedManager(net, **configs), **configs)
 
     def connection_delay(self, node_id: Any) -> float:
@@ -342,31 +341,3 @@ def _missing_permission(where: str, user: str, error: BaseException, detail: str
         f"`kafka-acls.sh --add --allow-principal User:{user} --operation Read --operation Write "
         f"--operation Describe --{kind} NAME`"
     )
-
-
-class _LibraryLog(logging.Handler):
-    """Passes the library's records on: never DEBUG, and no line more than once in 30 s."""
-
-    def __init__(self) -> None:
-        super().__init__(level=logging.INFO)  # DEBUG prints keys and values of records
-        self._said_at: dict[tuple[str, str], float] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        said = (record.name, str(record.msg)[:80])
-        now = time.monotonic()
-        if now - self._said_at.get(said, -REPEATED_LOG_SECONDS) < REPEATED_LOG_SECONDS:
-            return
-        if len(self._said_at) > 1000:
-            self._said_at.clear()
-        self._said_at[said] = now
-        logging.getLogger("moorline.kafka").handle(record)
-
-
-def quiet_library_loggers() -> None:
-    """Cap ``kafka.*`` loggers: DEBUG would print prompts and replies. Idempotent."""
-    library = logging.getLogger("kafka")
-    if not any(isinstance(handler, _LibraryLog) for handler in library.handlers):
-        library.addHandler(_LibraryLog())
-        library.propagate = False
-    if library.getEffectiveLevel() < logging.WARNING:
-        library.setLevel(logging.WARNING)

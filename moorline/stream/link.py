@@ -13,12 +13,14 @@ from kafka import KafkaProducer
 from moorline.settings import StreamSettings
 from moorline.stream.client import (
     Connection,
+    StreamInvalid,
     StreamUnavailable,
     admin_session,
     close_producer,
     connect,
     explain,
 )
+from moorline.stream.library_log import REPEATED_SECONDS
 from moorline.stream.topics import Topic, describe, ensure_topics
 
 logger = logging.getLogger("moorline.stream")
@@ -42,6 +44,8 @@ class Link:
     buffered_events: Callable[[], int]
     """How many events wait, for the log."""
     last_error: str = ""
+    _logged: str = ""
+    _log_again_at: float = 0.0
     _connection: Connection[KafkaProducer] | None = None
     _background: threading.Thread | None = None
     _retry_at: float = 0.0
@@ -169,22 +173,26 @@ class Link:
                     "url": self.settings.bootstrap,
                 },
             )
-        self.last_error = ""
+        self.last_error, self._logged, self._log_again_at = "", "", 0.0
 
     def _schedule_retry(self) -> None:
         self._retry_at = time.monotonic() + self._retry_seconds
         self._retry_seconds = min(2 * self._retry_seconds, RETRY_SECONDS[1])
 
     def _log_once(self, error: StreamUnavailable) -> None:
-        """Log a cause once, not at every attempt."""
-        if str(error) != self.last_error:
-            self.last_error = str(error)
-            logger.error(
-                "Kafka unavailable, buffering events in memory and on disk: %s",
-                error,
-                extra={
-                    "event": "kafka_unavailable",
-                    "events": self.buffered_events(),
-                    "url": self.settings.bootstrap,
-                },
-            )
+        """Log that it is away once and then seldom, whatever each attempt says; at once what
+        somebody must change."""
+        self.last_error = str(error)
+        invalid = isinstance(error, StreamInvalid) and str(error) != self._logged
+        if not invalid and time.monotonic() < self._log_again_at:
+            return
+        self._logged, self._log_again_at = str(error), time.monotonic() + REPEATED_SECONDS
+        logger.error(
+            "Kafka unavailable, buffering events in memory and on disk: %s",
+            error,
+            extra={
+                "event": "kafka_unavailable",
+                "events": self.buffered_events(),
+                "url": self.settings.bootstrap,
+            },
+        )

@@ -231,6 +231,7 @@ def test_intake_stops_while_dead_letters_are_refused_and_skips_nothing(
         assert ledger.accounting().total == 1, "nothing behind it is read"
         assert ledger.offsets()[RATINGS, 0][1] == 1
     told = [r for r in caplog.records if vars(r).get("event") == "dead_letters_unavailable"]
+    assert len(told) == 1, "once, not at every attempt"
     assert "max.message.bytes" in vars(told[0])["error"], "with the remedy"
     with intake(apache, path) as (ingest, ledger):  # a restart changes nothing
         step_until(ingest, lambda: ingest.step(0.2).stalled)

@@ -211,13 +211,16 @@ def test_a_release_of_another_rank_or_base_model_is_not_continued_from(
 
 
 def test_a_release_decided_while_the_broker_is_away_is_announced_later_and_once(
-    tiny_model_dir: Path, state_dir: Path
+    tiny_model_dir: Path, state_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     updater = Updater(tiny_model_dir, state_dir)
     updater.broker_up = False
     updater.interact(4)
-    updater.loop.cycle()
+    for _ in range(3):
+        updater.loop.cycle()
     assert updater.published == []
+    said = [vars(record).get("event") for record in caplog.records]
+    assert said.count("release_not_announced") == 1, "not at every attempt"
     newest = updater.store.newest(ALIAS)
     assert newest is not None  # servers that follow the store have it already
     assert newest.version == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 from datetime import datetime
@@ -14,7 +13,7 @@ from kafka import errors as kafka_errors
 from moorline.settings import StreamSettings
 from moorline.stream import StreamInvalid, StreamUnavailable, Topic, dlq_name, ensure_topics
 from moorline.stream import topic_name as name_of
-from moorline.stream.client import client_configuration, explain, quiet_library_loggers
+from moorline.stream.client import client_configuration, explain
 from moorline.stream.topics import TopicState, check_partitions, cloud_event_headers
 
 SECRET = "canary-password-4711"
@@ -139,33 +138,3 @@ def test_headers_are_cloud_events() -> None:
     assert headers["content-type"] == b"application/json"
     moment = datetime.fromisoformat(headers["ce_time"].decode())
     assert moment.timestamp() == pytest.approx(1_700_000_000.123)
-
-
-class _Lines(logging.Handler):
-    """Caplog would attach itself to the library's own logger; this stands where a log file does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-def test_debug_of_the_library_never_comes_out() -> None:
-    quiet_library_loggers()
-    quiet_library_loggers()
-    root, noisy, file = logging.getLogger(), logging.getLogger("kafka.producer.kafka"), _Lines()
-    level = root.level
-    root.addHandler(file)
-    root.setLevel(logging.DEBUG)
-    noisy.setLevel(logging.DEBUG)
-    try:
-        noisy.debug("Sending value=%r", SECRET)
-        for number in range(3):
-            noisy.warning("the same thing again: %s", number)
-    finally:
-        noisy.setLevel(logging.NOTSET)
-        root.setLevel(level)
-        root.removeHandler(file)
-    assert file.lines == ["the same thing again: 0"]

@@ -1,0 +1,57 @@
+"""What of kafka-python's own log reaches ours: little, and nothing twice.
+
+While a broker is away the library logs several lines a second, at ERROR. Our own line says the
+same once, with the cause and the remedy (``link.py``, the updater's ``progress.py``), and another
+one says when it is over. So what the library says of connections comes out at DEBUG, and whatever
+else it says, seldom.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+
+REPEATED_SECONDS = 600.0
+"""Before the same thing is said again, by the library or by ourselves."""
+SAID_BY_OURSELVES = {
+    "kafka.net.manager": "",
+    "kafka.net.transport": "",
+    "kafka.net.connection": "%s: Connection lost",
+    "kafka.cluster": "",
+    "kafka.consumer.fetcher": "Fetch to node %s failed",
+    "kafka.producer.sender": "%s: Got error produce response",  # and sends it again
+}
+"""Logger -> how its lines on a broker that is away begin; ``""``: all of them."""
+
+
+class _LibraryLog(logging.Handler):
+    """Passes the library's records on to ours."""
+
+    def __init__(self) -> None:
+        super().__init__(level=logging.INFO)  # DEBUG prints keys and values of records
+        self._said_at: dict[tuple[str, int], float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = logging.getLogger("moorline.kafka")
+        beginning = SAID_BY_OURSELVES.get(record.name)
+        if beginning is not None and str(record.msg).startswith(beginning):
+            record = copy.copy(record)
+            record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        if not ours.isEnabledFor(record.levelno):
+            return
+        said, now = (record.pathname, record.lineno), time.monotonic()
+        if now - self._said_at.get(said, -REPEATED_SECONDS) < REPEATED_SECONDS:
+            return
+        self._said_at[said] = now
+        ours.handle(record)
+
+
+def quiet_library_loggers() -> None:
+    """Cap ``kafka.*`` loggers: DEBUG would print prompts and replies. Idempotent."""
+    library = logging.getLogger("kafka")
+    if not any(isinstance(handler, _LibraryLog) for handler in library.handlers):
+        library.addHandler(_LibraryLog())
+        library.propagate = False
+    if library.getEffectiveLevel() < logging.WARNING:
+        library.setLevel(logging.WARNING)
