@@ -124,8 +124,7 @@ class AdapterFlip(SwapStrategy):
         if target.directory is not None:
             adapter = self._loaded.get(target.version) or await self._load(target, target.directory)
         await check(adapter)
-        self._live.policy = target
-        self._models.serve_adapter(adapter)
+        self._models.serve(target, adapter)
         await asyncio.sleep(NAMED_TO_SUBMITTED_SECONDS)  # until then the one before looks unused
         return 0.0
 

@@ -111,11 +111,13 @@ class PolicyModels(OpenAIServingModels):  # type: ignore[misc]  # vLLM is not ty
             context.policy_version = version_of_policy(self._live.alias, name)
         return name
 
-    def serve_adapter(self, request: LoRARequest | None) -> None:
-        """Give new requests this adapter (None: the base model). One assignment: the flip.
+    def serve(self, policy: ServedPolicy, request: LoRARequest | None) -> None:
+        """Give new requests this policy by its adapter (None: the base model): the flip.
 
-        A request without a model name must get it too, hence the keys None and "".
+        One step of the event loop: no request sees the one without the other. One without a model
+        name must get the adapter too, hence the keys None and "".
         """
+        self._live.policy = policy
         names = (self._live.alias, None, "")
         adapters = {} if request is None else dict.fromkeys(names, request)
         self.lora_requests = _LiveAdapter(adapters, self._names_a_policy)

@@ -299,10 +299,10 @@ def test_a_listed_name_stays_answered_by_the_live_policy(models: PolicyModels, n
     assert models.is_base_model(name)
     assert name not in models.lora_requests
     live = LoRARequest("assistant@v000004", 1, "/nowhere")
-    models.serve_adapter(live)
+    models.serve(ServedPolicy(4), live)
     assert models.lora_requests[name] is live
     assert name in models.lora_requests
-    models.serve_adapter(None)
+    models.serve(ServedPolicy(4), None)
     assert name not in models.lora_requests
 
 
@@ -321,7 +321,7 @@ def test_a_listed_name_stays_answered_by_the_live_policy(models: PolicyModels, n
 )
 def test_another_name_is_not(models: PolicyModels, name: str | None) -> None:
     assert not models.is_base_model(name)  # type: ignore[arg-type]
-    models.serve_adapter(LoRARequest("assistant@v000004", 1, "/nowhere"))
+    models.serve(ServedPolicy(4), LoRARequest("assistant@v000004", 1, "/nowhere"))
     assert (name in models.lora_requests) is (name in ("", None))  # no name at all: the live one
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Served
-from tests.serving.policies import LONG_TOKENS, MESSAGES, Lineage, one_reply, read_stream
+from tests.serving.policies import (
+    LONG_TOKENS,
+    MESSAGES,
+    Lineage,
+    begin_streams,
+    one_reply,
+)
 from tests.serving.server_process import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -34,8 +40,7 @@ async def test_streams_keep_their_adapter_to_the_end(served: Served, lineage: Li
     first = await asyncio.to_thread(lineage.release)
     await asyncio.to_thread(server.wait_version, first)
     prepared = await asyncio.to_thread(lineage.prepare)
-    streams = [asyncio.create_task(read_stream(client)) for _ in range(4)]
-    await asyncio.sleep(0.5)
+    streams = await begin_streams(client, 4)
     second = lineage.announce(prepared)
     await asyncio.to_thread(server.wait_version, second)
     in_flight = sum(not stream.done() for stream in streams)
@@ -109,8 +114,7 @@ async def test_prompt_logprobs_beside_other_requests_do_not_hurt_the_engine(
     served: Served,
 ) -> None:
     client = served.server.openai_async()
-    streams = [asyncio.create_task(read_stream(client, 100)) for _ in range(3)]
-    await asyncio.sleep(0.1)
+    streams = await begin_streams(client, 3, 100)
     body = {"model": "assistant", "messages": MESSAGES, "max_tokens": 1, "prompt_logprobs": 0}
     scored = await asyncio.to_thread(served.server.post, "/v1/chat/completions", body)
     assert scored.status_code == 200

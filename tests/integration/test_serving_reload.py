@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Served
-from tests.serving.policies import LONG_TOKENS, Lineage, one_reply, read_stream
+from tests.serving.policies import LONG_TOKENS, Lineage, begin_streams, one_reply
 from tests.serving.server_process import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -41,8 +41,7 @@ async def test_streams_go_on_across_a_reload_and_every_token_has_its_version(
     server, client = reload_server.server, reload_server.server.openai_async()
     before = server.status()["policy_version"]
     prepared = await asyncio.to_thread(lineage.prepare)
-    streams = [asyncio.create_task(read_stream(client)) for _ in range(4)]
-    await asyncio.sleep(0.5)
+    streams = await begin_streams(client, 4)
     version = lineage.announce(prepared)
     replies = await asyncio.gather(*streams)
     await asyncio.to_thread(server.wait_version, version)

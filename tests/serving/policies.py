@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,22 @@ class StreamedReply:
     finish_reason: str | None = None
 
 
-async def read_stream(client: openai.AsyncOpenAI, max_tokens: int = LONG_TOKENS) -> StreamedReply:
-    """Ask for a reply of exactly ``max_tokens`` and read it to its end."""
-    seen = StreamedReply()
+async def begin_streams(
+    client: openai.AsyncOpenAI, count: int, max_tokens: int = LONG_TOKENS
+) -> list[asyncio.Task[StreamedReply]]:
+    """Streams that are under way: each has brought its first token."""
+    seen = [StreamedReply() for _ in range(count)]
+    streams = [asyncio.create_task(read_stream(client, max_tokens, one)) for one in seen]
+    while not all(one.reply_id for one in seen):
+        await asyncio.sleep(0.01)
+    return streams
+
+
+async def read_stream(
+    client: openai.AsyncOpenAI, max_tokens: int = LONG_TOKENS, seen: StreamedReply | None = None
+) -> StreamedReply:
+    """Ask for a reply of exactly ``max_tokens`` and read it to its end, into ``seen``."""
+    seen = seen or StreamedReply()
     stream = await client.chat.completions.create(
         model="assistant",
         messages=MESSAGES,

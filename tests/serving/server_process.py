@@ -125,7 +125,14 @@ class ServerProcess:
         return found
 
     def wait_version(self, version: int, timeout_seconds: float = 60.0) -> None:
-        wait_for(lambda: self.status()["policy_version"] == version, timeout_seconds)
+        """Wait until this version is live, and its swap has ended."""
+
+        def served() -> bool:
+            status = self.status()
+            swapped = [s["version"] for s in status["swaps"] if s["outcome"] == "swapped"]
+            return status["policy_version"] == version == (swapped or [0])[-1]
+
+        wait_for(served, timeout_seconds)
 
     def metric(self, sample: str) -> float:
         """The value of one sample, e.g. ``moorline_pinned``; 0 when it is absent."""
