@@ -28,6 +28,7 @@ from moorline.memory import available_memory_bytes
 from moorline.settings import ServingSettings, Settings
 from moorline.stream import Publisher, SpoolLocked
 from moorline.systemd import Notifier
+from serving import harmless_warnings
 from serving.lifetime import nothing_outlives_this_process
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def prepare_environment() -> None:
     for name in FORBIDDEN_ENVIRONMENT:
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
             raise ServerError(f"{name} opens unguarded routes on the public port: unset it")
+    if not any(name in os.environ for name in harmless_warnings.VLLM_LOG_VARIABLES):
+        os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(harmless_warnings.CONFIG)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

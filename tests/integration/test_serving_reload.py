@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.harmless_warnings import LOGGED, WARNED
 from tests.conftest import Served
 from tests.serving.policies import LONG_TOKENS, Lineage, begin_streams, one_reply
 from tests.serving.server_process import wait_for
@@ -180,3 +181,8 @@ def test_a_stopped_server_catches_up_with_what_it_missed(
     (event,) = reload_server.tape.of(one_reply(server).id)
     assert lineage.mean_difference_nats(event) < CLOSE_NATS
     assert live not in missed
+
+
+def test_a_start_prints_nothing_of_vllms_that_means_nothing(reload_server: Served) -> None:
+    printed = reload_server.server.log.read_text(errors="replace")
+    assert [line for _, line in LOGGED | WARNED if line in printed] == []

@@ -20,6 +20,7 @@ from moorline.failpoints import FAILPOINTS_VARIABLE
 from moorline.settings import StreamSettings
 from moorline.store import ArtifactStore
 from moorline.stream import Reader, Topic
+from serving.harmless_warnings import VLLM_LOG_VARIABLES
 
 START_SECONDS = 600.0
 ALIAS = "assistant"
@@ -33,7 +34,11 @@ class ServerProcess:
         self.store = ArtifactStore(state_dir / "store")
         self.log = state_dir / "server.log"
         state_dir.mkdir(parents=True, exist_ok=True)
-        clean = {name: value for name, value in os.environ.items() if "MOORLINE_" not in name}
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if "MOORLINE_" not in name and name not in VLLM_LOG_VARIABLES
+        }
         self._environment = clean | {
             "MOORLINE_STATE_DIR": str(state_dir),
             "MOORLINE_MODEL__PATH": str(model_dir),
