@@ -158,7 +158,9 @@ def test_a_topic_made_again_is_noted_and_its_old_events_are_no_loss(
     assert totals(found)["records"] == 5
 
 
-def test_markers_and_aborted_records_of_transactions_are_explained(apache: StreamSettings, tmp_path: Path) -> None:
+def test_markers_and_aborted_records_of_transactions_are_explained(
+    apache: StreamSettings, tmp_path: Path
+) -> None:
     ensure_topics(apache)
     producer = KafkaProducer(
         bootstrap_servers=apache.bootstrap, transactional_id=f"{apache.topic_prefix}t"
