@@ -149,7 +149,7 @@ def token_estimates(
     for reply in replies:
         (rerun,) = behaviours.rerun([reply], live, policy.state())
         logits, sampled = policy.completion_logits([as_sequence(reply)])
-        by_k = {k: Behaviour.keep(rerun, reply, k) for k in TOP_K}
+        by_k = {k: Behaviour.from_rerun(rerun, reply, k) for k in TOP_K}
         possible = by_k[1].possible(logits, reply.sampling)
         log_p = processed_distribution(logits, sampled, reply.sampling, possible)
         sampled_p = log_p.gather(-1, sampled[:, None])[:, 0]

@@ -380,7 +380,7 @@ class Feedback(Event):
         description="Unix seconds (or ms, us, ns), or ISO 8601 with its zone",
     )
     retracted: bool = Field(
-        default=False, strict=True, description="Takes the word back: it no longer counts"
+        default=False, strict=True, description="Takes the rating back: it no longer counts"
     )
 
     @property
@@ -463,7 +463,7 @@ class Feedback(Event):
 
 
 _CONTENT = frozenset({"value", "score_min", "score_max", "text"})
-"""What a word says, beside what it is about: nothing of it is left in a retraction."""
+"""Fields of what feedback says, beside what it is about: a retraction has none of them."""
 _THUMBS_NEEDS = (
     "thumbs needs value 1 (or true) for up, -1 (or 0, false) for down, or null to take it back"
 )

@@ -49,7 +49,7 @@ def lineage(
     if number == 0:
         raise CommandError("version 0 is the base model: nothing of the stream is in it")
     with ledger_inspector(settings) as inspector:
-        found = inspector.behind(number)
+        found = inspector.lineage(number)
     if as_json:
         print_json(_json(found))
     else:

@@ -30,8 +30,8 @@ class Display:
         self._tally = Tally()
         self._evaluations: Sequence[Evaluation] = ()
 
-    def say(self, note: str) -> None:
-        """One line at the bottom."""
+    def set_note(self, note: str) -> None:
+        """Show one line at the bottom."""
         self._note = note
 
     def update(

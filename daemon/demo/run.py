@@ -144,7 +144,7 @@ class Demo:
             finally:
                 stop.set()
                 await asyncio.gather(*people)
-            self.display.say("people have gone home; waiting until every event has its fate")
+            self.display.set_note("people have gone home; waiting until every event has its fate")
             await self._drain(server, updater, status, crowd)
             version = status["server"].get("policy_version", 0)
             if version > self.evaluations[-1].version:
@@ -187,7 +187,7 @@ class Demo:
 
     async def _evaluate(self, crowd: Crowd, version: int) -> None:
         """Ask the served policy the held-out questions; their replies are not recorded."""
-        self.display.say(f"asking held-out questions of v{version}")
+        self.display.set_note(f"asking held-out questions of v{version}")
         questions = held_out_questions()
         room = asyncio.Semaphore(HELD_OUT_CONCURRENCY)
 
@@ -222,7 +222,7 @@ class Demo:
             f"{last.at_seconds / 60:5.1f} min  v{last.version}: {last.reward:.2f} of "
             f"{last.replies} held-out replies are good"
         )
-        self.display.say("")
+        self.display.set_note("")
 
     async def _drain(self, server: str, updater: str, status: dict[str, Any], crowd: Crowd) -> None:
         """Wait until every event is read, the updater idle and its last release served.

@@ -116,8 +116,9 @@ async def test_a_rollback_passes_a_release_that_waits_for_running_replies(
     lineage.announce(third)
     await asyncio.to_thread(wait_for, lambda: waits_for_a_slot(server, third.version))
     for version in (first, 0):  # an adapter that is still loaded; none at all
-        await asyncio.to_thread(roll_back, server, version)
-        assert server.status()["policy_version"] == version
+        # At once, without the command: the replies must not end before.
+        server.store.pin("assistant", version, "test")
+        await asyncio.to_thread(server.wait_version, version)
     assert third.version not in [swap["version"] for swap in server.status()["swaps"]]
     assert (await on_first).finish_reason == (await on_second).finish_reason == "length"
     server.store.unpin("assistant")

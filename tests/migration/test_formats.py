@@ -170,7 +170,7 @@ def test_an_auditor_finds_what_was_there(migrated: Path, expected: dict[str, Any
                 said["parent"],
                 said["revokes_after"],
             )
-            assert plain(ledger.lineage(release.version)) == said["lineage"]
+            assert plain(ledger.trained_examples(release.version)) == said["lineage"]
             assert store.release("assistant", release.version) == release
             if said["bytes_kept"]:
                 assert release.artifact_digest is not None

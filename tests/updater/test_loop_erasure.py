@@ -62,7 +62,7 @@ def test_a_replay_returns_to_the_clean_release_and_learns_the_rest_anew(
     assert (fourth.version, fourth.parent, fourth.examples) == (4, 3, 4)
     assert updater.fates() == {Fate.TRAINED: 8, Fate.ERASED: 1}
     assert updater.ledger.audit() == []
-    assert {key for _, key in updater.ledger.lineage(4)} == {
+    assert {key for _, key in updater.ledger.trained_examples(4)} == {
         *(f"chatcmpl-2-{index}/0" for index in (0, 2, 3)),
         "chatcmpl-3-0/0",
     }

@@ -176,7 +176,7 @@ class Behaviour:
     """Token ids and log q, [T, k + 1] each: the sampled token and the k likeliest others."""
 
     @classmethod
-    def keep(cls, rerun: Rerun, interaction: Interaction, top_k: int | None) -> Behaviour:
+    def from_rerun(cls, rerun: Rerun, interaction: Interaction, top_k: int | None) -> Behaviour:
         """``top_k`` None: no bins."""
         sampled = torch.tensor(interaction.completion_token_ids, device=rerun.logprobs.device)
         log_q = rerun.logprobs.gather(-1, sampled.unsqueeze(-1)).squeeze(-1)

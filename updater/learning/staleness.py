@@ -78,7 +78,7 @@ def measure_staleness(
         for interaction, rerun in zip(
             again, behaviours.rerun(again, live_version, live), strict=True
         ):
-            found[interaction.key] = Behaviour.keep(rerun, interaction, top_k)
+            found[interaction.key] = Behaviour.from_rerun(rerun, interaction, top_k)
         logits, sampled = policy.completion_logits([sequences[i] for i in group])
         sizes = [sequences[i].tokens for i in group]
         for index, rows, tokens in zip(

@@ -166,7 +166,7 @@ _NEVER = (
     ),
     (
         "SELECT count(*) FROM feedback WHERE state = 'ready' AND latest = 0",
-        "ready ratings that are not their rater's last word",
+        "ready ratings that are not their rater's last",
     ),
     (
         "SELECT count(*) FROM feedback WHERE retracts = 1 AND state IN ('ready', 'trained')",

@@ -65,7 +65,7 @@ def _end_open_ratings(connection: sqlite3.Connection, fates: Fates) -> None:
         " RETURNING id, topic_partition, offset"
     ).fetchall():
         connection.execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
-        fates.move(topic_partition, offset, Fate.NOT_TRAINABLE, Reason.MAY_HAVE_TAUGHT)
+        fates.change(topic_partition, offset, Fate.NOT_TRAINABLE, Reason.MAY_HAVE_TAUGHT)
 
 
 class AlreadyRead:

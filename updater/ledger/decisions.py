@@ -184,8 +184,8 @@ class Decisions:
                 for loser in claim.over:
                     self._decide_interaction(loser, outcome)
 
-    def refuse_word(self, rating: int) -> None:
-        """A word that the rules of today refuse teaches nothing."""
+    def refuse_feedback(self, rating: int) -> None:
+        """Feedback that the rules of today refuse teaches nothing."""
         self._decide_rating(
             rating,
             ExampleOutcome(Fate.NOT_TRAINABLE, FeedbackState.NOT_TRAINABLE, Reason.SCHEMA_MISMATCH),
@@ -203,7 +203,7 @@ class Decisions:
         interaction, rater, aspect, topic_partition, offset, _, latest = row
         is_latest = bool(latest)
         if outcome.fate is Fate.TRAINED and not is_latest:
-            # The rater spoke again while the batch was in training: too late for that word.
+            # The rater spoke again while the batch was in training: too late for that rating.
             self._supersede(interaction, rater, aspect)
             is_latest = True
         self._execute(
@@ -212,7 +212,9 @@ class Decisions:
         )
         if outcome.fate is not Fate.TRAINED:
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
-        self._fates.move(topic_partition, offset, outcome.fate, outcome.reason, outcome.decided_by)
+        self._fates.change(
+            topic_partition, offset, outcome.fate, outcome.reason, outcome.decided_by
+        )
 
     def _supersede(self, interaction: int, rater: str, aspect: str) -> None:
         for identity, topic_partition, offset in self._execute(
@@ -222,7 +224,7 @@ class Decisions:
             (interaction, rater, aspect),
         ).fetchall():
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
-            self._fates.move(topic_partition, offset, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
+            self._fates.change(topic_partition, offset, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
 
     def _end_example(self, identity: int, outcome: ExampleOutcome) -> None:
         if outcome.makes_untrainable:
@@ -240,7 +242,7 @@ class Decisions:
         ).fetchone()
         if pending is not None:
             topic_partition, offset = pending
-            self._fates.move(
+            self._fates.change(
                 topic_partition, offset, outcome.fate, outcome.reason, outcome.decided_by
             )
 
@@ -258,7 +260,7 @@ class Decisions:
                 (FeedbackState.UNUSABLE, identity),
             ).fetchall():
                 self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating,))
-                self._fates.move(topic_partition, offset, Fate.NOT_TRAINABLE, reason)
+                self._fates.change(topic_partition, offset, Fate.NOT_TRAINABLE, reason)
 
 
 def check_release(

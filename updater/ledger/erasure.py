@@ -87,10 +87,10 @@ def concerned(connection: sqlite3.Connection, erasure: Erasure) -> Concerned:
         f"SELECT DISTINCT s.id FROM ({_REPLIES_OF_NAMES}) s WHERE {whose} AND s.event_time <= ?",
         (*names, erasure.erased_at),
     )
-    return Concerned(interactions, _own_words(connection, erasure))
+    return Concerned(interactions, _own_feedback(connection, erasure))
 
 
-def _own_words(connection: sqlite3.Connection, erasure: Erasure) -> tuple[int, ...]:
+def _own_feedback(connection: sqlite3.Connection, erasure: Erasure) -> tuple[int, ...]:
     """Ratings by the users, of any reply; only of the tenant's, where one is named."""
     raters = [
         rater
@@ -199,13 +199,13 @@ class Eraser:
         taught = taught_versions(self._connection, erasure)
         ancestor = last_clean_version(self._live, taught, self._release)
         subjects = self._subjects(erasure, rows.interactions)
-        words = sum(self.erase_interaction(identity) for identity in rows.interactions)
-        words += sum(self.erase_rating(identity) for identity in rows.feedback)
+        feedback = sum(self.erase_interaction(identity) for identity in rows.interactions)
+        feedback += sum(self.erase_rating(identity) for identity in rows.feedback)
         for subject, key in subjects:
             self._retire(subject, key)
         if erasure.interaction_id is None:
             self._drop_names(erasure)
-        self._erasure_markers.put(erasure)
+        self._erasure_markers.add(erasure)
         self._execute(
             "INSERT INTO erasures (id, request, applied_at, interactions, feedback, releases,"
             " last_clean_version, revoke) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -214,7 +214,7 @@ class Eraser:
                 erasure.model_dump_json(),
                 now,
                 len(rows.interactions),
-                words,
+                feedback,
                 json.dumps(taught),
                 ancestor,
                 erasure.revoke and ancestor != self._live,
@@ -235,7 +235,7 @@ class Eraser:
             "SELECT topic_partition, offset, state FROM interactions WHERE id = ?", (identity,)
         ).fetchone()
         if state == InteractionState.PENDING:
-            self._fates.move(topic_partition, offset, Fate.ERASED)
+            self._fates.change(topic_partition, offset, Fate.ERASED)
         ratings = _ids(
             self._connection,
             "SELECT id FROM feedback WHERE interaction = ?1 UNION"
@@ -260,7 +260,7 @@ class Eraser:
         if state == FeedbackState.ERASED:
             return 0
         if state in _UNDECIDED:
-            self._fates.move(topic_partition, offset, Fate.ERASED)
+            self._fates.change(topic_partition, offset, Fate.ERASED)
         self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
         self._execute(
             "UPDATE feedback SET state = ?, latest = 0, rater = '', content = NULL WHERE id = ?",

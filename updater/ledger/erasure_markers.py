@@ -31,7 +31,7 @@ class ErasureMarkers:
         (last,) = self._execute("SELECT max(scope) FROM erasure_markers").fetchone()
         self.any = last is not None
 
-    def put(self, erasure: Erasure) -> None:
+    def add(self, erasure: Erasure) -> None:
         """Add an erasure's markers. Of one scope the latest moment counts."""
         # An erased reply stays erased whenever feedback on it was given.
         at = erasure.erased_at if erasure.interaction_id is None else math.inf
@@ -43,15 +43,15 @@ class ErasureMarkers:
             )
         self.any = True
 
-    def cover(self, event: Interaction | Feedback, event_time: float) -> bool:
+    def erases(self, event: Interaction | Feedback, event_time: float) -> bool:
         """Whether this event happened before an erasure of its subject."""
-        return self.any and self._cover(scopes_of(event), event_time)
+        return self.any and self._marked(scopes_of(event), event_time)
 
-    def cover_rater(self, rater: str, tenant: str, event_time: float) -> bool:
+    def erases_rater(self, rater: str, tenant: str, event_time: float) -> bool:
         """Whether the rater had their ratings of this tenant's replies erased."""
-        return self.any and self._cover([f"user/{user_digest(rater)}/{tenant}"], event_time)
+        return self.any and self._marked([f"user/{user_digest(rater)}/{tenant}"], event_time)
 
-    def _cover(self, scopes: Iterable[str], event_time: float) -> bool:
+    def _marked(self, scopes: Iterable[str], event_time: float) -> bool:
         scopes = list(scopes)
         (at,) = self._execute(
             f"SELECT max(at) FROM erasure_markers WHERE scope IN ({', '.join('?' * len(scopes))})",

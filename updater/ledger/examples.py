@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moorline.events import Interaction, user_digest
 from updater.learning.advantages import overridden_signals
 from updater.ledger.bodies import Bodies
-from updater.ledger.revisions import word_name
+from updater.ledger.revisions import rating_name
 from updater.values import Example, TokenSequence, as_sequence
 
 _Place = tuple[float, str]
@@ -36,10 +36,10 @@ class Claim:
     """Signals beside an explicit rating: decided with the example, but not learned from."""
 
 
-def example_id(key: str, words: Iterable[str]) -> str:
-    """Names an example by its content: the same reply and ratings (``word_name``) always give the
+def example_id(key: str, ratings: Iterable[str]) -> str:
+    """Names an example by its content: the same reply and ratings (``rating_name``) always give the
     same id."""
-    content = "\n".join([key, *sorted(words)])
+    content = "\n".join([key, *sorted(ratings)])
     return f"ex-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 
@@ -137,7 +137,7 @@ def _example(connection: sqlite3.Connection, bodies: Bodies, key: str) -> tuple[
     overridden = overridden_signals(feedback.values())
     weighted = {rating: one for rating, one in feedback.items() if one not in overridden}
     over = tuple(sorted({row[1] for row in rows if row[1] is not None}))
-    names = {row[0]: word_name(row[2], row[4], user_digest(row[5]), row[6]) for row in rows}
+    names = {row[0]: rating_name(row[2], row[4], user_digest(row[5]), row[6]) for row in rows}
     example = Example(
         example_id=example_id(key, (names[rating] for rating in weighted)),
         interaction=bodies.interaction(identity).model_copy(update={"created_at": event_time}),

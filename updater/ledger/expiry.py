@@ -62,7 +62,7 @@ class Expiry:
         expired = 0
         for identity, state, topic_partition, offset in rows:
             if state == InteractionState.PENDING:
-                self._fates.move(topic_partition, offset, Fate.EXPIRED, Reason.NO_FEEDBACK)
+                self._fates.change(topic_partition, offset, Fate.EXPIRED, Reason.NO_FEEDBACK)
                 expired += 1
             self._drop_body(identity)
         return expired, len(rows) - expired
@@ -98,7 +98,7 @@ class Expiry:
             (before, limit),
         ).fetchall()
         for identity, topic_partition, offset in rows:
-            self._fates.move(topic_partition, offset, Fate.EXPIRED, Reason.NO_INTERACTION)
+            self._fates.change(topic_partition, offset, Fate.EXPIRED, Reason.NO_INTERACTION)
             self._execute(
                 "UPDATE feedback SET state = ? WHERE id = ?", (FeedbackState.CLOSED, identity)
             )

@@ -32,7 +32,7 @@ class Fates:
         """A record that says again what another one, with the row ``first``, has said."""
         self.record(topic_partition, offset, Fate.DUPLICATE, Reason.REPEATED_EVENT, first)
 
-    def move(
+    def change(
         self,
         topic_partition: int,
         offset: int,

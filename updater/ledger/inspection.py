@@ -34,7 +34,7 @@ class Consumed:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What is behind a release."""
+    """What a release learned from, and from whom."""
 
     release: Release
     ancestors: tuple[Release, ...]
@@ -128,11 +128,11 @@ class LedgerInspector(Histories):
         with self._database.snapshot() as connection:
             rows = concerned(connection, erasure)
             taught = taught_versions(connection, erasure)
-            words = set(rows.feedback)
+            feedback = set(rows.feedback)
             for reply in rows.interactions:
-                words.update(
-                    word
-                    for (word,) in connection.execute(
+                feedback.update(
+                    identity
+                    for (identity,) in connection.execute(
                         "SELECT id FROM feedback WHERE (interaction = ?1 OR over = ?1)"
                         " AND state <> 'erased'",
                         (reply,),
@@ -141,11 +141,11 @@ class LedgerInspector(Histories):
         live = self.live_version()
         ancestor = last_clean_version(live, taught, self.release)
         revoke = erasure.revoke and ancestor != live
-        return Forgotten(len(rows.interactions), len(words), taught, ancestor, revoke)
+        return Forgotten(len(rows.interactions), len(feedback), taught, ancestor, revoke)
 
     # --- one release ------------------------------------------------------------------------
 
-    def behind(self, version: int) -> Lineage:
+    def lineage(self, version: int) -> Lineage:
         """Everything that made a release.
 
         Raises:
@@ -179,7 +179,7 @@ class LedgerInspector(Histories):
         return Lineage(
             release,
             tuple(ancestors),
-            tuple(self.lineage(version)),
+            tuple(self.trained_examples(version)),
             dict(events),
             int(raters),
             revoked=version in self.revoked_versions(),

@@ -92,7 +92,7 @@ class Intake:
         return new, len(records) - new
 
     def _take(self, parsed: Parsed, cursor: _Cursor, now: float) -> None:
-        arrival = Arrival.of(parsed.record, cursor.id, now)
+        arrival = Arrival.from_record(parsed.record, cursor.id, now)
         if isinstance(parsed.event, Erasure):
             self._eraser.carry_out(parsed.event, arrival.at, now)
             cursor.instructions += 1

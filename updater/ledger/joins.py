@@ -68,7 +68,7 @@ class Joins:
         if row is not None and row[1] != _AWAITED:
             self._fates.record_repeat(arrival.topic_partition, arrival.offset, row[0])
             return
-        erased = self._erasure_markers.cover(event, min(event.created_at, arrival.at))
+        erased = self._erasure_markers.erases(event, min(event.created_at, arrival.at))
         subject, key = (None, 0) if erased else self._subject(event)
         identity = self._write_interaction(event, parsed, arrival, subject)
         fate, reason = Fate.ERASED, Reason.NONE

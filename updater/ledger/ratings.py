@@ -1,4 +1,4 @@
-"""Feedback in the ledger: its rows, whose word is the last, and when it is given its place."""
+"""Feedback in the ledger: its rows, which rating is its rater's last, when it joins its reply."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNDECIDED = (
     FeedbackState.UNUSABLE,
     FeedbackState.RETRACTED,
 )
-"""States of words that nothing was learned from, and that still count for something."""
+"""States of feedback that nothing was learned from, and that still bars older feedback."""
 
 _OF_A_RATING = tuple(field.name for field in fields(Rating) if field.name != "state")
 """Columns of ``feedback`` under the names of the fields."""
@@ -57,7 +57,7 @@ class Ratings:
         if event.over_key is not None and not event.retracted:
             over = self._known_or_awaited(event.over_key, arrival)
         event_time = min(event.created_at, arrival.at)
-        erased = self._erasure_markers.cover(event, event_time)
+        erased = self._erasure_markers.erases(event, event_time)
         earlier = read_earlier(self._connection, of.id, event)
         content = content_digest(event)
         gone = erased or of.state is InteractionState.ERASED
@@ -108,17 +108,17 @@ class Ratings:
         return int(identity)
 
     def _replace(self, earlier: Earlier, event: Feedback, arrival: Arrival) -> Ruling | None:
-        """What a feedback id said before no longer counts, unless it is in the weights; returns
-        what becomes of the new word, where that is decided by what its id said before."""
+        """Close what a feedback id said before, unless it is in the weights; returns what becomes
+        of the new event, where that is decided by what its id said before."""
         closed = FeedbackState.CLOSED
         if earlier.takes_back is not None:
             return Ruling(closed, Fate.RETRACTED, Reason.RATING_RETRACTED)
         if earlier.last and not earlier.last[0].is_before(arrival):
             return Ruling(closed, *fate_before(earlier.last[0].retracts, event.retracted))
-        for word in earlier.last:
-            if word.state in _UNDECIDED:
-                fate, reason = fate_before(event.retracted, word.retracts)
-                self._close(word.id, word.topic_partition, word.offset, fate, reason)
+        for rating in earlier.last:
+            if rating.state in _UNDECIDED:
+                fate, reason = fate_before(event.retracted, rating.retracts)
+                self._close(rating.id, rating.topic_partition, rating.offset, fate, reason)
         if earlier.trained:
             self._forget_trained(earlier.trained)
             return Ruling(closed, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
@@ -127,18 +127,18 @@ class Ratings:
     def _close(
         self, identity: int, topic_partition: int, offset: int, fate: Fate, reason: Reason
     ) -> None:
-        """A word no longer counts. Where it was its rater's last, it stays so, and bars older
+        """A rating no longer counts. Where it was its rater's last, it stays so, and bars older
         ones."""
         self._execute(
             "UPDATE feedback SET state = ? WHERE id = ?", (FeedbackState.CLOSED, identity)
         )
         self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
-        self._fates.move(topic_partition, offset, fate, reason)
+        self._fates.change(topic_partition, offset, fate, reason)
 
-    def _forget_trained(self, words: Iterable[int]) -> None:
+    def _forget_trained(self, trained: Iterable[int]) -> None:
         """They stay in the weights, but a revocation does not learn from them again."""
-        for word in words:
-            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (word,))
+        for identity in trained:
+            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
 
     def _says_otherwise(self, later: Rating, earlier: Rating) -> bool:
         """Whether the later word's content is another; what an old ledger did not note is."""
@@ -183,7 +183,7 @@ class Ratings:
             (ruling.state, ruling.is_latest, rating.id),
         )
         if ruling.fate is not Fate.PENDING:
-            self._fates.move(rating.topic_partition, rating.offset, ruling.fate, ruling.reason)
+            self._fates.change(rating.topic_partition, rating.offset, ruling.fate, ruling.reason)
         if ruling.state is not FeedbackState.READY:
             self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating.id,))
 
@@ -197,7 +197,7 @@ class Ratings:
             (rating.interaction,),
         )
         return any(
-            self._erasure_markers.cover_rater(rating.rater, tenant, rating.event_time)
+            self._erasure_markers.erases_rater(rating.rater, tenant, rating.event_time)
             for (tenant,) in tenants.fetchall()
         )
 
@@ -211,7 +211,7 @@ class Ratings:
             self._change_why_replaced(rating)
 
     def _change_why_replaced(self, last: Rating) -> None:
-        """Of all words before the last one, whether they were replaced or taken back."""
+        """Say of all ratings before the last one whether they were replaced or taken back."""
         fate, reason = fate_before(last.retracts, False)
         for topic_partition, offset in self._execute(
             "SELECT f.topic_partition, f.offset FROM feedback f JOIN events e"
@@ -227,7 +227,7 @@ class Ratings:
                 reason,
             ),
         ).fetchall():
-            self._fates.move(topic_partition, offset, fate, reason)
+            self._fates.change(topic_partition, offset, fate, reason)
 
     def _known_or_awaited(self, key: str, arrival: Arrival) -> Known:
         """An interaction, or a row that feedback can wait at until it is read."""

@@ -213,7 +213,7 @@ class LedgerReader:
             for (version,) in self._database.rows("SELECT version FROM releases WHERE revoked")
         }
 
-    def lineage(self, version: int) -> list[tuple[str, str]]:
+    def trained_examples(self, version: int) -> list[tuple[str, str]]:
         """(example id, interaction key) of everything that a release learned from."""
         return [
             (example_id, key)

@@ -50,7 +50,7 @@ class Earlier:
 
     next_revision: int
     last: tuple[Revision, ...] = ()
-    """The last word of each rater whom the event speaks for; the event's own rater first."""
+    """The last feedback of each rater whom the event speaks for; the event's own rater first."""
     trained: tuple[int, ...] = ()
     """Rows under the id that are in the weights."""
     takes_back: Revision | None = None
@@ -59,13 +59,13 @@ class Earlier:
     """A row under the id that was erased."""
 
     def revision_at(self, arrival: Arrival) -> int:
-        """The place of a record that arrives now: after the last word, or before it."""
+        """The place of a record that arrives now: after the last one, or before it."""
         if self.last and not self.last[0].is_before(arrival):
             return self.last[0].revision - 1
         return self.next_revision
 
     def repeated_by(self, content: bytes) -> int | None:
-        """The row of the last word, where the event says the same again."""
+        """The row of the last one, where the event says the same again."""
         return self.last[0].id if self.last and self.last[0].content == content else None
 
 
@@ -106,7 +106,7 @@ def read_earlier(connection: sqlite3.Connection, interaction: int, event: Feedba
 
 
 def place_of(event: Feedback, last: Revision, event_time: float) -> dict[str, Any]:
-    """Columns of a word that replaces another: a retraction takes its place, so that nothing else
+    """Columns of feedback that replaces another: a retraction takes its place, so that nothing else
     of the rater is taken back; a rating is not older than it."""
     if event.retracted:
         return {"rater": last.rater, "aspect": last.aspect, "event_time": last.event_time}
@@ -120,8 +120,8 @@ def _unfulfilled(own: Sequence[Revision], rows: Sequence[Revision]) -> Revision 
     return next((row for row in rows if row.retracts and row.rater == ANONYMOUS), None)
 
 
-def word_name(feedback_id: str, revision: int, rater_digest: str, content: bytes | None) -> str:
-    """Names one word of one rater among all on its reply."""
-    if content is None:  # from before format 6, when an id was one word
+def rating_name(feedback_id: str, revision: int, rater_digest: str, content: bytes | None) -> str:
+    """Names one piece of feedback of one rater among all on its reply."""
+    if content is None:  # from before format 6, when an id was said once
         return feedback_id
     return f"{feedback_id} {revision} {rater_digest}"

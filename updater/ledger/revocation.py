@@ -63,7 +63,7 @@ class Revocation:
         """``release`` is live; every version after the one it revokes after is revoked."""
         assert release.revokes_after is not None
         after = release.revokes_after
-        # Words before replies: a reply that waits again may be asked for by its words.
+        # Ratings before replies: a reply that waits again may be asked for by its ratings.
         for topic in (Topic.FEEDBACK, Topic.INTERACTIONS):
             for topic_partition, offset, subject in self._execute(
                 "SELECT e.topic_partition, e.offset, e.subject FROM events e"
@@ -76,7 +76,7 @@ class Revocation:
                 reason = Reason.NONE
                 if fate is Fate.NOT_TRAINABLE:
                     reason = Reason.RELEASE_REVOKED
-                self._fates.move(topic_partition, offset, fate, reason)
+                self._fates.change(topic_partition, offset, fate, reason)
         self._execute("DELETE FROM decisions WHERE fate = 'trained' AND decided_by > ?", (after,))
         self._execute("DELETE FROM taught WHERE version > ?", (after,))
         self._execute("UPDATE releases SET revoked = 1 WHERE version > ?", (after,))

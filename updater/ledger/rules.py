@@ -10,7 +10,7 @@ which it is read: the same events shuffled, repeated or interleaved give the sam
 * Of one rater's ratings of one aspect of a reply (``Feedback.aspect``) the last counts (event time,
   then arrival); the others are ``duplicate/superseded_rating``. Once it is in the weights, all
   others of that rater and aspect are ``duplicate/already_trained``.
-* A retraction is a word that says nothing: where it is the last, the ratings before it are
+* A retraction is feedback that says nothing: where it is the last, the ratings before it are
   ``retracted/rating_retracted``. It is never too late for what was not learned from yet.
 * An interaction that no gradient follows from still joins; its feedback gets its reason.
 * Feedback on a reply that its subject had erased is ``erased`` too, whoever gave it and whenever.
@@ -57,7 +57,7 @@ class Arrival:
     """When the broker got it, Unix seconds; never after now."""
 
     @classmethod
-    def of(cls, record: Record, topic_partition: int, now: float) -> Arrival:
+    def from_record(cls, record: Record, topic_partition: int, now: float) -> Arrival:
         """A record without a timestamp, or with one in the future, arrived now."""
         stamped = record.stamped_at
         at = now if stamped is None else min(stamped, now)
@@ -97,7 +97,7 @@ class Rating:
     state: FeedbackState
 
     def is_before(self, other: Rating) -> bool:
-        """Whether ``other``, of the same rater and aspect, is the later word."""
+        """Whether ``other``, of the same rater and aspect, is the later one."""
         if self.feedback_id == other.feedback_id:
             return self.revision < other.revision
         return self._order < other._order
@@ -130,7 +130,7 @@ def prompt_digest(token_ids: Sequence[int]) -> bytes:
 
 
 def fate_before(last_retracts: bool, retracts: bool) -> tuple[Fate, Reason]:
-    """Of a word that a later one replaces, by whether each of the two takes back."""
+    """The fate of feedback that a later one replaces, by whether each of the two takes back."""
     if last_retracts and not retracts:
         return Fate.RETRACTED, Reason.RATING_RETRACTED
     return Fate.DUPLICATE, Reason.SUPERSEDED_RATING

@@ -34,7 +34,7 @@ class FeedbackState(StrEnum):
     CLOSED = "closed"
     """Late, expired, superseded, taken back, or without credit: kept to know repeats."""
     RETRACTED = "retracted"
-    """Its rater's last word is that nothing is said any more (always latest)."""
+    """Its rater took back all that was said (always latest)."""
     ERASED = "erased"
     """Its rater withdrew it, or somebody the reply that it is on."""
 

@@ -21,7 +21,7 @@ class Watermark:
         self._behind = frozenset((str(topic), partition) for topic, partition in partitions)
         self._behind_as_of = as_of
 
-    def at(self, now: float) -> float:
+    def watermark_at(self, now: float) -> float:
         """As ``Ledger.watermark``."""
         read_until: dict[tuple[str, int], float] = {
             (topic, partition): float(arrived_at)

@@ -202,7 +202,7 @@ class Ledger(LedgerReader):
         Arrival is monotonous in a partition, so that no event is forgotten while the one that it
         waits for lies unread.
         """
-        return self._watermark.at(now)
+        return self._watermark.watermark_at(now)
 
     def expire(self, now: float | None = None, *, limit: int = 10_000) -> Expired:
         """Apply the horizon to at most ``limit`` rows of each kind; the rest at the next call.
@@ -292,7 +292,7 @@ class Ledger(LedgerReader):
                 if isinstance(unreadable, BodyErased):
                     self._eraser(work).erase_body(unreadable)
                 else:
-                    Decisions(work.connection, work.fates).refuse_word(unreadable.identity)
+                    Decisions(work.connection, work.fates).refuse_feedback(unreadable.identity)
 
     # --- what is learned from -----------------------------------------------------------------
 

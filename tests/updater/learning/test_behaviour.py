@@ -107,7 +107,7 @@ def test_a_stale_ratio_is_the_one_worked_out_on_the_behaviour_policys_support(
         by_hand.append(float(p / q))
 
     (rerun,) = shelf.rerun(reply)
-    behaviour = Behaviour.keep(rerun, reply, top_k=None)
+    behaviour = Behaviour.from_rerun(rerun, reply, top_k=None)
     sampled = torch.tensor(reply.completion_token_ids)
     log_p = processed_logprobs(now, sampled, sampling, behaviour.possible(now, sampling))
     ratios = (log_p - torch.tensor(reply.completion_logprobs)).exp()
@@ -122,7 +122,7 @@ def test_on_its_own_support_a_stale_policy_would_give_other_ratios(
     reply = reply_of(policy, shelf.first, sampling)
     now = logits_under(policy, shelf.live, reply)
     sampled = torch.tensor(reply.completion_token_ids)
-    possible = Behaviour.keep(shelf.rerun(reply)[0], reply, None).possible(now, sampling)
+    possible = Behaviour.from_rerun(shelf.rerun(reply)[0], reply, None).possible(now, sampling)
     exact = processed_logprobs(now, sampled, sampling, possible)
     own = processed_logprobs(now, sampled, sampling)
     assert not torch.allclose(exact, own, atol=1e-2)
@@ -167,7 +167,7 @@ def test_what_is_gone_or_damaged_falls_back_and_is_counted(policy: Policy, shelf
     assert rerun.fallbacks == {(9, Fallback.GONE): 6}
     now = logits_under(policy, shelf.live, unknown)
     sampled = torch.tensor(unknown.completion_token_ids)
-    behaviour = Behaviour.keep(rerun, unknown, None)
+    behaviour = Behaviour.from_rerun(rerun, unknown, None)
     log_p = processed_logprobs(
         now, sampled, unknown.sampling, behaviour.possible(now, unknown.sampling)
     )
@@ -215,7 +215,7 @@ def test_binary_is_below_top_k_is_below_exact(
     (rerun,) = shelf.rerun(reply)
     now = logits_under(policy, shelf.live, reply)
     sampled = torch.tensor(reply.completion_token_ids)
-    kept = {k: Behaviour.keep(rerun, reply, k) for k in (1, 8, 60_000)}
+    kept = {k: Behaviour.from_rerun(rerun, reply, k) for k in (1, 8, 60_000)}
     log_p = processed_distribution(now, sampled, sampling, kept[1].possible(now, sampling))
     measure = divergence.binary_kl if kind == "kl" else divergence.binary_tv
     chosen = log_p.gather(-1, sampled[:, None])[:, 0]

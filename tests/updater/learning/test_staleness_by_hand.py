@@ -120,7 +120,7 @@ def test_the_mismatch_is_over_the_tokens_that_were_run_again() -> None:
     def measured(known: list[bool]) -> float | None:
         chances = torch.tensor([[4 / 7, 3 / 7, 0.0, 0.0]] * 2 + [[1.0] * 4] * 2).log()
         rerun = Rerun(chances, torch.tensor(known), {(2, Fallback.GONE): 2})
-        return Behaviour.keep(rerun, mixed, None).mismatch_nats(mixed)
+        return Behaviour.from_rerun(rerun, mixed, None).mismatch_nats(mixed)
 
     assert measured([True, True, False, False]) == pytest.approx(0.05, abs=1e-5)
     assert measured([False] * 4) is None

@@ -89,7 +89,7 @@ TAMPERED = [
         "INSERT INTO feedback_bodies SELECT id, 1, x'' FROM feedback WHERE state = 'rejected'",
         "ratings whose body",
     ),
-    ("UPDATE feedback SET latest = 0 WHERE state = 'ready'", "last word"),
+    ("UPDATE feedback SET latest = 0 WHERE state = 'ready'", "their rater's last"),
     ("UPDATE feedback SET retracts = 1 WHERE state = 'ready'", "retractions that are learned"),
     ("UPDATE feedback SET retracts = 1 WHERE state = 'trained'", "retractions that are learned"),
     (f"UPDATE interactions SET open_preferences = 0 WHERE id = {of('won')}", "open preferences"),

@@ -145,7 +145,7 @@ def outcome(path: Path, outbox: Path) -> dict[str, Any]:
             "accounting": reader.accounting().as_dict(),
             "offsets": sorted(map(repr, reader.offsets().items())),
             "releases": [(r.version, r.parent, r.examples_digest) for r in reader.releases()],
-            "lineage": [reader.lineage(r.version) for r in reader.releases()],
+            "lineage": [reader.trained_examples(r.version) for r in reader.releases()],
             "revoked": reader.revoked_versions(),
             "erasures": [reader.erasure(name) for name in ("er-cy", "er-reply", "er-bob")],
             "rejections": [json.loads(r["record"]) for r in reader.rejections()],

@@ -391,7 +391,7 @@ def test_a_replay_goes_back_and_learns_the_rest_again(ledger: Ledger) -> None:
     assert [one.rater for one in ready["cy-0"].feedback] == ["eve"]
     assert train(ledger) == 6
     assert fates(ledger)[Fate.TRAINED, Reason.NONE] == 3
-    assert {key for _, key in ledger.lineage(6)} == {"cy-0/0", "new/0"}
+    assert {key for _, key in ledger.trained_examples(6)} == {"cy-0/0", "new/0"}
     assert ledger.forget(erasure("ana"), now=NOW).releases == ()
     assert ledger.forget(erasure("eve"), now=NOW).releases == (6,)
     stored = ledger.erasure(ledger_erasure_id(ledger))

@@ -104,7 +104,7 @@ def test_a_trained_reply_names_its_feedback_its_release_and_its_place(
         assert story.outcome is not None
         assert story.outcome.name == "assistant@v000001"
         assert story.example_id is not None
-        assert story.example_id == inspector.lineage(1)[0][0]
+        assert story.example_id == inspector.trained_examples(1)[0][0]
 
 
 def test_a_repeat_and_the_record_that_counts_name_each_other(inspector: LedgerInspector) -> None:
@@ -166,11 +166,11 @@ def test_a_pruned_event_keeps_its_fate_and_its_example(state: Path) -> None:
         (story,) = inspector.histories("interactions.v1/0/0")
         assert (story.kind, story.fate) == ("forgotten", Fate.TRAINED)
         assert story.outcome is not None
-        assert inspector.behind(1).events == {RATINGS: 2, REPLIES: 1}
+        assert inspector.lineage(1).events == {RATINGS: 2, REPLIES: 1}
 
 
 def test_lineage_counts_events_and_raters(inspector: LedgerInspector) -> None:
-    found = inspector.behind(1)
+    found = inspector.lineage(1)
     assert found.release.version == 1
     assert found.ancestors == ()
     assert [key for _, key in found.examples] == ["r1/0"]

@@ -260,7 +260,7 @@ def test_a_release_trains_its_examples_once(ledger: Ledger) -> None:
     assert len(ids) == 2
     assert fates(ledger, REPLIES) == fates(ledger, RATINGS) == {(Fate.TRAINED, Reason.NONE): 2}
     assert (ledger.live_version(), ledger.next_version()) == (1, 2)
-    assert [name for name, _ in ledger.lineage(1)] == sorted(ids)
+    assert [name for name, _ in ledger.trained_examples(1)] == sorted(ids)
     with pytest.raises(LedgerError, match="not handed out"):
         ledger.commit_release(release(ledger, ids), BatchDecision(ids))
 
@@ -370,7 +370,7 @@ def test_what_a_candidate_did_not_learn_from_is_set_aside_with_its_decision(
         with pytest.raises(LedgerError, match="examples 2, the ledger expects 1"):
             ledger.commit_release(release(ledger, ids), BatchDecision(ids, set_aside=aside))
         ledger.commit_release(release(ledger, ids[:1]), BatchDecision(ids, set_aside=aside))
-        assert [name for name, _ in ledger.lineage(1)] == ids[:1]
+        assert [name for name, _ in ledger.trained_examples(1)] == ids[:1]
         judged = (Fate.TRAINED, Reason.NONE)
     else:
         ledger.commit_rejection(Reason.GATE_BLOCKED, BatchDecision(ids, set_aside=aside), now=NOW)

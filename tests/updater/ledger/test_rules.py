@@ -167,7 +167,7 @@ def test_a_record_arrived_when_it_says_in_any_unit_but_never_after_now(
     stamp: int, at: float
 ) -> None:
     record = replace(Log().record(rating("a")), timestamp_ms=stamp)
-    assert Arrival.of(record, 1, NOW).at == at
+    assert Arrival.from_record(record, 1, NOW).at == at
 
 
 # --- in the ledger --------------------------------------------------------------------------------
