@@ -47,8 +47,8 @@ REMEDIES: Mapping[Reason, str] = {
     "shall teach.",
     Reason.CUSTOM_LOGITS_PROCESSOR: "Serve without it (`--logits-processors` in "
     "`serving.vllm_args`, or an installed vLLM plugin) where replies shall teach.",
-    Reason.SPECULATIVE_DECODING: "Leave `--speculative-config` out of `serving.vllm_args` where "
-    "replies shall teach.",
+    Reason.SPECULATIVE_DECODING: "Moorline's server refuses `--speculative-config` at start; "
+    "another producer must draw without it where replies shall teach.",
     Reason.MULTIMODAL_PROMPT: NOTHING,
     Reason.RAW_LOGPROBS: "Record with Moorline's server, or sample at temperature 1 without "
     "truncation.",

@@ -98,7 +98,8 @@ class ServingSettings(_Section):
     """Record a keyed hash of the request's `user` field."""
     feedback_max_bytes: int = Field(default=65_536, ge=1024)
     vllm_args: Arguments = ()
-    """Further arguments for vLLM, verbatim (tensor parallelism, quantisation, ...)."""
+    """Further arguments for vLLM, verbatim (tensor parallelism, quantisation, ...). One that cannot
+    work here is refused at start by name."""
 
 
 class StreamSettings(_Section):

@@ -168,9 +168,12 @@ async def serve(settings: Settings) -> None:
     """Run the server until SIGTERM or SIGINT.
 
     Raises:
-        ServerError, ModelInvalid, TemporaryFolderUnavailable: it could not start, or the engine
-            broke.
+        ServerError, ArgumentInvalid, ModelInvalid, TemporaryFolderUnavailable: it could not start,
+            or the engine broke.
     """
+    from serving.vllm.arguments import check_arguments
+
+    check_arguments(settings.serving.vllm_args)
     model_dir = check_model_dir(settings.model.path).resolve()
     if runs_on_cpu():
         check_memory(model_dir, settings)
@@ -213,11 +216,11 @@ def _abandon_start(*_: object) -> None:
 async def _engine(words: list[str]) -> AsyncIterator[tuple[Any, Any]]:
     """vLLM's engine client and parsed arguments."""
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
-    parser = make_arg_parser(FlexibleArgumentParser())
-    args = parser.parse_args(words)
+    from serving.vllm.arguments import parser
+
+    args = parser().parse_args(words)
     validate_parsed_serve_args(args)
     logger.info("starting vLLM's engine", extra={"event": "engine_starting"})
     async with build_async_engine_client(args) as engine:

@@ -76,7 +76,7 @@ PRIVATE_NAMES = (
         f"{_LAUNCHERS}.api_server.entry.build_async_engine_client", "serving.server", "the engine"
     ),
     PrivateName(
-        f"{_LAUNCHERS}.cli_args.make_arg_parser", "serving.server", "the engine's settings"
+        f"{_LAUNCHERS}.cli_args.make_arg_parser", "serving.vllm.arguments", "the engine's settings"
     ),
     PrivateName(f"{_LAUNCHERS}.cli_args.validate_parsed_serve_args", "serving.server", "called"),
     PrivateName(
