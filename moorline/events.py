@@ -246,6 +246,11 @@ class Interaction(Event):
         default="default", max_length=200, description="Kind of request, in the client's words"
     )
     user: Name | None = Field(default=None, max_length=200, description="A pseudonym")
+    pseudonym_key: str | None = Field(
+        default=None,
+        max_length=64,
+        description="Fingerprint of the key that the server makes pseudonyms with",
+    )
     other_users: tuple[Annotated[Name, Field(min_length=1, max_length=200)], ...] = Field(
         default=(),
         max_length=8,

@@ -9,7 +9,15 @@ import unicodedata
 from pathlib import Path
 
 from moorline.durable import make_directory, sync_directory, temporary_beside
+from moorline.errors import MoorlineError
 from moorline.events import composed
+from moorline.settings import Settings
+
+_SHORTEST_KEY = 16
+
+
+class PseudonymKeyInvalid(MoorlineError):
+    """The key is missing, of a wrong length, or not the one of the other servers."""
 
 
 class Pseudonyms:
@@ -38,6 +46,44 @@ class Pseudonyms:
             sync_directory(path.parent)
         return cls(path.read_bytes())
 
+    @classmethod
+    def of(cls, settings: Settings) -> Pseudonyms:
+        """With the declared key, which is never made; else that of the state directory.
+
+        Raises:
+            PseudonymKeyInvalid: the declared file cannot be read or is no key.
+        """
+        declared = settings.serving.pseudonym_key_file
+        return (
+            cls.from_file(settings.pseudonym_key_path) if declared is None else cls.read(declared)
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Pseudonyms:
+        """Read a key that must be there.
+
+        Raises:
+            PseudonymKeyInvalid: it is not, or is no key.
+        """
+        try:
+            key = path.read_bytes()
+        except OSError as error:
+            raise PseudonymKeyInvalid(
+                f"the pseudonym key {path} cannot be read ({error.strerror}): put the fleet's key "
+                "there, or correct serving.pseudonym_key_file"
+            ) from None
+        if not _SHORTEST_KEY <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
+            raise PseudonymKeyInvalid(
+                f"the pseudonym key {path} has {len(key)} bytes, and must have 16 to 64: make one "
+                "with `head -c 32 /dev/urandom`"
+            )
+        return cls(key)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the key and does not give it away."""
+        return hashlib.blake2b(b"moorline", key=self._key, digest_size=8).hexdigest()
+
     def pseudonym_of(self, user: str) -> str:
         """32 hexadecimal digits; the same for a name composed and decomposed. Case counts."""
         return self._hash(composed(user))
@@ -49,6 +95,28 @@ class Pseudonyms:
     def _hash(self, name: str) -> str:
         data = name.encode("utf-8", "surrogatepass")  # JSON can spell half a surrogate pair
         return hashlib.blake2b(data, key=self._key, digest_size=16).hexdigest()
+
+
+def check_fleet_key(settings: Settings, known: str | None) -> None:
+    """Check that a server without a declared key would use the one that the others use.
+
+    Args:
+        known: the fingerprint in the store; None where nobody has recorded anything yet.
+
+    Raises:
+        PseudonymKeyInvalid: it would not.
+    """
+    if known is None or settings.serving.pseudonym_key_file is not None:
+        return
+    path = settings.pseudonym_key_path
+    if path.exists() and Pseudonyms.read(path).fingerprint == known:
+        return
+    what = "is another key" if path.exists() else "is not there"
+    raise PseudonymKeyInvalid(
+        f"the replies in this store have pseudonyms by key {known}, and {path} {what}: copy the key "
+        "of the other servers (or of a backup) there, or declare a new one for all servers with "
+        "serving.pseudonym_key_file"
+    )
 
 
 def spellings(name: str) -> tuple[str, ...]:

@@ -93,6 +93,9 @@ class ServingSettings(_Section):
     this (and nearer to the new policy than to the old), or the release is not served."""
     record_user_field: bool = True
     """Record a keyed hash of the request's `user` field."""
+    pseudonym_key_file: Path | None = None
+    """Key of that hash, 16 to 64 bytes: the same for every server of a fleet, and for
+    `moorline forget`. None: `pseudonym.key` in the state directory, made at the first start."""
     feedback_max_bytes: int = Field(default=65_536, ge=1024)
     vllm_args: Arguments = ()
     """Further arguments for vLLM, verbatim (tensor parallelism, quantisation, ...)."""
@@ -313,7 +316,7 @@ class Settings(BaseSettings, _Section):
 
     @property
     def pseudonym_key_path(self) -> Path:
-        return self.state_dir / "pseudonym.key"
+        return self.serving.pseudonym_key_file or self.state_dir / "pseudonym.key"
 
     @property
     def spool_dir(self) -> Path:

@@ -69,6 +69,8 @@ class RequestContext:
     """The kind of request, as its header says; never guessed from the prompt."""
     users: tuple[str, ...] = ()
     """Pseudonyms: keyed hashes of the names that the body gives the person."""
+    pseudonym_key: str | None = None
+    """Fingerprint of their key."""
     not_recorded: NotRecorded | None = NotRecorded.UNREADABLE
     """Unreadable until the body was read."""
     counted: bool = False
@@ -133,6 +135,7 @@ class RequestMiddleware:
         self._app = app
         self._admission = admission
         self._pseudonyms = pseudonyms
+        self._pseudonym_key = pseudonyms.fingerprint if record_user else None
         self._record_user = record_user
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,6 +143,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         context = _context_of(scope)
+        context.pseudonym_key = self._pseudonym_key
         opted_out = headers_opt_out(Headers(scope=scope).items())
 
         async def body_read(body: bytes) -> None:

@@ -29,6 +29,7 @@ from updater.assembly import assemble, open_ledger
 from updater.learning.diagnostics import ringing_alarms
 from updater.ledger import LedgerError, LedgerUnavailable
 from updater.progress import UNAVAILABLE, Phase, Progress
+from updater.pseudonym_keys import PseudonymKeys
 
 logger = logging.getLogger("moorline.updater")
 
@@ -150,6 +151,7 @@ class Updater:
             "anchor_version": self._ledger.anchor().version,
             "pinned": self._pinned_version(),
             "ready_examples": self._ledger.count_ready(),
+            "pseudonym_keys": len(PseudonymKeys(self._ledger, self._store).in_use()),
             "updates": {
                 "released": self._ledger.newest_version(),
                 "rejected": self._ledger.count_rejections(),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,6 +48,21 @@ def forget(
         str | None,
         typer.Option(metavar="ID", help="One reply (chatcmpl-...), and what was said of it."),
     ] = None,
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--key",
+            metavar="FILE",
+            help="A further pseudonym key, which servers once used or still use; repeat at will.",
+        ),
+    ] = None,
+    lost_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FINGERPRINT",
+            help="Go on although this key is lost: who was recorded under it is not found by name.",
+        ),
+    ] = None,
     revoke: Annotated[
         bool,
         typer.Option(
@@ -78,10 +94,14 @@ def forget(
 
       moorline forget --user ana --dry-run
       moorline forget --user ana --user ana@example.org --yes --revoke
+      moorline forget --user ana --key /run/secrets/last-years.key
       moorline forget --tenant acme
       moorline forget --interaction chatcmpl-8f3a
     """
-    erasure = _erasure(settings, user or (), tenant, interaction, revoke=revoke)
+    keys = _keys(settings, key or ())
+    erasure = _erasure(user or (), keys, tenant, interaction, revoke=revoke)
+    if user:
+        _refuse_unless_known(settings, keys, lost_key or ())
     before = _preview(settings, erasure)
     if not as_json:
         _print_outcome(settings, before, will=True, revoke=revoke)
@@ -104,18 +124,52 @@ def forget(
         say(f"Erased ({erasure.erasure_id}).")
 
 
+def _keys(settings: Settings, further: Sequence[Path]) -> list[Pseudonyms]:
+    """This server's key, where it is here, and the further ones."""
+    paths = [settings.pseudonym_key_path] if settings.pseudonym_key_path.exists() else []
+    return [Pseudonyms.read(path) for path in (*paths, *further)]
+
+
+def _refuse_unless_known(
+    settings: Settings, keys: Sequence[Pseudonyms], lost: Sequence[str]
+) -> None:
+    """Refuse to say "0 replies" of somebody who may have some under a key that is not here."""
+    from updater.ledger import Ledger, LedgerError
+
+    if not settings.ledger_path.exists():
+        if not keys and not lost:
+            raise CommandError(
+                f"nothing was erased: without the servers' pseudonym key nobody is found by name, "
+                f"and {settings.pseudonym_key_path} is not there: give it with --key FILE"
+            )
+        return
+    try:
+        with Ledger.open_readonly(settings.ledger_path) as ledger:
+            used = ledger.pseudonym_keys()
+    except LedgerError as error:
+        raise CommandError(str(error)) from None
+    unknown = [one for one in used if one not in {*lost, *(key.fingerprint for key in keys)}]
+    if unknown:
+        raise CommandError(
+            f"nothing was erased: servers have recorded replies under {len(unknown)} pseudonym "
+            f"key(s) that are not here ({', '.join(unknown)}), so nobody can say which are theirs: "
+            "give each with --key FILE (`pseudonym.key` in that server's state directory, or its "
+            "serving.pseudonym_key_file); if one is lost for good, --lost-key FINGERPRINT goes on "
+            "without it"
+        )
+
+
 def _erasure(
-    settings: Settings,
     users: Sequence[str],
+    keys: Sequence[Pseudonyms],
     tenant: str | None,
     interaction: str | None,
     *,
     revoke: bool,
 ) -> Erasure:
     names = [spelling for name in users for spelling in spellings(name)]
-    if users and settings.pseudonym_key_path.exists():  # what the server made of the same names
-        pseudonyms = Pseudonyms.from_file(settings.pseudonym_key_path)
-        names += [pseudonym for name in users for pseudonym in pseudonyms.pseudonyms_of(name)]
+    # What servers made of the same names.
+    names += [pseudonym for key in keys for name in users for pseudonym in key.pseudonyms_of(name)]
     try:
         return Erasure(
             interaction_id=interaction,

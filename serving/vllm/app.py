@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +14,17 @@ from starlette.middleware import Middleware
 from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.app import build_app
 
-from moorline.pseudonyms import Pseudonyms
+from moorline.pseudonyms import Pseudonyms, check_fleet_key
 from moorline.settings import Settings
 from moorline.store import ArtifactStore
+from moorline.store.pseudonym_key import FleetKey
 from serving.context import Admission, RequestMiddleware
 from serving.event_publisher import EventPublisher
 from serving.feedback import feedback_router
 from serving.recorder import Recorder
 from serving.route_allowlist import RouteAllowlist
 from serving.status import Readiness, status_router
+from serving.store_reader import StoreReader
 from serving.strategies import AdapterFlip, SwapStrategy, WeightReload
 from serving.swap import SwapController
 from serving.unusable_replies import UnusableReplies
@@ -40,6 +44,23 @@ class Parts:
     readiness: Readiness
 
 
+async def _pseudonyms(settings: Settings) -> Pseudonyms:
+    """With the fleet's key. A store that does not answer in time has nothing to say about it.
+
+    Raises:
+        PseudonymKeyInvalid: this server's key is not that of the others, or no key.
+    """
+    known = None
+    if settings.serving.record_user_field:
+        fleet_key = FleetKey(ArtifactStore(settings.store_dir))
+        with contextlib.suppress(TimeoutError):
+            known = await asyncio.wait_for(
+                StoreReader().read(fleet_key.read), settings.serving.store_wait_seconds
+            )
+        check_fleet_key(settings, known)
+    return Pseudonyms.of(settings)
+
+
 async def assemble(
     settings: Settings,
     engine: Any,
@@ -54,7 +75,7 @@ async def assemble(
     live, admission, readiness = LivePolicy(settings.alias), Admission(), Readiness()
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
-    pseudonyms = Pseudonyms.from_file(settings.pseudonym_key_path)
+    pseudonyms = await _pseudonyms(settings)
     app.user_middleware.append(  # last: innermost, behind authentication
         Middleware(
             RequestMiddleware,

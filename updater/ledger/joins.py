@@ -117,6 +117,12 @@ class Joins:
             subject: None: it was erased before it came.
         """
         erased = subject is None
+        if event.pseudonym_key is not None:
+            self._execute(
+                "INSERT INTO pseudonym_keys VALUES (?, ?) ON CONFLICT DO UPDATE SET"
+                " last_arrival = max(last_arrival, excluded.last_arrival)",
+                (event.pseudonym_key, arrival.at),
+            )
         trainable = parsed.reason is Reason.NONE and not erased
         length = len(event.completion_token_ids)
         state = InteractionState.PENDING if trainable else InteractionState.DECIDED

@@ -195,6 +195,14 @@ class LedgerReader:
         with self._database.snapshot() as connection:
             return read_anchors(connection)
 
+    def pseudonym_keys(self) -> dict[str, float]:
+        """Fingerprint -> when the last reply that names it arrived, Unix seconds; oldest first."""
+        return dict(
+            self._database.rows(
+                "SELECT fingerprint, last_arrival FROM pseudonym_keys ORDER BY last_arrival"
+            )
+        )
+
     def adopted_versions(self) -> tuple[int, ...]:
         """Releases taken over from the store: who taught them is not known here."""
         with self._database.snapshot() as connection:

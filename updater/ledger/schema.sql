@@ -74,6 +74,12 @@ CREATE TABLE subjects (
 CREATE INDEX subjects_by_user ON subjects (user);
 CREATE UNIQUE INDEX subjects_by_key ON subjects (key) WHERE key IS NOT NULL;
 
+-- The keys that servers make pseudonyms with, as far as replies say.
+CREATE TABLE pseudonym_keys (
+    fingerprint TEXT PRIMARY KEY,
+    last_arrival REAL NOT NULL               -- of a reply that names it, Unix seconds
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE interactions (
     id INTEGER PRIMARY KEY,
     key TEXT NOT NULL UNIQUE,

@@ -34,3 +34,9 @@ CREATE TABLE anchors (
     requested_at REAL NOT NULL,
     applied_at REAL NOT NULL
 ) STRICT;
+
+-- The keys that servers make pseudonyms with, as far as replies say.
+CREATE TABLE pseudonym_keys (
+    fingerprint TEXT PRIMARY KEY,
+    last_arrival REAL NOT NULL               -- of a reply that names it, Unix seconds
+) STRICT, WITHOUT ROWID;
