@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OR_NONE := || [ $$? -eq 5 ]  # ARGS may choose none of the one kind
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest bench-outage chaos mutants \
+.PHONY: help setup demo test lint format bench-staleness bench-real bench-mismatch bench-estimators bench-ingest bench-outage chaos fuzz mutants \
 	constraints constraints-check clean
 
 help:  ## this list
@@ -51,6 +51,9 @@ bench-outage: setup  ## reply latency while the broker is gone, silent or slow (
 
 chaos: setup  ## kill, cut, fill and corrupt a running whole, then audit it against a run without faults (DURATION=600 SEED=...)
 	@$(BIN)/python -m tests.chaos --duration $(or $(DURATION),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+fuzz: setup  ## send the updater and the feedback route whatever can be sent, and judge it (MINUTES=30 SEED=...)
+	@$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 mutants: setup  ## put each recorded fault into a copy and see that its tests notice it (about 10 minutes; ARGS="--sample 6 --seed 1")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(ARGS)

@@ -25,9 +25,12 @@ from pydantic import (
     model_validator,
 )
 
+from moorline.spellings import Choice, Number, UnixSeconds, as_thumb
+
 SCHEMA_VERSION = "1.2"
-"""1.2 added optional fields. 1.1 renamed fields and reasons; a 1.0 event is read under the old
-names (``RENAMED_REASONS``)."""
+"""1.2 added optional fields, lets feedback be taken back (``Feedback.retracted``) and needs a score
+to say its range. 1.1 renamed fields and reasons; a 1.0 event is read under the old names
+(``RENAMED_REASONS``)."""
 GREEDY_BELOW = 1e-5
 """Temperature; vLLM's own limit: a lower one takes the argmax."""
 
@@ -63,6 +66,8 @@ class Fate(StrEnum):
     """Could not be read; the original bytes are on the dead-letter topic."""
     ERASED = "erased"
     """Its subject was erased: the person whose reply it is, or who rated it."""
+    RETRACTED = "retracted"
+    """Its rater took it back before anything was learned from it; or it is what took it back."""
     NOT_TRAINABLE = "not_trainable"
     """Read and understood, but no honest gradient follows from it (see ``Reason``)."""
 
@@ -73,21 +78,33 @@ class Reason(StrEnum):
     NONE = "none"
     """The fate says it all."""
     MALFORMED_JSON = "malformed_json"
-    """The value is not JSON."""
+    """The value is not JSON, names a field twice, or holds half a character."""
     SCHEMA_MISMATCH = "schema_mismatch"
     """A field is missing, has the wrong type or a value that is not allowed."""
     UNSUPPORTED_SCHEMA_VERSION = "unsupported_schema_version"
     """Its major schema version is not the one this Moorline reads."""
     EMPTY_VALUE = "empty_value"
-    """The record has a key and no value."""
+    """The record has no value, and its key does not say which rating is taken back."""
     TOO_LARGE = "too_large"
     """More bytes than ``stream.max_event_bytes``."""
+    CORRUPT_RECORD = "corrupt_record"
+    """The record, or the batch that it came in, does not follow Kafka's format: a wrong checksum,
+    an unknown format or codec."""
+    UNEXPECTED = "unexpected"
+    """Taking it in raised an error that no check foresaw; the dead letter's ``moorline_error``
+    names it."""
     REPEATED_EVENT = "repeated_event"
     """The same feedback id or interaction was read before."""
     SUPERSEDED_RATING = "superseded_rating"
-    """The same rater spoke of the same aspect of the reply again later; the last word counts."""
+    """The same rater spoke of the same aspect of the reply again later, or under the same feedback
+    id; the last word counts."""
+    RATING_RETRACTED = "rating_retracted"
+    """Its rater took this rating back before anything was learned from it."""
+    RETRACTION = "retraction"
+    """It takes a rating back, and has nothing in it to learn from."""
     ALREADY_TRAINED = "already_trained"
-    """The same rater's earlier word on this aspect of the reply is already in the weights."""
+    """The same rater's earlier word on this aspect of the reply, or under this feedback id, is
+    already in the weights."""
     NO_FEEDBACK = "no_feedback"
     """Nobody said anything of this interaction inside the horizon."""
     NO_INTERACTION = "no_interaction"
@@ -314,24 +331,62 @@ class FeedbackKind(StrEnum):
     """A named implicit signal: copied, regenerated, abandoned, ..."""
 
 
-class Feedback(Event):
-    """What somebody said of one reply, now or days later."""
+ANONYMOUS = "anonymous"
+"""The rater where none is named: nobody in particular."""
 
-    feedback_id: Identifier = Field(default_factory=lambda: f"fb-{uuid.uuid4().hex}")
-    interaction_id: Identifier
-    choice: int = Field(default=0, ge=0)
-    kind: FeedbackKind = FeedbackKind.THUMBS
-    value: FiniteFloat | None = Field(
-        default=None, description="thumbs: 1 or -1; score: inside [score_min, score_max]"
+
+def _describe_feedback(schema: dict[str, Any]) -> None:
+    """What the fields alone do not say: ``id`` is taken for ``interaction_id``, null for absent."""
+    del schema["required"]
+    schema["anyOf"] = [{"required": ["interaction_id"]}, {"required": ["id"]}]
+    fields = schema["properties"]
+    fields["id"] = fields["interaction_id"] | {"description": "The same as `interaction_id`"}
+    kinds = [{"type": kind} for kind in ("number", "string", "boolean", "null")]
+    fields["value"] = {"anyOf": kinds, "description": fields["value"]["description"]}
+    for name in fields.keys() - {"id", "interaction_id", "schema_version"}:
+        notes = [key for key in ("title", "description", "default") if key in fields[name]]
+        rest = {key: said for key, said in fields[name].items() if key not in notes}
+        choices = rest.get("anyOf", [rest])
+        if {"type": "null"} not in choices:
+            choices = [*choices, {"type": "null"}]
+        fields[name] = {"anyOf": choices} | {key: fields[name][key] for key in notes}
+
+
+class Feedback(Event):
+    """What somebody said of one reply, now or days later; or that they take it back.
+
+    A field that is null is as one that is absent, but for ``value``: a thumb or score of null takes
+    the rating back. docs/feedback.md has every spelling.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_describe_feedback)
+
+    feedback_id: Identifier = Field(
+        default_factory=lambda: f"fb-{uuid.uuid4().hex}",
+        description="Sent again by the same rater with other content, it replaces what it said",
     )
-    score_min: FiniteFloat = 0.0
-    score_max: FiniteFloat = 1.0
+    interaction_id: Identifier
+    choice: Choice = 0
+    kind: FeedbackKind = FeedbackKind.THUMBS
+    value: Number | None = Field(
+        default=None,
+        description="thumbs: 1 or true up, 0, -1 or false down; score: inside [score_min, "
+        "score_max]; null takes the rating back",
+    )
+    score_min: Number | None = Field(default=None, description="score: the worst; needed")
+    score_max: Number | None = Field(default=None, description="score: the best; needed")
     text: str | None = Field(default=None, max_length=100_000, description="correction: the text")
     over: Identifier | None = Field(default=None, description="preference: the id that lost")
-    over_choice: int = Field(default=0, ge=0, description="preference: which choice of it")
+    over_choice: Choice = Field(default=0, description="preference: which choice of it")
     signal: str | None = Field(default=None, max_length=100, description="signal: its name")
-    rater: Name = Field(default="anonymous", min_length=1, max_length=200)
-    created_at: FiniteFloat = Field(default_factory=time.time, ge=0, description="Unix seconds")
+    rater: Name = Field(default=ANONYMOUS, min_length=1, max_length=200)
+    created_at: UnixSeconds = Field(
+        default_factory=time.time,
+        description="Unix seconds (or ms, us, ns), or ISO 8601 with its zone",
+    )
+    retracted: bool = Field(
+        default=False, strict=True, description="Takes the word back: it no longer counts"
+    )
 
     @property
     def key(self) -> str:
@@ -357,29 +412,84 @@ class Feedback(Event):
                 return f"signal {self.signal}"
         return "rating"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_spellings(cls, data: Any) -> Any:
+        """One form of what may be said in several: see docs/feedback.md."""
+        if not isinstance(data, dict):
+            return data
+        said = {
+            name: value
+            for name, value in data.items()
+            if value is not None or name == "schema_version"
+        }
+        if "id" in said:
+            said.setdefault("interaction_id", said["id"])
+        kind = said.get("kind", FeedbackKind.THUMBS)
+        if kind not in list(FeedbackKind):
+            return said  # refused, as a field
+        if kind in (FeedbackKind.THUMBS, FeedbackKind.SCORE) and data.get("value", ...) is None:
+            said["retracted"] = True
+        if said.get("retracted") is True:
+            return {name: said[name] for name in said.keys() - _CONTENT}
+        if "value" in said and kind != FeedbackKind.SCORE:
+            said["value"] = _thumb_of(kind, said["value"])
+        return said
+
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> Self:
         match self.kind:
-            case FeedbackKind.THUMBS:
-                if self.value not in (1, -1):
-                    raise ValueError("thumbs needs value 1 or -1")
-            case FeedbackKind.SCORE:
-                if not self.score_min < self.score_max:
-                    raise ValueError("score needs score_min < score_max")
-                if self.value is None or not self.score_min <= self.value <= self.score_max:
-                    raise ValueError("score needs a value inside [score_min, score_max]")
-            case FeedbackKind.CORRECTION:
-                if not (self.text and self.text.strip()):
-                    raise ValueError("correction needs text")
             case FeedbackKind.PREFERENCE:
                 if not self.over:
                     raise ValueError("preference needs over, the id that it was preferred over")
                 if self.over_key == self.key:
                     raise ValueError("preference needs another reply than itself in over")
-            case FeedbackKind.SIGNAL:
-                if not self.signal:
-                    raise ValueError("signal needs its name")
+            case FeedbackKind.SIGNAL if not self.signal:
+                raise ValueError("signal needs its name")
+            case _ if self.retracted:
+                pass
+            case FeedbackKind.THUMBS if self.value is None:
+                raise ValueError(_THUMBS_NEEDS)
+            case FeedbackKind.SCORE:
+                self._check_score()
+            case FeedbackKind.CORRECTION if not (self.text and self.text.strip()):
+                raise ValueError("correction needs text")
         return self
+
+    def _check_score(self) -> None:
+        if self.score_min is None or self.score_max is None:
+            raise ValueError(
+                "score needs its range: send score_min and score_max, such as 1 and 5 for stars"
+            )
+        if not self.score_min < self.score_max:
+            raise ValueError("score needs score_min < score_max")
+        if self.value is None or not self.score_min <= self.value <= self.score_max:
+            raise ValueError("score needs a value inside [score_min, score_max]")
+
+
+_CONTENT = frozenset({"value", "score_min", "score_max", "text"})
+"""What a word says, beside what it is about: nothing of it is left in a retraction."""
+_THUMBS_NEEDS = (
+    "thumbs needs value 1 (or true) for up, -1 (or 0, false) for down, or null to take it back"
+)
+
+
+def _thumb_of(kind: object, value: object) -> int | None:
+    """The value of a kind other than score: what is no thumb, or denies its kind, is refused."""
+    needs = f"{kind} takes no such value: leave it out"
+    if kind == FeedbackKind.THUMBS:
+        needs = _THUMBS_NEEDS
+    try:
+        thumb = as_thumb(value)
+    except ValueError:
+        raise ValueError(needs) from None
+    if kind == FeedbackKind.THUMBS:
+        return thumb
+    if thumb < 0 and kind != FeedbackKind.CORRECTION:
+        raise ValueError(
+            f"a {kind} says what happened: leave value out, or take it back with retracted"
+        )
+    return None
 
 
 class Erasure(Event):

@@ -117,6 +117,12 @@ class StatusServer:
             timeout = 30
 
             def do_GET(self) -> None:
+                self._answer()
+
+            def do_HEAD(self) -> None:  # as probes and balancers ask
+                self._answer(with_body=False)
+
+            def _answer(self, with_body: bool = True) -> None:
                 try:
                     code, content_type, body = server.page(urlsplit(self.path).path)
                 except Exception:  # a page that cannot be made must not look like a dead process
@@ -129,7 +135,8 @@ class StatusServer:
                 self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                if with_body:
+                    self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
                 del format, args  # one line per probe would bury the log

@@ -148,6 +148,12 @@ GAPS = _counter(
     ["topic", "cause"],
 )
 READY_EXAMPLES = _gauge("moorline_ready_examples", "Rated replies that wait for an update")
+RECENT_FEEDBACK = _gauge(
+    "moorline_recent_feedback_events",
+    "Feedback of the last hour without the last 5 minutes, the newest 1,000; interaction: found or "
+    "missing (no reply that was recorded has the id that it names)",
+    ["interaction"],
+)
 
 UPDATER_PHASE = _gauge(
     "moorline_updater_phase", "1 for what the updater is doing (Phase), 0 for the others", ["phase"]

@@ -17,6 +17,7 @@ FATE_REMEDIES: Mapping[Fate, str] = {
     Fate.DUPLICATE: NOTHING,
     Fate.DEAD_LETTERED: "Repair the producer, then `moorline redrive`.",
     Fate.ERASED: NOTHING,
+    Fate.RETRACTED: NOTHING,
     Fate.NOT_TRAINABLE: "See the reason.",
 }
 
@@ -25,14 +26,22 @@ REMEDIES: Mapping[Reason, str] = {
     Reason.MALFORMED_JSON: "Repair the producer; `moorline redrive --dry-run` shows the origin.",
     Reason.SCHEMA_MISMATCH: "Repair the producer; `moorline schemas` prints what is allowed.",
     Reason.UNSUPPORTED_SCHEMA_VERSION: "Upgrade the updater, then `moorline redrive`.",
-    Reason.EMPTY_VALUE: "Repair the producer; a record without a value means nothing here.",
+    Reason.EMPTY_VALUE: "Repair the producer; to take a rating back, give the record the key "
+    "`<interaction id>/<choice>/<feedback id>`.",
     Reason.TOO_LARGE: "Send less, or raise `stream.max_event_bytes`, then `moorline redrive`.",
+    Reason.CORRUPT_RECORD: "Check the brokers' disks and the producer's client library; the dead "
+    "letter has the bytes as they came.",
+    Reason.UNEXPECTED: "Report it, with the letter's `moorline_error`; after an upgrade that mends "
+    "it, `moorline redrive`.",
     Reason.REPEATED_EVENT: NOTHING,
     Reason.SUPERSEDED_RATING: NOTHING,
+    Reason.RATING_RETRACTED: NOTHING,
+    Reason.RETRACTION: NOTHING,
     Reason.ALREADY_TRAINED: NOTHING,
     Reason.NO_FEEDBACK: NOTHING,
     Reason.NO_INTERACTION: "Check that raters send the `id` of the reply, that the client did not "
-    "opt out of recording, and that `moorline_events_dropped_total` is 0.",
+    "opt out of recording, and that `moorline_events_dropped_total` is 0; docs/feedback.md, "
+    '"Feedback without a reply".',
     Reason.GREEDY_SAMPLING: "Sample at a temperature above 0 where replies shall teach.",
     Reason.ALTERED_SAMPLING: "Leave out penalties, logit bias and structured output where replies "
     "shall teach.",

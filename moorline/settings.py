@@ -20,7 +20,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    SecretStr,
     ValidationError,
     model_validator,
 )
@@ -33,6 +32,7 @@ from moorline.settings_sources import (
     NOT_SETTINGS,
     Arguments,
     Rewards,
+    Secret,
     SettingsError,
     explain,
     nested,
@@ -69,7 +69,7 @@ class ServingSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     """0: any free port, printed at start."""
-    api_key: SecretStr | None = None
+    api_key: Secret = None
     """Clients must send it as a bearer token; also guards feedback."""
     swap_mode: Literal["auto", "adapter", "reload"] = "auto"
     """adapter: flip a LoRA adapter, running replies finish on the old one. reload: merge and
@@ -85,6 +85,9 @@ class ServingSettings(_Section):
     stream_stall_seconds: float = Field(default=120.0, gt=0)
     """A client that takes nothing of its reply for so long, while more waits to be sent, is ended.
     One that reads slowly but steadily is not."""
+    keep_alive_seconds: int = Field(default=75, ge=1)
+    """An idle connection is kept so long: longer than a balancer in front keeps its own (mostly
+    60 s), or a request meets a connection that is just being closed."""
     store_wait_seconds: float = Field(default=30.0, gt=0)
     """A start waits this long for a release store that does not answer; then it serves the base
     model until the store does."""
@@ -116,7 +119,7 @@ class StreamSettings(_Section):
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
     sasl_username: str | None = None
-    sasl_password: SecretStr | None = None
+    sasl_password: Secret = None
     ssl_cafile: Path | None = None
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None

@@ -17,7 +17,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
 
@@ -55,6 +55,22 @@ def _read_list(value: Any) -> Any:
 
 
 Arguments = Annotated[tuple[str, ...], BeforeValidator(_read_list)]
+
+
+def _one_line(value: SecretStr | None) -> SecretStr | None:
+    """The secret without what editors put around it: a byte-order mark, the ends of lines."""
+    if value is None:
+        return None
+    text = value.get_secret_value().removeprefix("\ufeff").rstrip("\r\n")
+    if not text:
+        raise ValueError("must not be empty: leave it out for none")
+    if text != text.strip() or not text.isprintable():
+        raise ValueError("must be one line without blanks around it or control characters")
+    return SecretStr(text)
+
+
+Secret = Annotated[SecretStr | None, AfterValidator(_one_line)]
+"""A key or password, or None; however it was read, it is one line."""
 
 
 def _read_table(value: Any) -> Any:
@@ -167,7 +183,7 @@ def _is_ours(variable: str, text: str) -> bool:
 
 def _read_secret(variable: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").rstrip("\n")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError(f"{variable} names {path}, which cannot be read: {why}") from None

@@ -6,17 +6,17 @@ only speak HTTP. vLLM's own middleware has checked the API key before a request 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel
 
 from moorline import metrics
-from moorline.events import Feedback, Reason
+from moorline.events import Feedback, Reason, json_schemas
+from moorline.feedback import FeedbackInvalid, read_feedback
 from serving.context import NotRecorded
 
 logger = logging.getLogger("moorline.serving.feedback")
@@ -28,6 +28,36 @@ PublishFeedback = Callable[[Feedback], Awaitable[bool]]
 """Keeps a rating; True once it is safe, False when queue and spool are full."""
 
 
+class Kept(BaseModel):
+    """It is kept, and is read with its topic: `moorline explain` says what became of it."""
+
+    feedback_id: str
+    not_trainable: Reason | None = None
+    """Why nothing will be learned from it; absent where nothing is known against it."""
+
+
+class RefusalDetail(BaseModel):
+    """Why, and what to do."""
+
+    message: str
+    type: str
+    code: int
+
+
+class Refusal(BaseModel):
+    """Nothing was kept."""
+
+    error: RefusalDetail
+
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    409: {"model": Refusal, "description": "The reply was not recorded: nothing can come of it"},
+    413: {"model": Refusal, "description": "Larger than `serving.feedback_max_bytes`"},
+    422: {"model": Refusal, "description": "Not feedback; the message has the remedy"},
+    503: {"model": Refusal, "description": "Queue and spool are full: send it again later"},
+}
+
+
 def feedback_router(
     publish: PublishFeedback,
     max_bytes: int,
@@ -36,14 +66,21 @@ def feedback_router(
     """The route, bound to a publisher and to what the recorder knows of replies."""
     router = APIRouter()
 
-    @router.post("/v1/feedback", status_code=202)
+    @router.post(
+        "/v1/feedback",
+        status_code=202,
+        response_model=Kept,
+        responses=_REFUSALS,
+        openapi_extra={"requestBody": _request_body()},
+    )
     async def post_feedback(request: Request) -> JSONResponse:
+        """Rate a reply, or take a rating back."""
         body = await _read_at_most(request, max_bytes)
         if body is None:
             return _refuse(413, "too_large", f"feedback may have at most {max_bytes} bytes")
         try:
-            feedback = parse_feedback(body)
-        except ValueError as error:
+            feedback = read_feedback(body)
+        except FeedbackInvalid as error:
             return _refuse(422, "invalid", str(error))
         unusable = _why_unusable(feedback, why_unusable)
         if isinstance(unusable, NotRecorded):
@@ -61,36 +98,21 @@ def feedback_router(
     return router
 
 
+def _request_body() -> dict[str, Any]:
+    """For OpenAPI: the schema of the topic, on its own (FastAPI collects no ``$defs`` of ours)."""
+    schema = json_schemas()["feedback.v1"]
+    kinds = schema.pop("$defs")["FeedbackKind"]
+    kind = schema["properties"]["kind"]
+    kind["anyOf"] = [kinds, {"type": "null"}]
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
 def _why_unusable(feedback: Feedback, why: WhyUnusable) -> NotRecorded | Reason | None:
     """Of the reply, or of the one that it is preferred over."""
     found = why(feedback.interaction_id, feedback.choice)
     if found is None and feedback.over is not None:
         return why(feedback.over, feedback.over_choice)
     return found
-
-
-def parse_feedback(body: bytes) -> Feedback:
-    """The event in a request body; ``id`` is accepted for ``interaction_id``.
-
-    Raises:
-        ValueError: with what is wrong, without quoting what was sent.
-    """
-    try:
-        fields: Any = json.loads(body)
-    except ValueError:
-        raise ValueError("the body is not JSON") from None
-    if not isinstance(fields, dict):
-        raise ValueError('the body must be a JSON object like {"id": "chatcmpl-...", "value": 1}')
-    if "id" in fields and "interaction_id" not in fields:
-        fields["interaction_id"] = fields.pop("id")
-    try:
-        return Feedback.model_validate(fields)
-    except ValidationError as error:
-        places = (
-            f"{'.'.join(map(str, entry['loc'])) or 'feedback'}: {entry['msg']}"
-            for entry in error.errors(include_input=False, include_url=False, include_context=False)
-        )
-        raise ValueError("; ".join(places)) from None
 
 
 async def _read_at_most(request: Request, max_bytes: int) -> bytes | None:

@@ -277,6 +277,7 @@ async def _listen(
             log_level="warning",
             access_log=False,
             http=ending_stalled_clients(serving.stream_stall_seconds),  # type: ignore[arg-type]
+            timeout_keep_alive=serving.keep_alive_seconds,
             timeout_graceful_shutdown=int(serving.drain_seconds),
         )
     )

@@ -38,10 +38,12 @@ def status_router(
     """The three routes, bound to this process's parts."""
     router = APIRouter()
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz")
     async def healthz() -> dict[str, bool]:
         return {"alive": True}
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz")
     async def readyz() -> JSONResponse:
         ready = readiness.why_not is None

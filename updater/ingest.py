@@ -3,6 +3,9 @@
 Nothing is skipped: a record that cannot be dead-lettered or committed now is held and tried again
 at the next step, and nothing after it is read. A record is dead-lettered before its offset moves;
 a kill in between sends it there twice, with the same origin in its headers.
+
+No record stops the intake: whatever is raised for what a record is makes a dead letter of it. Only
+the broker, the disk and the machine can stop it.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
+from moorline.errors import MoorlineError, cause_of
 from moorline.events import Erasure, Fate, Feedback, Interaction, Reason
 from moorline.failpoints import failpoint
+from moorline.feedback import FeedbackInvalid, read_feedback, read_retraction
 from moorline.stream import Gap, Record, StreamUnavailable, Topic
 from moorline.trainability import why_recorded_in_vain
 from updater.learning.advantages import why_no_credit
-from updater.ledger import Ledger, Parsed
+from updater.ledger import Ledger, Parsed, RecordInvalid
 
 logger = logging.getLogger("moorline.ingest")
 
@@ -36,13 +41,14 @@ class Source(Protocol):
     def poll(self, max_records: int, timeout_seconds: float) -> list[Record]: ...
     def gaps(self) -> list[Gap]: ...
     def lag(self) -> Mapping[tuple[Topic, int], int]: ...
+    def positions(self) -> Mapping[tuple[Topic, int], tuple[str, int]]: ...
     def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None: ...
 
 
 class DeadLetterSink(Protocol):
     """What ingest needs of ``moorline.stream.DeadLetters``."""
 
-    def send(self, record: Record, reason: Reason, stage: str) -> None: ...
+    def send(self, record: Record, reason: Reason, stage: str, error: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class Ingest:
         self._held: list[Parsed] = []
         self._held_gaps: list[Gap] = []
         self._acknowledged = 0  # so many of the held ones need no dead-lettering any more
+        self._lettered: set[int] = set()  # the places in `_held` of those that were sent
         self._progress_noted_at = -math.inf
         self._announced: dict[tuple[Topic, int], tuple[str, int]] = {}
         ledger.set_behind(ledger.offsets(), as_of=0.0)  # nothing expires before the first look
@@ -108,17 +115,21 @@ class Ingest:
         """
         if not self._held:
             self._read(timeout_seconds)
-        dead_letters_ok = self._dead_letter_held()
-        ready = self._held[: self._acknowledged]
-        if not ready and not self._held_gaps:
-            self._note_progress()
-            return StepCounts(stalled=not dead_letters_ok)
-        failpoint("ingest.before_ledger")
-        done = self._ledger.ingest(ready, self._held_gaps)
+        while True:
+            dead_letters_ok = self._dead_letter_held()
+            ready = self._held[: self._acknowledged]
+            if not ready and not self._held_gaps:
+                self._note_progress()
+                return StepCounts(stalled=not dead_letters_ok)
+            failpoint("ingest.before_ledger")
+            try:
+                done = self._ledger.ingest(ready, self._held_gaps)
+                break
+            except RecordInvalid as invalid:
+                self._give_up(invalid)
         failpoint("ingest.after_ledger")
         gaps, self._held_gaps = len(self._held_gaps), []
-        self._held = self._held[self._acknowledged :]
-        self._acknowledged = 0
+        self._hold(self._held[self._acknowledged :])
         self._note_progress()
         return StepCounts(
             records=done.records,
@@ -134,10 +145,28 @@ class Ingest:
         failpoint("ingest.polled")
         self._held_gaps += self._reader.gaps()
         newest = self._ledger.newest_version()
-        self._held = [self._parse(record, newest) for record in records]
-        self._acknowledged = 0
+        self._hold([self._parse(record, newest) for record in records])
+
+    def _hold(self, records: list[Parsed]) -> None:
+        self._held, self._acknowledged, self._lettered = records, 0, set()
+
+    def _give_up(self, invalid: RecordInvalid) -> None:
+        """Make a dead letter of a record that the ledger cannot take."""
+        held = self._held[invalid.index]
+        if held.event is None:  # it cannot even be counted as a dead letter
+            raise invalid
+        self._held[invalid.index] = _unexpected(held.record, invalid.error)
+        self._acknowledged = invalid.index
 
     def _parse(self, record: Record, newest_version: int) -> Parsed:
+        try:
+            return self._judge(record, newest_version)
+        except (MoorlineError, MemoryError):
+            raise
+        except Exception as error:  # of this record: whatever it is, the next one is read
+            return _unexpected(record, error)
+
+    def _judge(self, record: Record, newest_version: int) -> Parsed:
         parsed = parse(record, self._max_event_bytes)
         match parsed.event:
             case Interaction():
@@ -164,16 +193,17 @@ class Ingest:
 
     def _dead_letter_held(self) -> bool:
         """Send what is unreadable away, in order, until one is not accepted."""
-        for parsed in self._held[self._acknowledged :]:
-            if parsed.event is None:
+        for place, parsed in enumerate(self._held[self._acknowledged :], self._acknowledged):
+            if parsed.event is None and place not in self._lettered:
                 try:
-                    self._dead_letters.send(parsed.record, parsed.reason, _STAGE)
+                    self._dead_letters.send(parsed.record, parsed.reason, _STAGE, parsed.error)
                 except StreamUnavailable as error:
                     logger.error(
                         "the dead-letter topic takes nothing: intake waits, nothing is skipped",
                         extra={"event": "dead_letters_unavailable", "error": str(error)},
                     )
                     return False
+                self._lettered.add(place)
                 failpoint("ingest.dead_lettered")
             self._acknowledged += 1
         return True
@@ -186,6 +216,8 @@ class Ingest:
         lag = self._reader.lag()
         behind = {place for place, events in lag.items() if events > 0}
         behind |= {(held.record.topic, held.record.partition) for held in self._held}
+        if not self._held and not self._held_gaps:
+            self._ledger.pass_over(self._reader.positions())
         offsets = self._ledger.offsets()
         behind |= offsets.keys() - lag.keys()
         self._ledger.set_behind(behind, as_of)
@@ -202,8 +234,11 @@ def parse(record: Record, max_event_bytes: int) -> Parsed:
     gives the same.
     """
     value = record.value
+    if record.corrupt:
+        return Parsed(record, None, Reason.CORRUPT_RECORD, record.corrupt)
     if not value:
-        return Parsed(record, None, Reason.EMPTY_VALUE)
+        retraction = read_retraction(record.key) if _takes_back(record) else None
+        return Parsed(record, retraction, Reason.EMPTY_VALUE if retraction is None else Reason.NONE)
     if len(value) > max_event_bytes:
         return Parsed(record, None, Reason.TOO_LARGE)
     event: Interaction | Feedback | Erasure
@@ -213,13 +248,35 @@ def parse(record: Record, max_event_bytes: int) -> Parsed:
         elif record.topic is Topic.ERASURES:
             event = Erasure.model_validate_json(value)
         else:
-            event = Feedback.model_validate_json(value)
+            event = read_feedback(value)
             if "feedback_id" not in event.model_fields_set:
                 name = f"fb-{_plain(record.topic_id)}.{record.partition}.{record.offset:020d}"
                 event = event.model_copy(update={"feedback_id": name})
     except ValidationError as error:
         return Parsed(record, None, _unreadable(error))
+    except FeedbackInvalid as error:
+        return Parsed(record, None, error.reason)
     return Parsed(record, event)
+
+
+def _takes_back(record: Record) -> bool:
+    """Whether it may be a Kafka null for a rating; an empty text is no null."""
+    return record.topic is Topic.FEEDBACK and record.value is None
+
+
+def _unexpected(record: Record, error: Exception) -> Parsed:
+    """The dead letter of a record that raised what no check foresaw."""
+    logger.error(
+        "taking in a record raised an error: it becomes a dead letter, and intake goes on",
+        extra={
+            "event": "record_unexpected",
+            "error": cause_of(error),
+            "topic": record.topic.value,
+            "partition": record.partition,
+            "offset": record.offset,
+        },
+    )
+    return Parsed(record, None, Reason.UNEXPECTED, cause_of(error))
 
 
 def _plain(topic_id: str) -> str:

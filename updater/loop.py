@@ -193,6 +193,9 @@ class Loop:
         self._pseudonym_keys.look()
         self._ledger.expire()
         metrics.READY_EXAMPLES.set(self._ledger.count_ready())
+        recent = self._ledger.recent_feedback(time.time(), self._settings.learning.horizon_seconds)
+        metrics.RECENT_FEEDBACK.labels(interaction="found").set(recent.found)
+        metrics.RECENT_FEEDBACK.labels(interaction="missing").set(recent.missing)
         return reading
 
     def _revoke(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import time
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -145,6 +146,7 @@ class Updater:
         """What ``/status`` shows until the next cycle."""
         version = self._ledger.live_version()
         release = self._ledger.release(version) if version else None
+        horizon_seconds = self._settings.learning.horizon_seconds
         shown: dict[str, Any] = {
             "alias": self._settings.alias,
             "live_version": version,
@@ -152,6 +154,7 @@ class Updater:
             "pinned": self._pinned_version(),
             "ready_examples": self._ledger.count_ready(),
             "pseudonym_keys": len(PseudonymKeys(self._ledger, self._store).in_use()),
+            "recent_feedback": asdict(self._ledger.recent_feedback(time.time(), horizon_seconds)),
             "updates": {
                 "released": self._ledger.newest_version(),
                 "rejected": self._ledger.count_rejections(),

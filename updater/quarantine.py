@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
+from moorline.errors import cause_of
 from moorline.settings import Settings
 from moorline.store import StoreError
 from moorline.stream import StreamUnavailable
@@ -222,10 +222,3 @@ class Quarantine:
             if self._raises(examples):
                 self._compute_probes()  # an error may leave a device that computes no more
         self._crashes.clear_counts()
-
-
-def cause_of(error: BaseException) -> str:
-    """The error's type and where it was raised. Not its words: they may be a user's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = [f"{frame.name}:{frame.lineno}" for frame in frames[-3:]]
-    return f"{type(error).__name__} in {' > '.join(where)}"

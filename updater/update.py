@@ -18,6 +18,7 @@ import logging
 from collections.abc import Sequence
 
 from moorline import metrics
+from moorline.errors import cause_of
 from moorline.events import Decision, Divergence, Reason
 from moorline.failpoints import failpoint
 from moorline.settings import Settings
@@ -34,7 +35,7 @@ from updater.learning.trainer import NonFiniteUpdate, NothingToLearn, Proposal, 
 from updater.ledger import Ledger
 from updater.outcomes import Outcomes
 from updater.progress import Phase, Progress
-from updater.quarantine import OF_THE_MACHINE, Quarantine, cause_of
+from updater.quarantine import OF_THE_MACHINE, Quarantine
 from updater.safety import Gate
 from updater.safety.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
 from updater.values import Batch, Candidate, Example

@@ -37,6 +37,7 @@ _SAID = {
     Fate.LATE: "it came too late: its interaction was forgotten by then",
     Fate.DUPLICATE: "it said nothing new: {reason}",
     Fate.DEAD_LETTERED: "it could not be read ({reason}); its bytes are on the dead-letter topic",
+    Fate.RETRACTED: "nothing is learned from it: {reason}",
     Fate.ERASED: "it was erased at its subject's request",
     Fate.NOT_TRAINABLE: "it was read and understood, but teaches nothing: {reason}",
 }

@@ -129,9 +129,9 @@ def feedback(
     ] = None,
     score: Annotated[float | None, typer.Option(help="A number inside --range.")] = None,
     score_range: Annotated[
-        tuple[float, float],
-        typer.Option("--range", metavar="MIN MAX", help="What score is out of."),
-    ] = (0.0, 1.0),
+        tuple[float, float] | None,
+        typer.Option("--range", metavar="MIN MAX", help="What --score is out of; it needs this."),
+    ] = None,
     correction: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The reply that you wanted instead.")
     ] = None,
@@ -178,13 +178,15 @@ def feedback(
         raise typer.BadParameter(
             "give exactly one of --thumbs, --score, --correction, --over and --signal"
         )
+    if score is not None and score_range is None:
+        raise typer.BadParameter("--score needs --range, such as --range 1 5 for stars")
     try:
         event = Feedback(
             interaction_id=interaction_id,
             choice=choice,
             kind=given[0],
-            score_min=score_range[0],
-            score_max=score_range[1],
+            score_min=score_range and score_range[0],
+            score_max=score_range and score_range[1],
             over_choice=over_choice,
             rater=rater,
             **said[given[0]],

@@ -147,12 +147,15 @@ def _updater_rows(updater: Mapping[str, Any] | None, problem: str) -> list[Row]:
         if updater.get(key) is not None:
             rows.append((name, Text(text(updater[key]), style)))
 
+    recent = updater.get("recent_feedback")
+    lost = isinstance(recent, Mapping) and bool(recent.get("missing"))
     budget = updater.get("anchor_budget_left_nats")
     low = isinstance(budget, int | float) and budget < _LOW_BUDGET_NATS
     alias = str(updater.get("alias", "?"))
     add("newest release", "live_version", lambda live: policy_name(alias, live), "bold cyan")
     add("phase", "phase", lambda phase: str(phase).replace("_", " "))
     add("rated, waiting", "ready_examples", lambda count: f"{count} examples")
+    add("recent feedback", "recent_feedback", _recent_feedback, "yellow" if lost else "")
     add(
         "updates",
         "updates",
@@ -180,6 +183,18 @@ def _updater_rows(updater: Mapping[str, Any] | None, problem: str) -> list[Row]:
         )
         rows.append(("lag", Text(text)))
     return rows
+
+
+def _recent_feedback(recent: Any) -> str:
+    if not isinstance(recent, Mapping):
+        return MISSING
+    found, missing = recent.get("found", 0), recent.get("missing", 0)
+    if not missing:
+        return f"{found} in the last hour"
+    return (
+        f"{missing} of {found + missing} in the last hour name no reply that was recorded: raters "
+        "must send the `id` of the reply; `moorline explain ID` tells of one"
+    )
 
 
 def _brief(update: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 
 from kafka import KafkaProducer
 from kafka import errors as kafka_errors
@@ -32,6 +33,8 @@ logger = logging.getLogger("moorline.stream")
 
 KEPT_BYTES = 500_000
 """Bytes kept of an original that the dead-letter topic refuses for its size."""
+KEPT_KEY_BYTES = 1_000
+"""Bytes kept of its key."""
 _ACKNOWLEDGE_SECONDS = 10.0
 
 
@@ -57,32 +60,25 @@ class DeadLetters:
         with self._lock:
             self._connected()
 
-    def send(self, record: Record, reason: Reason, stage: str) -> None:
+    def send(self, record: Record, reason: Reason, stage: str, error: str = "") -> None:
         """Put ``record`` on its topic's dead-letter topic.
 
         Args:
             stage: the module that gave up on it, as ``ingest``.
+            error: what it raised, where the reason does not say it all.
 
         Raises:
             StreamUnavailable: it was not acknowledged; do not move on, try again.
             StreamInvalid: a login or permission is wrong; likewise.
         """
-        headers = record.headers + origin_headers(self._settings, record, reason, stage)
+        about = origin_headers(self._settings, record, reason, stage)
+        if error:
+            about += (("moorline_error", error.encode(errors="replace")),)
         with self._lock:
             try:
-                self._send(record, record.value, headers)
+                self._send(record, record.headers + about)
             except _TooLargeError:
-                size = len(record.value or b"")
-                kept = (*headers, ("moorline_truncated_from_bytes", str(size).encode()))
-                try:
-                    self._send(record, (record.value or b"")[:KEPT_BYTES], kept)
-                except _TooLargeError as error:
-                    raise StreamInvalid(
-                        f"topic {dlq_name(self._settings, record.topic)} takes no event of "
-                        f"{KEPT_BYTES} bytes: run `kafka-configs.sh --alter --entity-type topics "
-                        f"--entity-name {dlq_name(self._settings, record.topic)} --add-config "
-                        f"max.message.bytes={DEAD_LETTER_MAX_BYTES}`"
-                    ) from error
+                self._send_in_part(record, about)
         logger.warning(
             "event sent to its dead-letter topic: it cannot be used (`moorline redrive` lists it)",
             extra={
@@ -100,9 +96,31 @@ class DeadLetters:
         with self._lock:
             self._disconnect()
 
-    def _send(self, record: Record, value: bytes | None, headers: Headers) -> None:
+    def _send_in_part(self, record: Record, about: Headers) -> None:
+        """The beginning of what the topic does not take whole, and none of its own headers.
+
+        Raises: StreamInvalid, StreamUnavailable.
+        """
+        size = len(record.value or b"")
+        part = replace(
+            record,
+            key=None if record.key is None else record.key[:KEPT_KEY_BYTES],
+            value=None if record.value is None else record.value[:KEPT_BYTES],
+        )
+        name = dlq_name(self._settings, record.topic)
+        try:
+            self._send(part, (*about, ("moorline_truncated_from_bytes", str(size).encode())))
+        except _TooLargeError as error:
+            raise StreamInvalid(
+                f"topic {name} takes no event of {KEPT_BYTES} bytes: run `kafka-configs.sh --alter "
+                f"--entity-type topics --entity-name {name} --add-config "
+                f"max.message.bytes={DEAD_LETTER_MAX_BYTES}`"
+            ) from error
+
+    def _send(self, record: Record, headers: Headers) -> None:
         """Raises: _TooLargeError, StreamUnavailable."""
         connection = self._connected()
+        nothing = record.value is None and record.key is None
         failpoint("dead_letters.before_send")
         try:
             with explained(self._settings, connection):
@@ -110,7 +128,7 @@ class DeadLetters:
                     connection.client.send(
                         dlq_name(self._settings, record.topic),
                         # Kafka takes no record that has neither.
-                        value=value if value is not None or record.key is not None else b"",
+                        value=b"" if nothing else record.value,
                         key=record.key,
                         headers=list(headers),
                     ).get(timeout=_ACKNOWLEDGE_SECONDS)

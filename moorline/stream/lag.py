@@ -13,6 +13,7 @@ from kafka.admin import OffsetSpec
 from moorline import metrics
 from moorline.settings import StreamSettings
 from moorline.stream.client import StreamUnavailable
+from moorline.stream.records import stamped_seconds
 from moorline.stream.scan import Scanner
 from moorline.stream.topics import Topic, topic_name
 
@@ -124,10 +125,13 @@ class Lag:
                     "lag",
                     fetch_max_bytes=_PEEK_BYTES,
                     max_partition_fetch_bytes=_PEEK_BYTES,
+                    # What an open transaction holds back is old from the moment it was written.
+                    isolation_level="read_uncommitted",
                 )
             name = topic_name(self._settings, topic)
             for records in self._scanner.read(name, partition, offset):
-                return offset, records[0].timestamp / 1000
+                stamped = stamped_seconds(records[0].timestamp) if records else None
+                return None if stamped is None else (offset, stamped)
         except (StreamUnavailable, RuntimeError):
             self._disconnect()
         return None

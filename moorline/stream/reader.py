@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka import errors as kafka_errors
@@ -19,6 +18,7 @@ from kafka.structs import OffsetAndMetadata
 from moorline import metrics
 from moorline.failpoints import failpoint
 from moorline.settings import StreamSettings
+from moorline.stream.batches import RawRecord
 from moorline.stream.client import (
     Connection,
     StreamInvalid,
@@ -26,6 +26,7 @@ from moorline.stream.client import (
     connect,
     explained,
 )
+from moorline.stream.consumer import connect_consumer
 from moorline.stream.lag import Lag, end_offsets
 from moorline.stream.records import Gap, GapCause, Record, record_from
 from moorline.stream.topics import (
@@ -45,7 +46,6 @@ GROUP = "moorline-updater"
 """Its committed offsets are advisory: for lag tools. The ledger is the truth."""
 DESCRIBE_SECONDS = 5.0
 """How often the topics are looked at while nothing arrives."""
-FETCH_ROOM_BYTES = 2**20
 
 
 class Reader:
@@ -68,6 +68,7 @@ class Reader:
         self._described_at = 0.0
         self._lock = threading.Lock()  # guards what other threads read
         self._commit_refused = False
+        self._corrupt: set[tuple[TopicPartition, int]] = set()
         self._lag = Lag(settings, self._topics)
 
     @property
@@ -104,15 +105,8 @@ class Reader:
             self._admin = connect(
                 KafkaAdminClient, self._settings, "reader-admin", request_timeout_ms=timeout_ms
             )
-            self._consumer = connect(
-                KafkaConsumer,
-                self._settings,
-                "reader",
-                auto_offset_reset="none",
-                enable_auto_commit=False,
-                allow_auto_create_topics=False,
-                max_partition_fetch_bytes=self._settings.max_event_bytes + FETCH_ROOM_BYTES,
-                request_timeout_ms=max(timeout_ms, 10_000),
+            self._consumer = connect_consumer(
+                self._settings, "reader", request_timeout_ms=max(timeout_ms, 10_000)
             )
             with explained(self._settings, self._admin):
                 names = [topic_name(self._settings, topic) for topic in self._topics]
@@ -139,7 +133,8 @@ class Reader:
                 # After fetching: an id that is still the same was the same when these were read.
                 # A topic that was made again meanwhile has other records at our offsets.
                 due = batches or time.monotonic() - self._described_at > DESCRIBE_SECONDS
-                if due and self._changed(self._describe_topics()):
+                changed = due and self._changed(self._describe_topics())
+                if changed or self._newly_corrupt(batches):
                     self._keep_place()
                     self._drop_clients()
                     return []
@@ -147,6 +142,14 @@ class Reader:
             self._keep_place()
             self._drop_clients()
             raise
+        except MemoryError:
+            raise
+        except Exception as error:  # of the client: what it holds cannot be trusted any more
+            self._keep_place()
+            self._drop_clients()
+            raise StreamUnavailable(
+                f"the Kafka client failed while reading ({type(error).__name__}): it is made anew"
+            ) from error
         failpoint("reader.after_fetch")
         return self._take(batches)
 
@@ -155,6 +158,14 @@ class Reader:
         with self._lock:
             found, self._gaps = self._gaps, []
         return found
+
+    def positions(self) -> dict[tuple[Topic, int], tuple[str, int]]:
+        """(topic, partition) -> (topic id, next offset): whatever is before it was given by
+        ``poll``, or is nobody's word (an aborted transaction, a transaction's marker)."""
+        with self._lock:
+            return {
+                key: (self._states[key[0]].topic_id, offset) for key, offset in self._next.items()
+            }
 
     def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
         """Tell the broker how far the ledger is, for lag tools. Advisory: never raises."""
@@ -317,10 +328,12 @@ class Reader:
 
     # --- reading ---
 
-    def _fetch(self, max_records: int, timeout_seconds: float) -> dict[TopicPartition, list[Any]]:
+    def _fetch(
+        self, max_records: int, timeout_seconds: float
+    ) -> dict[TopicPartition, list[RawRecord]]:
         assert self._consumer is not None
         try:
-            batches: dict[TopicPartition, list[Any]] = self._consumer.client.poll(
+            batches: dict[TopicPartition, list[RawRecord]] = self._consumer.client.poll(
                 timeout_ms=int(timeout_seconds * 1000), max_records=max_records
             )
         except (kafka_errors.OffsetOutOfRangeError, kafka_errors.NoOffsetForPartitionError):
@@ -331,7 +344,20 @@ class Reader:
             return {}
         return batches
 
-    def _take(self, batches: Mapping[TopicPartition, list[Any]]) -> list[Record]:
+    def _newly_corrupt(self, batches: Mapping[TopicPartition, list[RawRecord]]) -> bool:
+        """Whether a record cannot be decoded that was not met before: its bytes may have been hurt
+        on their way only, so they are fetched once more."""
+        corrupt = {
+            (place, record.offset)
+            for place, batch in batches.items()
+            for record in batch
+            if record.corrupt
+        }
+        newly = not corrupt <= self._corrupt
+        self._corrupt = corrupt
+        return newly
+
+    def _take(self, batches: Mapping[TopicPartition, list[RawRecord]]) -> list[Record]:
         by_name = {topic_name(self._settings, topic): topic for topic in self._topics}
         records: list[Record] = []
         for partition, batch in batches.items():
@@ -354,9 +380,7 @@ class Reader:
 
     def _keep_place(self) -> None:
         """Remember for ``connect`` the position behind the last record that was given."""
-        self._wanted = {
-            key: (self._states[key[0]].topic_id, offset) for key, offset in self._next.items()
-        } or self._wanted
+        self._wanted = self.positions() or self._wanted
 
     def _refuse_lost_ends(self, states: Mapping[Topic, TopicState]) -> None:
         """Refuse a partition that ends before our position: it has lost records.

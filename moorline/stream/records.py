@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
+from moorline.stream.batches import RawRecord
 from moorline.stream.topics import Headers, Topic
 
 
@@ -21,6 +21,13 @@ class Record:
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
+    corrupt: str = ""
+    """Of one that cannot be decoded: what is wrong with it; its value is what there was instead."""
+
+    @property
+    def stamped_at(self) -> float | None:
+        """As ``stamped_seconds``."""
+        return stamped_seconds(self.timestamp_ms)
 
 
 class GapCause(StrEnum):
@@ -41,8 +48,21 @@ class Gap:
     cause: GapCause
 
 
-def record_from(topic: Topic, topic_id: str, raw: Any) -> Record:
-    """A record of ours from one of the library's."""
+def stamped_seconds(timestamp: int) -> float | None:
+    """What a record's timestamp says, Unix seconds; None where it says nothing.
+
+    Kafka's are milliseconds, but producers write seconds, microseconds and nanoseconds too: it is
+    in the unit that puts it between the years 2001 and 2286.
+    """
+    for units_per_second in (10**3, 1, 10**6, 10**9):
+        seconds = timestamp / units_per_second
+        if 10**9 <= seconds < 10**10:
+            return seconds
+    return None
+
+
+def record_from(topic: Topic, topic_id: str, raw: RawRecord) -> Record:
+    """A record of ours from the broker's."""
     return Record(
         topic=topic,
         topic_id=topic_id,
@@ -51,5 +71,6 @@ def record_from(topic: Topic, topic_id: str, raw: Any) -> Record:
         timestamp_ms=raw.timestamp,
         key=raw.key,
         value=raw.value,
-        headers=tuple(raw.headers or ()),
+        headers=raw.headers,
+        corrupt=raw.corrupt,
     )

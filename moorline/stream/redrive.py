@@ -28,6 +28,7 @@ from moorline.durable import make_directory, write_file
 from moorline.failpoints import failpoint
 from moorline.locks import FileLock, LockHeld
 from moorline.settings import StreamSettings
+from moorline.stream.batches import RawRecord
 from moorline.stream.client import (
     StreamUnavailable,
     admin_session,
@@ -106,7 +107,7 @@ class Letter:
     def redrives(self) -> int:
         """How many times it was put back before."""
         count = dict(self.original_headers).get(REDRIVES_HEADER, b"")
-        return int(count) if count.isdigit() else 0
+        return int(count[:9]) if count.isdigit() else 0
 
     @property
     def came_from(self) -> str:
@@ -248,8 +249,8 @@ class Redriver:
 _OURS = (REDRIVES_HEADER, FROM_HEADER)
 
 
-def _letter(topic: Topic, name: str, incarnation: str, raw: Any) -> Letter:
-    headers: Headers = tuple(raw.headers or ())
+def _letter(topic: Topic, name: str, incarnation: str, raw: RawRecord) -> Letter:
+    headers = raw.headers
     begin = max((i for i, one in enumerate(headers) if one[0] == _ORIGIN_HEADER), default=None)
     return Letter(
         topic,

@@ -11,17 +11,18 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from kafka import errors as kafka_errors
 
 from moorline.settings import StreamSettings
-from moorline.stream.client import StreamUnavailable, connect, explained
+from moorline.stream.batches import RawRecord
+from moorline.stream.client import StreamUnavailable, explained
+from moorline.stream.consumer import connect_consumer
 
 logger = logging.getLogger("moorline.stream")
 
 _POLL_MS = 500
 _POLL_RECORDS = 1000
-_ROOM_BYTES = 2**20
 
 
 class RangeGone(StreamUnavailable):
@@ -43,18 +44,7 @@ class Scanner:
             options: of the consumer, the library's names.
         """
         self._settings = settings
-        self._connection = connect(
-            KafkaConsumer,
-            settings,
-            purpose,
-            **{
-                "auto_offset_reset": "none",
-                "enable_auto_commit": False,
-                "allow_auto_create_topics": False,
-                "max_partition_fetch_bytes": settings.max_event_bytes + _ROOM_BYTES,
-            }
-            | options,
-        )
+        self._connection = connect_consumer(settings, purpose, **options)
 
     def __enter__(self) -> Scanner:
         return self
@@ -95,8 +85,8 @@ class Scanner:
 
     def read(
         self, name: str, partition: int, start: int, stop: int | None = None
-    ) -> Iterator[list[Any]]:
-        """The library's records with offsets in [start, stop), in order, some at a time.
+    ) -> Iterator[list[RawRecord]]:
+        """The records with offsets in [start, stop), in order, some at a time.
 
         Args:
             stop: None: up to the end, as it is when it is reached.
@@ -131,7 +121,7 @@ class Scanner:
     def _patience_ms(self) -> int:
         return int(max(self._settings.connect_timeout_seconds, 1.0) * 1000)
 
-    def _poll(self, place: TopicPartition) -> tuple[list[Any], int, int | None]:
+    def _poll(self, place: TopicPartition) -> tuple[list[RawRecord], int, int | None]:
         """Records; the next offset, moved over transaction markers; the end, where it is known."""
         client = self._connection.client
         with explained(self._settings, self._connection):

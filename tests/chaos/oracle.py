@@ -160,6 +160,9 @@ class Script:
     def lag(self) -> dict[Place, int]:
         return {}
 
+    def positions(self) -> Mapping[Place, tuple[str, int]]:
+        return {}
+
     def commit(self, positions: Mapping[Place, tuple[str, int]]) -> None:
         del positions
 
@@ -167,8 +170,8 @@ class Script:
 class Discarded:
     """The reference's dead-letter topic: it keeps nothing, only the ledger's counts matter."""
 
-    def send(self, record: Record, reason: Reason, stage: str) -> None:
-        del record, reason, stage
+    def send(self, record: Record, reason: Reason, stage: str, error: str = "") -> None:
+        del record, reason, stage, error
 
 
 def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Decision]) -> Outcome:

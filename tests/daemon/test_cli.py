@@ -96,6 +96,7 @@ UPDATER_STATUS = {
     "pinned": False,
     "phase": "waiting for feedback",
     "ready_examples": 7,
+    "recent_feedback": {"found": 9, "missing": 3},
     "updates": {"released": 2, "rejected": 1},
     "last_update": {"outcome": "released", "version": 2, "at": 1e9},
     "kl_live_nats": 0.0312,
@@ -296,6 +297,7 @@ def test_wrong_usage_exits_2(state: Path) -> None:
         ["feedback", "chatcmpl-1"],
         ["feedback", "chatcmpl-1", "--thumbs", "sideways"],
         ["feedback", "chatcmpl-1", "--thumbs", "up", "--score", "1"],
+        ["feedback", "chatcmpl-1", "--score", "1"],
         ["feedback", "chatcmpl-1", "--correction", "so", "--signal", "copied"],
         ["rollback", "--to", "-1"],
     ):
@@ -398,6 +400,7 @@ def test_status_shows_both_processes(state: Path, server: Server, updater: Statu
         "0.0312 nats/token",
         "0.3990 nats/token left",
         "7 examples",
+        "3 of 12 in the last hour name no reply",
         "2 released, 1 rejected",
         "interactions.v1 4",
         "dead lettered",

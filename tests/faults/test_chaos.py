@@ -52,12 +52,12 @@ def a_log(interactions: Sequence[Interaction], equal: int = 0) -> list[Record]:
                 "feedback_id": f"fb-{number}",
                 "interaction_id": interaction.interaction_id,
                 "value": 1 if number < equal or number % 3 else -1,
-                "created_at": 2_000.0 + number,
+                "created_at": 1_750_000_002.0 + number,
             }
         )
         for topic, event in ((Topic.INTERACTIONS, interaction), (Topic.FEEDBACK, rating)):
             place = (topic, str(topic), number % 2, number // 2)
-            records.append(Record(*place, 3_000_000, None, event.to_bytes()))
+            records.append(Record(*place, 1_750_000_003_000, None, event.to_bytes()))
     return records
 
 
@@ -67,7 +67,7 @@ def some_replies(number: int) -> list[Interaction]:
         Interaction(
             interaction_id=f"chatcmpl-{index}",
             alias=ALIAS,
-            created_at=1_000.0 + index,
+            created_at=1_750_000_000.0 + index,
             latency_seconds=0.1,
             prompt_token_ids=(1, 2),
             completion_token_ids=(3,),

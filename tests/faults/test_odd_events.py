@@ -100,7 +100,10 @@ def test_no_odd_event_makes_an_update_raise(
         reply = odd_reply(json.loads(written.to_bytes()), prompt, draw)
         updater.tape.add(Topic.INTERACTIONS, json.dumps(reply).encode())
         for rater in range(3):
-            said = odd_feedback(number, draw) | {"rater": f"r{rater}", "created_at": 1_000.0}
+            said = odd_feedback(number, draw) | {
+                "rater": f"r{rater}",
+                "created_at": 1_750_000_000.0,
+            }
             updater.tape.add(Topic.FEEDBACK, json.dumps(said).encode())
     for _ in range(60):
         updater.loop.cycle()

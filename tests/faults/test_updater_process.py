@@ -228,6 +228,7 @@ def test_a_step_that_hangs_shows_and_is_started_again_with_nothing_lost(
         assert said[2][1].startswith("no sign of life for 15 s")
         url = f"http://127.0.0.1:{variables['MOORLINE_UPDATER__PORT']}/status"
         wait_until(lambda: httpx.get(url).json().get("live_version") == 1)
+        assert httpx.get(url).json()["recent_feedback"]["missing"] == 0
     finally:
         supervisor.terminate()
         supervisor.communicate(timeout=60)

@@ -196,7 +196,7 @@ class Conversations:
                 interaction_id=f"chatcmpl-{index}",
                 value=1 if index % 2 else -1,
                 rater=f"rater-{index}",
-                created_at=1_000.0,
+                created_at=1_750_000_000.0,
             ).to_bytes()
             for index in range(len(sequences))
         ]

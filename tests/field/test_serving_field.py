@@ -57,7 +57,7 @@ def recorded(served: Served, response: httpx.Response) -> list[Interaction]:
 
 
 def pseudonym(served: Served, name: str) -> str:
-    return Pseudonyms.from_file(served.server.state_dir / "pseudonym.key").of(name)
+    return Pseudonyms.from_file(served.server.state_dir / "pseudonym.key").pseudonym_of(name)
 
 
 BODIES = {

@@ -150,13 +150,13 @@ def test_who_was_forgotten_by_a_further_name_does_not_come_back(tmp_path: Path) 
 
 def test_a_name_is_forgotten_however_it_is_composed(tmp_path: Path) -> None:
     """Also one that an earlier Moorline took as its bytes."""
-    of = pseudonyms(tmp_path)
-    old = of._hash(DECOMPOSED)
-    assert old != of.of(DECOMPOSED)
+    keyed = pseudonyms(tmp_path)
+    old = keyed._hash(DECOMPOSED)
+    assert old != keyed.pseudonym_of(DECOMPOSED)
     fed(
         tmp_path,
         *(
-            interaction("r1", user=of.of(COMPOSED)),
+            interaction("r1", user=keyed.pseudonym_of(COMPOSED)),
             rating("r1", rater=DECOMPOSED, feedback_id="fb"),
         ),
         *(interaction("r2", user=old), rating("r2")),

@@ -18,7 +18,7 @@ import pytest
 
 from moorline import failpoints
 from moorline.base_model import model_digest
-from moorline.events import RENAMED_REASONS
+from moorline.events import RENAMED_REASONS, Fate
 from moorline.store import ArtifactStore
 from moorline.stream.outgoing import OutgoingEvent
 from moorline.stream.spool import Spool
@@ -69,7 +69,10 @@ class Fixture:
 
 def stored(number: int) -> Fixture:
     said = json.loads((HERE / f"format{number}" / "expected.json").read_text())
-    return Fixture(number, in_todays_words(said) if number == 4 else said)
+    said = in_todays_words(said) if number == 4 else said
+    for accounting in (said["accounting"], said["accounting_at_now_plus_8_days"]):
+        accounting["fates"] = {str(fate): 0 for fate in Fate} | accounting["fates"]
+    return Fixture(number, said)
 
 
 FORMATS = [stored(number) for number in (4, 5)]

@@ -195,13 +195,14 @@ def test_noise_is_refused_and_never_crashes(noise: bytes) -> None:
     "fields",
     [
         {"value": 0.5},
-        {"value": None},
         {"value": float("nan")},
         {"value": float("inf")},
-        {"kind": "score", "value": 2},
+        {"kind": "score", "value": 1},
+        {"kind": "score", "value": 5, "score_max": 5},
+        {"kind": "score", "value": 2, "score_min": 0, "score_max": 1},
         {"kind": "score", "value": 0.5, "score_min": 1, "score_max": 1},
         {"kind": "score", "value": 0.5, "score_min": 1, "score_max": 0},
-        {"kind": "score", "value": float("nan")},
+        {"kind": "score", "value": float("nan"), "score_min": 0, "score_max": 1},
         {"kind": "correction"},
         {"kind": "correction", "text": ""},
         {"kind": "correction", "text": " \n\t "},
@@ -237,7 +238,9 @@ def test_each_kind_speaks_of_an_aspect_of_its_own() -> None:
         thumbs(kind="signal", signal="edited"),
     ]
     assert len({Feedback.model_validate(fields).aspect for fields in said}) == len(said)
-    score = Feedback.model_validate(thumbs(kind="score", over="chatcmpl-2"))
+    score = Feedback.model_validate(
+        thumbs(kind="score", score_min=0, score_max=1, over="chatcmpl-2")
+    )
     assert score.aspect == Feedback.model_validate(thumbs()).aspect
     assert score.over_key is None
 

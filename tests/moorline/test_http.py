@@ -132,3 +132,14 @@ def test_silence_is_a_time_out() -> None:
 )
 def test_url_reaches_what_listens(host: str, url: str) -> None:
     assert base_url(host, 1) == url
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/status", "/nothing"])
+def test_head_says_what_get_says_without_its_body(server: StatusServer, path: str) -> None:
+    with httpx.Client() as client:  # one connection: a body would be taken for the next answer
+        for _ in range(2):
+            head = client.head(server.url + path)
+            assert head.content == b""
+            got = client.get(server.url + path)
+            assert head.status_code == got.status_code
+            assert head.headers["content-type"] == got.headers["content-type"]

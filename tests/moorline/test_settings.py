@@ -16,7 +16,9 @@ from moorline.settings_sources import leaves, variable_of
 
 # What an environment can carry: any text without NUL that is valid UTF-8.
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
-secrets = texts.map(SecretStr)
+secrets = texts.filter(lambda text: text and text == text.strip() and text.isprintable()).map(
+    SecretStr
+)
 paths = st.from_regex(r"[A-Za-z0-9._ é-]{1,20}", fullmatch=True).map(Path)
 positive = st.floats(min_value=1e-9, max_value=1e9)
 

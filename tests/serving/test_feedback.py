@@ -9,7 +9,8 @@ import pytest
 from fastapi import FastAPI
 
 from moorline.events import Feedback
-from serving.feedback import feedback_router, parse_feedback
+from moorline.feedback import FeedbackInvalid, read_feedback
+from serving.feedback import feedback_router
 
 MAX_BYTES = 1000
 
@@ -106,7 +107,8 @@ async def test_a_full_spool_is_said_and_not_hidden(shelf: Shelf) -> None:
 
 
 def test_a_refusal_never_quotes_what_was_sent() -> None:
-    with pytest.raises(ValueError) as refusal:  # noqa: PT011  # its text is what is checked
-        parse_feedback(b'{"id": "secret words", "value": "private"}')
+    with pytest.raises(FeedbackInvalid) as refusal:
+        read_feedback(b'{"id": "secret words", "kind": "hidden", "value": "private"}')
     assert "secret" not in str(refusal.value)
+    assert "hidden" not in str(refusal.value)
     assert "private" not in str(refusal.value)

@@ -193,11 +193,12 @@ def test_sampling_settings_speak_our_vocabulary() -> None:
 def test_what_a_request_says_of_itself_is_recorded(
     in_a_request: request_context.RequestContext,
 ) -> None:
-    in_a_request.tenant, in_a_request.task, in_a_request.user = "blue", "sql", "u-1"
+    in_a_request.tenant, in_a_request.task, in_a_request.users = "blue", "sql", ("u-1", "u-2")
     in_a_request.streamed = True
     published, _, _ = recorded([(0, [5], "stop")])
     (event,) = published
-    assert (event.tenant, event.task, event.user, event.streamed) == ("blue", "sql", "u-1", True)
+    assert (event.tenant, event.task, event.streamed) == ("blue", "sql", True)
+    assert (event.user, event.other_users) == ("u-1", ("u-2",))
     assert event.alias == "assistant"
 
 
@@ -231,9 +232,7 @@ def test_a_reply_of_an_adapter_is_its_versions_whatever_is_live_at_its_end() -> 
         published.append(event)
         return True
 
-    recorder = Recorder(engine, "assistant", publish, lambda: 3)
-    uses: list[tuple[int, int]] = []
-    recorder.on_adapter = lambda adapter, change: uses.append((adapter, change))
+    recorder = Recorder(engine, "assistant", publish, lambda: 3, UnusableReplies())
     recorder.install()
     adapter = SimpleNamespace(lora_name="assistant@v000005", lora_int_id=2)
 
@@ -245,4 +244,3 @@ def test_a_reply_of_an_adapter_is_its_versions_whatever_is_live_at_its_end() -> 
     asyncio.run(handle())
     (event,) = published
     assert [(span.version, span.start, span.end) for span in event.policy_spans] == [(5, 0, 2)]
-    assert uses == [(2, 1), (2, -1)]

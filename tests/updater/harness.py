@@ -24,12 +24,15 @@ class Tape:
     def __init__(self) -> None:
         self._records: list[Record] = []
         self._all: list[Record] = []
-        self.timestamp_ms = 1_000_000
+        self.at = 1_750_000_000.0
         self._offsets: dict[Topic, Iterator[int]] = {topic: itertools.count() for topic in Topic}
 
-    def add(self, topic: Topic, value: bytes) -> None:
+    def add(self, topic: Topic, value: bytes, at: float | None = None) -> None:
+        """The next record of its topic, as if it had arrived then (``self.at``), Unix seconds."""
         offset = next(self._offsets[topic])
-        self._records.append(Record(topic, "id", 0, offset, self.timestamp_ms, None, value))
+        self._records.append(
+            Record(topic, "id", 0, offset, int((at or self.at) * 1000), None, value)
+        )
         self._all.append(self._records[-1])
 
     def begin_anew(self) -> None:
@@ -56,6 +59,9 @@ class Tape:
     def lag(self) -> Mapping[tuple[Topic, int], int]:
         return {}
 
+    def positions(self) -> Mapping[tuple[Topic, int], tuple[str, int]]:
+        return {}
+
     def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
         del positions  # advisory
 
@@ -67,8 +73,8 @@ class Letters:
         self.offsets: list[int] = []
         self.away = False
 
-    def send(self, record: Record, reason: Reason, stage: str) -> None:
-        del reason, stage
+    def send(self, record: Record, reason: Reason, stage: str, error: str = "") -> None:
+        del reason, stage, error
         if self.away:
             raise StreamUnavailable("the dead-letter topic is gone")
         self.offsets.append(record.offset)
@@ -147,7 +153,7 @@ class Updater:
             kind=FeedbackKind.THUMBS,
             value=1 if index % 2 else -1,
             rater=f"rater-{index}",
-            created_at=1_000.0,
+            created_at=1_750_000_000.0,
         )
         self.tape.add(Topic.FEEDBACK, thumb.to_bytes())
 

@@ -65,6 +65,9 @@ class Stream:
             lag[record.topic, record.partition] += 1
         return lag
 
+    def positions(self) -> Mapping[tuple[Topic, int], tuple[str, int]]:
+        return {}
+
     def commit(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
         self.committed = dict(positions)
 
@@ -76,8 +79,9 @@ class Letters:
         self.sent: list[tuple[Record, Reason]] = []
         self.away_after: int | None = None
 
-    def send(self, record: Record, reason: Reason, stage: str) -> None:
+    def send(self, record: Record, reason: Reason, stage: str, error: str = "") -> None:
         assert stage == "ingest"
+        assert bool(error) == (reason in (Reason.UNEXPECTED, Reason.CORRUPT_RECORD))
         if self.away_after is not None and len(self.sent) >= self.away_after:
             raise StreamUnavailable("the broker is away: start it")
         self.sent.append((record, reason))
@@ -279,11 +283,17 @@ def altered(event: Any, **fields: object) -> bytes:
         (b"x" * 10_001, Reason.TOO_LARGE),
         (altered(rating("a"), schema_version="2.0"), Reason.UNSUPPORTED_SCHEMA_VERSION),
         (altered(rating("a"), schema_version=None), Reason.UNSUPPORTED_SCHEMA_VERSION),
-        (altered(rating("a"), value=0), Reason.SCHEMA_MISMATCH),
+        (altered(rating("a"), value=2), Reason.SCHEMA_MISMATCH),
         (altered(rating("a"), value="NaN"), Reason.SCHEMA_MISMATCH),
         (altered(rating("a"), value=float("inf")), Reason.SCHEMA_MISMATCH),
-        (altered(rating("a"), kind="score", value=1.1), Reason.SCHEMA_MISMATCH),
-        (altered(rating("a"), kind="score", value=-0.1), Reason.SCHEMA_MISMATCH),
+        (
+            altered(rating("a"), kind="score", value=1.1, score_min=0, score_max=1),
+            Reason.SCHEMA_MISMATCH,
+        ),
+        (
+            altered(rating("a"), kind="score", value=-0.1, score_min=0, score_max=1),
+            Reason.SCHEMA_MISMATCH,
+        ),
         (altered(rating("a"), kind="applause"), Reason.SCHEMA_MISMATCH),
         (altered(correction("a"), text=" \n"), Reason.SCHEMA_MISMATCH),
         (altered(preference("a", "b"), over="a"), Reason.SCHEMA_MISMATCH),

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from moorline.events import Fate, Feedback, FeedbackKind, Reason
+from moorline.events import Fate, Feedback, Reason
 from moorline.store import ArtifactMissing
 from moorline.stream import Topic
 from tests.updater.harness import Updater
 from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
+from tests.updater.ledger.fixtures import score
 from updater.learning.policy import ReleaseInvalid
 from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import Proposal, Trainer
@@ -68,14 +69,14 @@ def test_every_kind_of_feedback_teaches_in_one_release(
         {"kind": "preference", "over": "chatcmpl-lost"},
         {"kind": "correction", "text": "A glacier is a river of ice."},
         {"kind": "signal", "signal": "regenerated"},
-        {"kind": "score", "value": 0.9},
+        {"kind": "score", "value": 0.9, "score_min": 0, "score_max": 1},
         {"kind": "thumbs", "value": -1},
         {"kind": "signal", "signal": "sneezed"},
     ]
     for index, fields in enumerate(kinds):
         name = f"chatcmpl-0-{min(index, 4)}"
         said = Feedback.model_validate(
-            {"interaction_id": name, "rater": f"r{index}", "created_at": 1_000.0, **fields}
+            {"interaction_id": name, "rater": f"r{index}", "created_at": 1_750_000_000.0, **fields}
         )
         updater.tape.add(Topic.FEEDBACK, said.to_bytes())
     updater.tape.add(Topic.INTERACTIONS, lost.to_bytes())
@@ -259,10 +260,7 @@ def test_a_batch_without_signal_makes_no_update_and_says_so(
     for index, sequence in enumerate(some_sequences(4)):
         name = f"chatcmpl-{index}"
         updater.tape.add(Topic.INTERACTIONS, recorded(updater.policy, sequence, name).to_bytes())
-        neutral = Feedback(
-            interaction_id=name, kind=FeedbackKind.SCORE, value=0.5, rater=f"r{index}"
-        )
-        updater.tape.add(Topic.FEEDBACK, neutral.to_bytes())
+        updater.tape.add(Topic.FEEDBACK, score(name, 0.5, rater=f"r{index}").to_bytes())
     updater.loop.cycle()
     assert updater.published == []
     reasons = updater.ledger.accounting().events[str(Topic.FEEDBACK)][Fate.NOT_TRAINABLE]

@@ -53,7 +53,11 @@ def stream(updater: Updater) -> Tape:
     for index, sequence in enumerate(some_sequences(11)):
         name = f"chatcmpl-{index}"
         tape.add(Topic.INTERACTIONS, recorded(updater.policy, sequence, name).to_bytes())
-        about = {"interaction_id": name, "feedback_id": f"fb-{index}", "created_at": 1_000.0}
+        about = {
+            "interaction_id": name,
+            "feedback_id": f"fb-{index}",
+            "created_at": 1_750_000_000.0,
+        }
         said = {"value": 1 if index % 2 else -1}
         if index % 4 == 3:
             said = {"kind": "correction", "text": "A glacier is a river of ice."}

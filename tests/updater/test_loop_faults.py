@@ -125,7 +125,7 @@ def test_a_stream_that_pushes_one_way_is_stopped_by_the_anchor_bound(
                 interaction_id=name,
                 value=1 if index % 2 else -1,
                 rater=f"rater-{index}",
-                created_at=1_000.0,
+                created_at=1_750_000_000.0,
             )
             updater.tape.add(Topic.INTERACTIONS, reply.to_bytes())
             updater.tape.add(Topic.FEEDBACK, thumb.to_bytes())
@@ -168,7 +168,7 @@ def test_every_event_three_times_shuffled_and_feedback_first_gives_the_same_weig
     replies, words = [], []
     for index, sequence in enumerate(some_sequences(9)):
         reply = recorded(policy, sequence, f"chatcmpl-{index}")
-        replies.append(reply.model_copy(update={"created_at": 1_000.0 + index}).to_bytes())
+        replies.append(reply.model_copy(update={"created_at": 1_750_000_000.0 + index}).to_bytes())
         kind: dict[str, Any] = {"value": 1 if index % 2 else -1}
         if index == 3:
             kind = {"kind": FeedbackKind.CORRECTION, "text": "A glacier is a river of ice."}
@@ -177,7 +177,7 @@ def test_every_event_three_times_shuffled_and_feedback_first_gives_the_same_weig
                 feedback_id=f"fb-{index}",
                 interaction_id=f"chatcmpl-{index}",
                 rater=f"rater-{index}",
-                created_at=2_000.0,
+                created_at=1_750_001_000.0,
                 **kind,
             )
             words.append(said.to_bytes())

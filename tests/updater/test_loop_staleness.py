@@ -50,7 +50,10 @@ def stale(updater: Updater, number: int) -> None:
         sure = reply.model_copy(update={"completion_logprobs": (-0.01,) * sequence.tokens})
         updater.tape.add(Topic.INTERACTIONS, sure.to_bytes())
         thumb = Feedback(
-            interaction_id=name, value=1 if index % 2 else -1, rater=f"r{index}", created_at=1_000.0
+            interaction_id=name,
+            value=1 if index % 2 else -1,
+            rater=f"r{index}",
+            created_at=1_750_000_000.0,
         )
         updater.tape.add(Topic.FEEDBACK, thumb.to_bytes())
 

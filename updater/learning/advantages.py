@@ -116,8 +116,10 @@ def reward(feedback: Feedback, signals: Mapping[str, float]) -> float | None:
     match feedback.kind:
         case FeedbackKind.THUMBS:
             return feedback.value
-        case FeedbackKind.SCORE if feedback.value is not None:
+        case FeedbackKind.SCORE:
             low, high, value = feedback.score_min, feedback.score_max, feedback.value
+            if low is None or high is None or value is None:
+                return None  # a retraction
             if math.isinf(high - low):  # too wide a range; half of a tiny one would be nothing
                 low, high, value = low / 2, high / 2, value / 2
             share = (value - low) / (high - low)

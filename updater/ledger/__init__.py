@@ -6,7 +6,13 @@ Nothing outside this package imports sqlite3.
 from updater.ledger.accounting import Accounting
 from updater.ledger.anchors import Anchor
 from updater.ledger.crashes import Suspect
-from updater.ledger.database import LeaseLost, LedgerError, LedgerLocked, LedgerUnavailable
+from updater.ledger.database import (
+    LeaseLost,
+    LedgerError,
+    LedgerLocked,
+    LedgerUnavailable,
+    RecordInvalid,
+)
 from updater.ledger.decisions import BatchDecision
 from updater.ledger.erasure import Forgotten
 from updater.ledger.examples import examples_digest
@@ -31,6 +37,7 @@ __all__ = [
     "LedgerReader",
     "LedgerUnavailable",
     "Parsed",
+    "RecordInvalid",
     "RefusedReply",
     "Suspect",
     "examples_digest",

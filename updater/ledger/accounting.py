@@ -169,6 +169,10 @@ _NEVER = (
         "ready ratings that are not their rater's last word",
     ),
     (
+        "SELECT count(*) FROM feedback WHERE retracts = 1 AND state IN ('ready', 'trained')",
+        "retractions that are learned from",
+    ),
+    (
         "SELECT count(*) FROM interactions i WHERE open_preferences <> (SELECT count(*)"
         " FROM feedback WHERE over IS NOT NULL AND state IN ('waiting', 'ready')"
         " AND (interaction = i.id OR over = i.id))",

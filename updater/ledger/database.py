@@ -45,6 +45,16 @@ class LedgerLocked(LedgerError):
     """Another updater holds this ledger."""
 
 
+class RecordInvalid(LedgerError):
+    """One record cannot be taken in for what it is; nothing of what came with it was committed."""
+
+    def __init__(self, index: int, error: Exception) -> None:
+        super().__init__(f"record {index} cannot be taken in ({type(error).__name__})")
+        self.index = index
+        """Its place in what the ledger was given."""
+        self.error = error
+
+
 class LeaseLost(LedgerError):
     """Another updater has opened this ledger since; this one must stop."""
 
@@ -253,7 +263,7 @@ def translated_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest are details of it
+        code = _code(error)
         if code in _OF_THE_DISK:
             raise LedgerUnavailable(
                 f"the ledger {path} cannot be used now ({error}): check free space and permissions"
@@ -263,6 +273,17 @@ def translated_errors(path: Path) -> Iterator[None]:
                 f"the ledger {path} is damaged ({error}): restore it from a backup"
             ) from error
         raise  # a defect of ours: shown as it is
+
+
+def is_of_the_file(error: Exception) -> bool:
+    """Whether the disk or the file is at fault, and not what was asked of it."""
+    return isinstance(error, OSError) or (
+        isinstance(error, sqlite3.DatabaseError) and _code(error) in _OF_THE_DISK | _DAMAGED
+    )
+
+
+def _code(error: sqlite3.DatabaseError) -> int:
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF  # the rest are details of it
 
 
 def make_home(path: Path) -> None:

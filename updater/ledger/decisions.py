@@ -184,6 +184,13 @@ class Decisions:
                 for loser in claim.over:
                     self._decide_interaction(loser, outcome)
 
+    def refuse_word(self, rating: int) -> None:
+        """A word that the rules of today refuse teaches nothing."""
+        self._decide_rating(
+            rating,
+            ExampleOutcome(Fate.NOT_TRAINABLE, FeedbackState.NOT_TRAINABLE, Reason.SCHEMA_MISMATCH),
+        )
+
     def _decide_rating(self, rating: int, outcome: ExampleOutcome) -> None:
         row = self._execute(
             "SELECT interaction, rater, aspect, topic_partition, offset, state, latest FROM"

@@ -263,7 +263,7 @@ class Eraser:
             self._fates.move(topic_partition, offset, Fate.ERASED)
         self._execute("DELETE FROM feedback_bodies WHERE id = ?", (identity,))
         self._execute(
-            "UPDATE feedback SET state = ?, latest = 0, rater = '' WHERE id = ?",
+            "UPDATE feedback SET state = ?, latest = 0, rater = '', content = NULL WHERE id = ?",
             (FeedbackState.ERASED, identity),
         )
         return 1

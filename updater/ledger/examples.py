@@ -7,9 +7,10 @@ import sqlite3
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from moorline.events import Interaction
+from moorline.events import Interaction, user_digest
 from updater.learning.advantages import overridden_signals
 from updater.ledger.bodies import Bodies
+from updater.ledger.revisions import word_name
 from updater.values import Example, TokenSequence, as_sequence
 
 _Place = tuple[float, str]
@@ -35,9 +36,10 @@ class Claim:
     """Signals beside an explicit rating: decided with the example, but not learned from."""
 
 
-def example_id(key: str, feedback_ids: Iterable[str]) -> str:
-    """Names an example by its content: the same reply and ratings always give the same id."""
-    content = "\n".join([key, *sorted(feedback_ids)])
+def example_id(key: str, words: Iterable[str]) -> str:
+    """Names an example by its content: the same reply and ratings (``word_name``) always give the
+    same id."""
+    content = "\n".join([key, *sorted(words)])
     return f"ex-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 
@@ -120,7 +122,8 @@ def _example(connection: sqlite3.Connection, bodies: Bodies, key: str) -> tuple[
         "SELECT id, event_time FROM interactions WHERE key = ?", (key,)
     ).fetchone()
     rows = connection.execute(
-        "SELECT f.id, f.over, f.feedback_id, f.event_time FROM feedback f"
+        "SELECT f.id, f.over, f.feedback_id, f.event_time, f.revision, f.rater, f.content"
+        " FROM feedback f"
         " WHERE f.interaction = ? AND f.latest = 1 AND f.state = 'ready'"
         " ORDER BY f.event_time, f.feedback_id LIMIT ?",
         (identity, MOST_FEEDBACK),
@@ -131,13 +134,12 @@ def _example(connection: sqlite3.Connection, bodies: Bodies, key: str) -> tuple[
         )
         for row in rows
     }
-    overridden = {one.feedback_id for one in overridden_signals(feedback.values())}
-    weighted = {
-        rating: one for rating, one in feedback.items() if one.feedback_id not in overridden
-    }
+    overridden = overridden_signals(feedback.values())
+    weighted = {rating: one for rating, one in feedback.items() if one not in overridden}
     over = tuple(sorted({row[1] for row in rows if row[1] is not None}))
+    names = {row[0]: word_name(row[2], row[4], user_digest(row[5]), row[6]) for row in rows}
     example = Example(
-        example_id=example_id(key, (one.feedback_id for one in weighted.values())),
+        example_id=example_id(key, (names[rating] for rating in weighted)),
         interaction=bodies.interaction(identity).model_copy(update={"created_at": event_time}),
         feedback=tuple(weighted.values()),
         rejected=dict(_rejected(connection, bodies, loser) for loser in over),

@@ -28,6 +28,10 @@ class Fates:
         )
         self.changes[topic_partition, fate, reason] += 1
 
+    def record_repeat(self, topic_partition: int, offset: int, first: int) -> None:
+        """A record that says again what another one, with the row ``first``, has said."""
+        self.record(topic_partition, offset, Fate.DUPLICATE, Reason.REPEATED_EVENT, first)
+
     def move(
         self,
         topic_partition: int,

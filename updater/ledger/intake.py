@@ -6,9 +6,11 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from moorline.errors import MoorlineError
 from moorline.events import Erasure, Fate, Reason
 from moorline.stream import Gap, GapCause, Record
 from updater.ledger.adoption import AlreadyRead
+from updater.ledger.database import RecordInvalid, is_of_the_file
 from updater.ledger.erasure import Eraser
 from updater.ledger.joins import Joins
 from updater.ledger.rules import Arrival, Parsed
@@ -57,20 +59,23 @@ class Intake:
 
         Returns:
             How many were new, and how many had been consumed before.
+
+        Raises:
+            RecordInvalid: one of them raised an error that is not the disk's: roll all back.
         """
         new = 0
-        for parsed in records:
+        for index, parsed in enumerate(records):
             cursor = self._cursor(parsed.record)
             if not cursor.is_new(parsed.record.offset):
                 continue
-            arrival = Arrival.of(parsed.record, cursor.id, now)
-            if isinstance(parsed.event, Erasure):
-                self._eraser.carry_out(parsed.event, arrival.at, now)
-                cursor.instructions += 1
-            else:
-                self._joins.add_event(self._already_read.judged(parsed, arrival.at), arrival)
-            cursor.seen.add(parsed.record.offset)
-            cursor.arrived_at = max(cursor.arrived_at, arrival.at)
+            try:
+                self._take(parsed, cursor, now)
+            except (MoorlineError, MemoryError):
+                raise
+            except Exception as error:
+                if is_of_the_file(error):
+                    raise
+                raise RecordInvalid(index, error) from error
             new += 1
         for cursor in self._cursors.values():
             self._execute(
@@ -85,6 +90,16 @@ class Intake:
                 ),
             )
         return new, len(records) - new
+
+    def _take(self, parsed: Parsed, cursor: _Cursor, now: float) -> None:
+        arrival = Arrival.of(parsed.record, cursor.id, now)
+        if isinstance(parsed.event, Erasure):
+            self._eraser.carry_out(parsed.event, arrival.at, now)
+            cursor.instructions += 1
+        else:
+            self._joins.add_event(self._already_read.judged(parsed, arrival.at), arrival)
+        cursor.seen.add(parsed.record.offset)
+        cursor.arrived_at = max(cursor.arrived_at, arrival.at)
 
     def record_gaps(self, gaps: Iterable[Gap], now: float) -> None:
         """Note offsets that nobody can read any more; call it before ``consume``."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import fields
-from typing import Literal
 
 from moorline.events import Erasure, Fate, Feedback, Interaction, Reason, user_digest
 from updater.ledger.bodies import Bodies
 from updater.ledger.erasure_markers import ErasureMarkers
 from updater.ledger.fates import Fates
 from updater.ledger.keys import KeyRing
-from updater.ledger.rules import Arrival, Known, Parsed, Rating, Ruling, prompt_digest, rule
-from updater.ledger.schema import FeedbackState, InteractionState
+from updater.ledger.ratings import Ratings
+from updater.ledger.rules import Arrival, Parsed, prompt_digest
+from updater.ledger.schema import InteractionState
 
 _AWAITED = InteractionState.AWAITED
-_ERASED = Ruling(FeedbackState.ERASED, Fate.ERASED, Reason.NONE)
 
 NOT_MEASURABLE = frozenset(
     {
@@ -29,10 +27,6 @@ NOT_MEASURABLE = frozenset(
     }
 )
 """Interactions that no divergence can be measured on either."""
-
-
-_OF_A_RATING = tuple(field.name for field in fields(Rating) if field.name != "state")
-"""Columns of ``feedback`` under the names of the fields."""
 
 
 class Joins:
@@ -51,7 +45,7 @@ class Joins:
         self._keys = keys
         self._bodies = Bodies(connection, keys)
         self._erasure_markers = erasure_markers
-        self._horizon_seconds = horizon_seconds
+        self._ratings = Ratings(connection, fates, keys, erasure_markers, horizon_seconds)
 
     def add_event(self, parsed: Parsed, arrival: Arrival) -> None:
         """Give a consumed record its row in ``events``, and join it to what it belongs to."""
@@ -65,14 +59,14 @@ class Joins:
             case Interaction():
                 self._add_interaction(parsed.event, parsed, arrival)
             case Feedback():
-                self._add_feedback(parsed.event, parsed, arrival)
+                self._ratings.add_feedback(parsed.event, parsed, arrival)
 
     def _add_interaction(self, event: Interaction, parsed: Parsed, arrival: Arrival) -> None:
         row = self._execute(
             "SELECT id, state FROM interactions WHERE key = ?", (event.key,)
         ).fetchone()
         if row is not None and row[1] != _AWAITED:
-            self._record_repeat(arrival, row[0])
+            self._fates.record_repeat(arrival.topic_partition, arrival.offset, row[0])
             return
         erased = self._erasure_markers.cover(event, min(event.created_at, arrival.at))
         subject, key = (None, 0) if erased else self._subject(event)
@@ -84,13 +78,7 @@ class Joins:
             reason = parsed.reason
         self._fates.record(arrival.topic_partition, arrival.offset, fate, reason, identity)
         if row is not None:
-            for rating in self._waiting(identity):
-                self._admit_if_known(rating)
-
-    def _record_repeat(self, arrival: Arrival, first: int) -> None:
-        self._fates.record(
-            arrival.topic_partition, arrival.offset, Fate.DUPLICATE, Reason.REPEATED_EVENT, first
-        )
+            self._ratings.admit_waiting(identity)
 
     def _subject(self, event: Interaction) -> tuple[int, int]:
         """Its row of ``subjects``, and the key for its body: the user's, or one of its own."""
@@ -159,159 +147,3 @@ class Joins:
                     (identity, version),
                 )
         return int(identity)
-
-    def _add_feedback(self, event: Feedback, parsed: Parsed, arrival: Arrival) -> None:
-        of = self._known_or_awaited(event.key, arrival)
-        over = None if event.over_key is None else self._known_or_awaited(event.over_key, arrival)
-        event_time = min(event.created_at, arrival.at)
-        if self._erasure_markers.cover(event, event_time):
-            state, fate, reason = FeedbackState.ERASED, Fate.ERASED, Reason.NONE
-        elif parsed.reason is Reason.NONE:
-            state, fate, reason = FeedbackState.WAITING, Fate.PENDING, Reason.NONE
-        else:
-            state, fate, reason = FeedbackState.CLOSED, Fate.NOT_TRAINABLE, parsed.reason
-        row = (
-            of.id,
-            None if over is None else over.id,
-            event.feedback_id,
-            "" if state is FeedbackState.ERASED else event.rater,
-            event.aspect,
-            arrival.topic_partition,
-            arrival.offset,
-            event_time,
-            arrival.at,
-            state,
-        )
-        inserted = self._execute(
-            "INSERT INTO feedback (interaction, over, feedback_id, rater, aspect,"
-            " topic_partition, offset,"
-            " event_time, arrived_at, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (interaction, feedback_id) DO NOTHING RETURNING id",
-            row,
-        ).fetchone()
-        if inserted is None:
-            (first,) = self._execute(
-                "SELECT id FROM feedback WHERE interaction = ? AND feedback_id = ?",
-                (of.id, event.feedback_id),
-            ).fetchone()
-            self._record_repeat(arrival, first)
-            return
-        (identity,) = inserted
-        self._fates.record(arrival.topic_partition, arrival.offset, fate, reason, identity)
-        if state is not FeedbackState.WAITING:
-            return
-        self._bodies.write_body("feedback", identity, parsed.record.value or b"", self._keys.new())
-        self._execute(
-            "UPDATE interactions SET event_time = max(event_time, ?)"
-            " WHERE id IN (?, ?) AND state = 'awaited'",
-            (arrival.at, *row[:2]),
-        )
-        self._admit_if_known(Rating(identity, *row[:-1], FeedbackState.WAITING))
-
-    def _admit_if_known(self, rating: Rating) -> None:
-        """Give a rating its place, unless an interaction that it names is still awaited."""
-        names = [rating.interaction, *([] if rating.over is None else [rating.over])]
-        found = [self._known("id", name) for name in names]
-        named = [one for one in found if one is not None and one.state is not _AWAITED]
-        if len(named) < len(names):
-            return
-        of, over = named[0], named[1] if len(named) > 1 else None
-        latest = self._latest(rating)
-        ruling = rule(rating, of, over, latest, self._horizon_seconds)
-        if self._erased_for_its_tenant(rating):
-            ruling = _ERASED
-        if ruling.state is FeedbackState.ERASED:
-            self._execute("UPDATE feedback SET rater = '' WHERE id = ?", (rating.id,))
-        if ruling.is_latest and latest is not None:
-            self._supersede(latest)
-        self._execute(
-            "UPDATE feedback SET state = ?, latest = ? WHERE id = ?",
-            (ruling.state, ruling.is_latest, rating.id),
-        )
-        if ruling.fate is not Fate.PENDING:
-            self._fates.move(rating.topic_partition, rating.offset, ruling.fate, ruling.reason)
-        if ruling.state is not FeedbackState.READY:
-            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (rating.id,))
-
-    def _erased_for_its_tenant(self, rating: Rating) -> bool:
-        """Whose reply it is, and so of which tenant a rater speaks, is known only now."""
-        if not self._erasure_markers.any:
-            return False
-        tenants = self._execute(
-            "SELECT s.tenant FROM interactions i JOIN subjects s ON s.id = i.subject"
-            " WHERE i.id = ?",
-            (rating.interaction,),
-        )
-        return any(
-            self._erasure_markers.cover_rater(rating.rater, tenant, rating.event_time)
-            for (tenant,) in tenants.fetchall()
-        )
-
-    def _supersede(self, latest: Rating) -> None:
-        """Let a rating take the place of its rater's latest; what was decided of that one stays."""
-        if latest.state not in (FeedbackState.READY, FeedbackState.UNUSABLE):
-            self._execute("UPDATE feedback SET latest = 0 WHERE id = ?", (latest.id,))
-            return
-        self._execute(
-            "UPDATE feedback SET latest = 0, state = ? WHERE id = ?",
-            (FeedbackState.CLOSED, latest.id),
-        )
-        self._fates.move(
-            latest.topic_partition, latest.offset, Fate.DUPLICATE, Reason.SUPERSEDED_RATING
-        )
-        if latest.state is FeedbackState.READY:
-            self._execute("DELETE FROM feedback_bodies WHERE id = ?", (latest.id,))
-
-    def _known_or_awaited(self, key: str, arrival: Arrival) -> Known:
-        """An interaction, or a row that feedback can wait at until it is read."""
-        known = self._known("key", key)
-        if known is not None:
-            return known
-        (identity,) = self._execute(
-            "INSERT INTO interactions (key, state, event_time, arrived_at, tokens, measurable,"
-            " retained) VALUES (?, ?, ?, ?, 0, 0, 0) RETURNING id",
-            (key, _AWAITED, arrival.at, arrival.at),
-        ).fetchone()
-        return Known(identity, _AWAITED, arrival.at, arrival.at, None, False, None)
-
-    def _known(self, column: Literal["id", "key"], value: int | str) -> Known | None:
-        row = self._execute(
-            "SELECT id, state, event_time, arrived_at, untrainable, retained, prompt"
-            f" FROM interactions WHERE {column} = ?",
-            (value,),
-        ).fetchone()
-        if row is None:
-            return None
-        identity, state, event_time, arrived_at, untrainable, retained, prompt = row
-        return Known(
-            identity,
-            InteractionState(state),
-            event_time,
-            arrived_at,
-            None if untrainable is None else Reason(untrainable),
-            bool(retained),
-            prompt,
-        )
-
-    def _waiting(self, interaction: int) -> list[Rating]:
-        """The feedback that names this interaction, on either side."""
-        return [
-            *self._ratings("interaction = ? AND state = 'waiting'", (interaction,)),
-            *self._ratings("over = ? AND state = 'waiting'", (interaction,)),
-        ]
-
-    def _latest(self, rating: Rating) -> Rating | None:
-        found = self._ratings(
-            "interaction = ? AND rater = ? AND aspect = ? AND latest = 1",
-            (rating.interaction, rating.rater, rating.aspect),
-        )
-        return found[0] if found else None
-
-    def _ratings(self, condition: str, parameters: tuple[int | str, ...]) -> list[Rating]:
-        rows = self._execute(
-            f"SELECT state, {', '.join(_OF_A_RATING)} FROM feedback WHERE {condition}", parameters
-        )
-        return [
-            Rating(state=FeedbackState(state), **dict(zip(_OF_A_RATING, facts, strict=True)))
-            for state, *facts in rows
-        ]

@@ -13,6 +13,7 @@ from updater.ledger.adoption import TAKEN, adopted_versions
 from updater.ledger.anchors import Anchor, current_anchor, read_anchors
 from updater.ledger.database import Database
 from updater.ledger.erasure import Forgotten
+from updater.ledger.recent_feedback import RecentFeedback, read_recent_feedback
 from updater.ledger.refusals import RefusedReply, most_refused
 from updater.ledger.revocation import wanted_revocation
 
@@ -71,6 +72,11 @@ class LedgerReader:
             "SELECT min(arrived_at) FROM feedback WHERE state = 'ready'"
         )
         return None if oldest is None else float(oldest)
+
+    def recent_feedback(self, now: float, horizon_seconds: float) -> RecentFeedback:
+        """How much of the newest feedback names a reply that was not recorded. Cheap."""
+        with self._database.snapshot() as connection:
+            return read_recent_feedback(connection, now, horizon_seconds)
 
     def accounting(self) -> Accounting:
         """Where every consumed record is now. Cheap."""

@@ -3,12 +3,15 @@
 They depend on what an event says and on when it arrived at the broker, never on the order in
 which it is read: the same events shuffled, repeated or interleaved give the same examples.
 
-* The same interaction, or the same feedback id for it, again: ``duplicate/repeated_event``.
+* The same interaction, or the same content under a feedback id, again:
+  ``duplicate/repeated_event``. Other content under the id replaces it (``revisions.py``).
 * Feedback that arrived more than a horizon after its interaction's event time: ``late``. An
   interaction that arrived more than a horizon after feedback for it: that feedback ``expired``.
 * Of one rater's ratings of one aspect of a reply (``Feedback.aspect``) the last counts (event time,
-  then feedback id); the others are ``duplicate/superseded_rating``. Once it is in the weights, all
+  then arrival); the others are ``duplicate/superseded_rating``. Once it is in the weights, all
   others of that rater and aspect are ``duplicate/already_trained``.
+* A retraction is a word that says nothing: where it is the last, the ratings before it are
+  ``retracted/rating_retracted``. It is never too late for what was not learned from yet.
 * An interaction that no gradient follows from still joins; its feedback gets its reason.
 * Feedback on a reply that its subject had erased is ``erased`` too, whoever gave it and whenever.
 * A preference names two interactions. It is judged once both are there, by the same rules against
@@ -22,6 +25,7 @@ windows of what it stamps.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +43,8 @@ class Parsed:
     """None: unreadable, and already acknowledged by the dead-letter topic."""
     reason: Reason = Reason.NONE
     """Unreadable: why. Readable: why no gradient follows from it, or ``NONE``."""
+    error: str = ""
+    """Of what nobody foresaw: the type of the error."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,9 @@ class Arrival:
     @classmethod
     def of(cls, record: Record, topic_partition: int, now: float) -> Arrival:
         """A record without a timestamp, or with one in the future, arrived now."""
-        stamped = record.timestamp_ms / 1000 if record.timestamp_ms > 0 else now
-        return cls(topic_partition, record.offset, min(stamped, now))
+        stamped = record.stamped_at
+        at = now if stamped is None else min(stamped, now)
+        return cls(topic_partition, record.offset, at)
 
 
 @dataclass(frozen=True)
@@ -79,18 +86,25 @@ class Rating:
     interaction: int
     over: int | None
     feedback_id: str
+    revision: int
     rater: str
     aspect: str
+    retracts: bool
     topic_partition: int
     offset: int
     event_time: float
     arrived_at: float
     state: FeedbackState
 
+    def is_before(self, other: Rating) -> bool:
+        """Whether ``other``, of the same rater and aspect, is the later word."""
+        if self.feedback_id == other.feedback_id:
+            return self.revision < other.revision
+        return self._order < other._order
+
     @property
-    def order(self) -> tuple[float, str]:
-        """The last rating in this order is the one of its rater that counts."""
-        return (self.event_time, self.feedback_id)
+    def _order(self) -> tuple[float, float, str]:
+        return (self.event_time, self.arrived_at, self.feedback_id)
 
 
 @dataclass(frozen=True)
@@ -103,12 +117,23 @@ class Ruling:
 
     @property
     def is_latest(self) -> bool:
-        return self.state in (FeedbackState.READY, FeedbackState.UNUSABLE)
+        return self.state in (
+            FeedbackState.READY,
+            FeedbackState.UNUSABLE,
+            FeedbackState.RETRACTED,
+        )
 
 
 def prompt_digest(token_ids: Sequence[int]) -> bytes:
     """Tells prompts apart without keeping them; 16 bytes."""
     return hashlib.blake2b(repr(tuple(token_ids)).encode(), digest_size=16).digest()
+
+
+def fate_before(last_retracts: bool, retracts: bool) -> tuple[Fate, Reason]:
+    """Of a word that a later one replaces, by whether each of the two takes back."""
+    if last_retracts and not retracts:
+        return Fate.RETRACTED, Reason.RATING_RETRACTED
+    return Fate.DUPLICATE, Reason.SUPERSEDED_RATING
 
 
 def rule(
@@ -126,14 +151,15 @@ def rule(
         return Ruling(FeedbackState.ERASED, Fate.ERASED, Reason.NONE)
     if any(one.arrived_at > rating.arrived_at + horizon_seconds for one in named):
         return Ruling(closed, Fate.EXPIRED, Reason.NO_INTERACTION)
-    if any(
-        not one.retained or rating.arrived_at > one.event_time + horizon_seconds for one in named
-    ):
+    horizon = math.inf if rating.retracts else horizon_seconds
+    if any(not one.retained or rating.arrived_at > one.event_time + horizon for one in named):
         return Ruling(closed, Fate.LATE, Reason.NONE)
     if latest is not None and latest.state is FeedbackState.TRAINED:
         return Ruling(closed, Fate.DUPLICATE, Reason.ALREADY_TRAINED)
-    if latest is not None and rating.order < latest.order:
-        return Ruling(closed, Fate.DUPLICATE, Reason.SUPERSEDED_RATING)
+    if latest is not None and rating.is_before(latest):
+        return Ruling(closed, *fate_before(latest.retracts, rating.retracts))
+    if rating.retracts:
+        return Ruling(FeedbackState.RETRACTED, Fate.RETRACTED, Reason.RETRACTION)
     unusable = next((one.untrainable for one in named if one.untrainable is not None), None)
     if unusable is None and over is not None and over.prompt != of.prompt:
         unusable = Reason.PROMPTS_DIFFER

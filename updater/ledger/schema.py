@@ -32,7 +32,9 @@ class FeedbackState(StrEnum):
     NOT_TRAINABLE = "not_trainable"
     """Declared not trainable after it was ready."""
     CLOSED = "closed"
-    """Late, expired, superseded, or without credit: kept to know repeats."""
+    """Late, expired, superseded, taken back, or without credit: kept to know repeats."""
+    RETRACTED = "retracted"
+    """Its rater's last word is that nothing is said any more (always latest)."""
     ERASED = "erased"
     """Its rater withdrew it, or somebody the reply that it is on."""
 

@@ -152,16 +152,20 @@ CREATE TABLE feedback (
     interaction INTEGER NOT NULL REFERENCES interactions (id),
     over INTEGER,                            -- preference: interactions.id of the reply that lost
     feedback_id TEXT NOT NULL,
+    revision INTEGER NOT NULL DEFAULT 0,     -- how many rows of this reply had its id before
     rater TEXT NOT NULL,
     aspect TEXT NOT NULL,                    -- of one rater and aspect, the last word counts
+    retracts INTEGER NOT NULL DEFAULT 0,     -- it takes the rater's word back
+    content BLOB,                            -- digest; NULL: erased, or from before format 6
     topic_partition INTEGER NOT NULL,
     offset INTEGER NOT NULL,
     event_time REAL NOT NULL,                -- never after arrival
     arrived_at REAL NOT NULL,
     state TEXT NOT NULL,
-    latest INTEGER NOT NULL DEFAULT 0,
-    UNIQUE (interaction, feedback_id)
+    latest INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+CREATE INDEX feedback_by_id ON feedback (interaction, feedback_id, revision);
+CREATE INDEX feedback_arrived ON feedback (arrived_at, state);
 CREATE UNIQUE INDEX feedback_latest ON feedback (interaction, rater, aspect) WHERE latest = 1;
 CREATE INDEX feedback_over ON feedback (over) WHERE over IS NOT NULL;
 CREATE INDEX feedback_waiting ON feedback (arrived_at) WHERE state = 'waiting';

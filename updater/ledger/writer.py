@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from moorline.events import Erasure, Fate, Reason, Release
-from moorline.stream import Gap
+from moorline.stream import Gap, Topic
 from updater.ledger.adoption import adopt
 from updater.ledger.anchors import Anchor, write_anchor
-from updater.ledger.bodies import Bodies, BodyErased
+from updater.ledger.bodies import Bodies, BodyErased, WordInvalid
 from updater.ledger.claims import Claims
 from updater.ledger.crashes import Crashes
 from updater.ledger.database import Database, LedgerError, lock_for_writing, make_home
@@ -143,6 +143,7 @@ class Ledger(LedgerReader):
         Raises:
             LedgerUnavailable: the disk refused; nothing was consumed, call again.
             LeaseLost: another updater took over.
+            RecordInvalid: one record raised an error; nothing was consumed, call again without it.
         """
         now = time.time() if now is None else now
         with self._unit_of_work("ingest") as work:
@@ -159,6 +160,33 @@ class Ledger(LedgerReader):
             new, replayed = intake.consume(records, now)
             work.erases = eraser.carried_out
         return Ingested(new, replayed, work.changes)
+
+    def pass_over(self, positions: Mapping[tuple[Topic, int], tuple[str, int]]) -> None:
+        """Move offsets over what holds no event, so that its retention is no gap. Idempotent.
+
+        Args:
+            positions: (topic, partition) -> (topic id, next offset) of what was read to its end.
+
+        Raises:
+            LedgerUnavailable: the disk refused; call again.
+        """
+        known = self.offsets()
+        moved = {
+            place: (topic_id, offset)
+            for place, (topic_id, offset) in positions.items()
+            if place in known and known[place][0] == topic_id and known[place][1] < offset
+        }
+        if not moved:
+            return
+        with self._database.transaction("pass_over") as connection:
+            connection.executemany(
+                "UPDATE topic_partitions SET next_offset = max(next_offset, ?)"
+                " WHERE topic = ? AND partition = ? AND topic_id = ?",
+                [
+                    (offset, topic, partition, topic_id)
+                    for (topic, partition), (topic_id, offset) in moved.items()
+                ],
+            )
 
     def set_behind(self, partitions: Collection[tuple[str, int]], as_of: float) -> None:
         """Say which (topic, partition)s held unread records at the moment ``as_of``, Unix seconds.
@@ -253,15 +281,18 @@ class Ledger(LedgerReader):
 
     def _readable(self, read: Callable[[sqlite3.Connection, Bodies], _Read]) -> _Read:
         """Read bodies. One whose key is gone (the ledger is a copy from before an erasure, and has
-        not read of it yet) is erased here too."""
+        not read of it yet) is erased here too; one that the rules of today refuse is passed by."""
         while True:
             try:
                 with self._database.snapshot() as connection:
                     return read(connection, Bodies(connection, self._keys))
-            except BodyErased as erased:
-                body = erased
+            except (BodyErased, WordInvalid) as error:
+                unreadable = error
             with self._unit_of_work("forget") as work:
-                self._eraser(work).erase_body(body)
+                if isinstance(unreadable, BodyErased):
+                    self._eraser(work).erase_body(unreadable)
+                else:
+                    Decisions(work.connection, work.fates).refuse_word(unreadable.identity)
 
     # --- what is learned from -----------------------------------------------------------------
 

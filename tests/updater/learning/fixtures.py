@@ -49,7 +49,7 @@ def recorded(
     return Interaction(
         interaction_id=name,
         alias=ALIAS,
-        created_at=1_000.0,
+        created_at=1_750_000_000.0,
         latency_seconds=0.1,
         prompt_token_ids=sequence.prompt_token_ids,
         completion_token_ids=sequence.completion_token_ids,
@@ -111,6 +111,6 @@ def archived(policy: Policy, store: ArtifactStore, version: int, state: AdapterS
         artifact_digest=digest,
         files=files,
         base_model_digest="1" * 64,
-        created_at=1_000.0,
+        created_at=1_750_000_000.0,
         verdict=Verdict(decision=Decision.PASS, artifact_digest=digest, checks=(), seconds=0.0),
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moorline.events import Feedback, FeedbackKind, Reason
 from moorline.settings import SIGNALS
-from tests.updater.ledger.fixtures import correction, interaction, preference, rating, signal
+from tests.updater.ledger.fixtures import correction, interaction, preference, rating, score, signal
 from updater.learning.advantages import (
     SIGNAL_WEIGHT,
     STD_FLOOR,
@@ -226,7 +226,7 @@ def test_a_rater_whom_nobody_agrees_with_counts_less_and_it_is_seen() -> None:
 
 
 def test_a_signal_weighs_less_than_a_word() -> None:
-    half = rating("b", 0.75, "bob", kind=FeedbackKind.SCORE)
+    half = score("b", 0.75, rater="bob")
     (hint, word), _, stats = credit([example("a", signal("a", "copied")), example("b", half)])
     assert hint.reward == word.reward == SIGNALS["copied"]
     assert (stats.ratings, stats.signals) == (1, 1)

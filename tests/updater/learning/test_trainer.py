@@ -81,7 +81,7 @@ def test_stale_replies_are_measured_as_stale(policy: Policy) -> None:
     batch, _ = batch_of(policy, [1.0, -1.0, 1.0])
     proposal = trainer.propose(batch)
     trainer.accept(proposal.adapter, proposal.optimizer)
-    found = trainer.propose(Batch(batch.examples, live_version=3), now=1_060.0).diagnostics
+    found = trainer.propose(Batch(batch.examples, live_version=3), now=1_750_000_060.0).diagnostics
     assert found["staleness_versions_mean"] == 3.0
     assert found["staleness_seconds_mean"] == pytest.approx(60.0)
     assert abs(found["mean_ratio"] - 1.0) > 1e-4

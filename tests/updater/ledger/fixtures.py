@@ -72,6 +72,12 @@ def rating(
     return Feedback(**(values | changes))
 
 
+def score(identity: str, value: float = 0.5, **changes: Any) -> Feedback:
+    """A number from 0 to 1."""
+    changes = {"kind": FeedbackKind.SCORE, "score_min": 0, "score_max": 1, **changes}
+    return rating(identity, value, **changes)
+
+
 def correction(
     identity: str, text: str = "so", rater: str = "ann", at: float = NOW, **changes: Any
 ) -> Feedback:

@@ -90,6 +90,8 @@ TAMPERED = [
         "ratings whose body",
     ),
     ("UPDATE feedback SET latest = 0 WHERE state = 'ready'", "last word"),
+    ("UPDATE feedback SET retracts = 1 WHERE state = 'ready'", "retractions that are learned"),
+    ("UPDATE feedback SET retracts = 1 WHERE state = 'trained'", "retractions that are learned"),
     (f"UPDATE interactions SET open_preferences = 0 WHERE id = {of('won')}", "open preferences"),
     (f"UPDATE interactions SET open_preferences = 0 WHERE id = {of('lost')}", "open preferences"),
     (f"UPDATE interactions SET open_preferences = 1 WHERE id = {of('ready')}", "open preferences"),

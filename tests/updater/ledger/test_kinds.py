@@ -25,6 +25,7 @@ from tests.updater.ledger.fixtures import (
     preference,
     rating,
     release,
+    score,
     signal,
 )
 from updater.ledger import BatchDecision, Ledger
@@ -67,7 +68,7 @@ def test_each_aspect_that_a_rater_speaks_of_counts_once(ledger: Ledger) -> None:
             ledger,
             log,
             rating("a", -1, at=at),
-            rating("a", 0.5, at=at, feedback_id=f"score{later}", kind=FeedbackKind.SCORE),
+            score("a", 0.5, at=at, feedback_id=f"score{later}"),
             correction("a", f"version {later}", at=at),
             preference("a", "b", at=at),
             preference("a", "c", at=at),

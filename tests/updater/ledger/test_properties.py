@@ -74,14 +74,18 @@ def replies(draw: st.DrawFn) -> Sent:
 def ratings(draw: st.DrawFn) -> Sent:
     identity = draw(st.integers(0, 99))
     key, over = draw(st.permutations(KEYS))[:2]
+    kind = draw(st.sampled_from([FeedbackKind.THUMBS, *FeedbackKind, FeedbackKind.PREFERENCE]))
+    polar = kind in (FeedbackKind.THUMBS, FeedbackKind.SCORE)
     event = rating(
         key,
-        draw(st.sampled_from([1, -1])),
+        draw(st.sampled_from([1, -1] if polar else [1])),
         RATERS[identity % 2],
         at=NOW + draw(st.integers(-3, 3)) + draw(st.sampled_from([0, 5 * HORIZON])),
         feedback_id=f"fb-{identity:02d}",
-        kind=draw(st.sampled_from([FeedbackKind.THUMBS, *FeedbackKind, FeedbackKind.PREFERENCE])),
+        kind=kind,
+        retracted=draw(st.sampled_from([False, False, True])),
         score_min=-1.0,
+        score_max=1.0,
         text="so",
         over=over,
         signal=draw(st.sampled_from(["copied", "sneezed"])),
@@ -182,11 +186,12 @@ def derived(events: list[Sent]) -> Counter[tuple[Fate, Reason]]:
     fates[Fate.DEAD_LETTERED, Reason.MALFORMED_JSON] += sum(
         isinstance(sent.event, bytes) for sent in events
     )
-    in_time: dict[tuple[str, str, str], list[tuple[tuple[float, str], list[Sent]]]] = {}
+    in_time: dict[tuple[str, str, str], list[tuple[tuple[Any, ...], bool, list[Sent]]]] = {}
     for sent in events:
         if not isinstance(sent.event, Feedback):
             continue
-        keys = [sent.event.key, sent.event.over_key]
+        retracts = sent.event.retracted
+        keys = [sent.event.key, None if retracts else sent.event.over_key]
         replies = [known.get(key) for key in keys if key is not None]
         arrived = [reply.at for reply in replies if reply is not None]
         times = [min(reply.event.created_at, reply.at) for reply in replies if reply is not None]
@@ -196,16 +201,23 @@ def derived(events: list[Sent]) -> Counter[tuple[Fate, Reason]]:
             fates[Fate.PENDING, Reason.NONE] += 1
         elif max(arrived) > sent.at + HORIZON:
             fates[Fate.EXPIRED, Reason.NO_INTERACTION] += 1
-        elif sent.at > min(times) + HORIZON:
+        elif sent.at > min(times) + HORIZON and not retracts:
             fates[Fate.LATE, Reason.NONE] += 1
         else:
             rater_key = (sent.event.key, sent.event.rater, sent.event.aspect)
-            order = (min(sent.event.created_at, sent.at), sent.event.feedback_id)
-            in_time.setdefault(rater_key, []).append((order, replies))  # type: ignore[arg-type]
+            order = (min(sent.event.created_at, sent.at), sent.at, sent.event.feedback_id)
+            in_time.setdefault(rater_key, []).append((order, retracts, replies))  # type: ignore[arg-type]
     for words in in_time.values():
-        _, replies = max(words)
-        fates[verdict(replies)] += 1
-        fates[Fate.DUPLICATE, Reason.SUPERSEDED_RATING] += len(words) - 1
+        _, taken_back, replies = max(words)
+        earlier = len(words) - 1
+        ratings_before = sum(not retracts for _, retracts, _ in words) - (not taken_back)
+        if taken_back:
+            fates[Fate.RETRACTED, Reason.RETRACTION] += 1
+            fates[Fate.RETRACTED, Reason.RATING_RETRACTED] += ratings_before
+            earlier -= ratings_before
+        else:
+            fates[verdict(replies)] += 1
+        fates[Fate.DUPLICATE, Reason.SUPERSEDED_RATING] += earlier
     return +fates
 
 

@@ -25,7 +25,21 @@ from updater.ledger.rules import Arrival, Known, Rating, Ruling, rule
 from updater.ledger.schema import FeedbackState, InteractionState
 
 REPLY = Known(1, InteractionState.PENDING, NOW, NOW, None, True, b"prompt")
-WORD = Rating(1, 1, None, "fb-5", "ann", "rating", 1, 1, NOW, NOW, FeedbackState.WAITING)
+WORD = Rating(
+    id=1,
+    interaction=1,
+    over=None,
+    feedback_id="fb-5",
+    revision=0,
+    rater="ann",
+    aspect="rating",
+    retracts=False,
+    topic_partition=1,
+    offset=1,
+    event_time=NOW,
+    arrived_at=NOW,
+    state=FeedbackState.WAITING,
+)
 READY = Ruling(FeedbackState.READY, Fate.PENDING, Reason.NONE)
 LATE = Ruling(FeedbackState.CLOSED, Fate.LATE, Reason.NONE)
 NO_INTERACTION = Ruling(FeedbackState.CLOSED, Fate.EXPIRED, Reason.NO_INTERACTION)
@@ -84,17 +98,40 @@ def test_what_was_erased_is_erased_whatever_else_is_true_of_it() -> None:
     [
         ({"event_time": NOW + 1}, True),
         ({"event_time": NOW - 1}, False),
-        ({"feedback_id": "fb-6"}, True),
+        ({"event_time": NOW - 1, "arrived_at": NOW + 1}, False),
+        ({"arrived_at": NOW + 1}, True),
+        ({"arrived_at": NOW - 1, "feedback_id": "fb-9"}, False),
+        ({"feedback_id": "fb-9"}, True),
         ({"feedback_id": "fb-4"}, False),
         ({"feedback_id": "fb-4", "event_time": NOW + 1}, True),
     ],
 )
-def test_the_last_word_is_the_latest_by_its_time_then_by_its_id(
+def test_the_last_word_is_the_latest_by_its_time_then_by_its_arrival(
     changes: dict[str, Any], superseded: bool
 ) -> None:
-    latest = replace(WORD, id=2, state=FeedbackState.READY, **changes)
+    latest = replace(WORD, id=2, state=FeedbackState.READY, **{"feedback_id": "fb-6"} | changes)
     expected = Ruling(FeedbackState.CLOSED, Fate.DUPLICATE, Reason.SUPERSEDED_RATING)
     assert ruled(latest=latest) == (expected if superseded else READY)
+
+
+@pytest.mark.parametrize(("revision", "superseded"), [(1, True), (-1, False)])
+def test_under_one_id_the_last_that_was_sent_counts_whatever_its_time_says(
+    revision: int, superseded: bool
+) -> None:
+    clock = -9 if superseded else 9
+    latest = replace(
+        WORD, id=2, state=FeedbackState.READY, revision=revision, event_time=NOW + clock
+    )
+    assert ruled(latest=latest).is_latest != superseded
+
+
+def test_a_retraction_is_never_late_and_takes_back_what_came_before_it() -> None:
+    retraction = replace(WORD, retracts=True, arrived_at=NOW + 9 * HORIZON)
+    assert ruled(retraction) == Ruling(FeedbackState.RETRACTED, Fate.RETRACTED, Reason.RETRACTION)
+    latest = replace(retraction, feedback_id="fb-6", state=FeedbackState.RETRACTED)
+    assert ruled(latest=latest) == Ruling(
+        FeedbackState.CLOSED, Fate.RETRACTED, Reason.RATING_RETRACTED
+    )
 
 
 def test_a_word_that_was_learned_from_is_the_last_even_if_it_is_older() -> None:
@@ -114,10 +151,22 @@ def test_a_preference_takes_the_reason_of_either_reply_and_of_different_prompts(
 
 
 @pytest.mark.parametrize(
-    ("stamp_ms", "at"), [(0, NOW), (-1, NOW), (1_000, 1.0), (int(NOW * 1000) + 9_000, NOW)]
+    ("stamp", "at"),
+    [
+        (0, NOW),
+        (-1, NOW),
+        (1_000, NOW),
+        (1_600_000_000_500, 1_600_000_000.5),
+        (1_600_000_000, 1_600_000_000.0),
+        (1_600_000_000_500_000, 1_600_000_000.5),
+        (1_600_000_000_500_000_000, 1_600_000_000.5),
+        (int(NOW * 1000) + 9_000, NOW),
+    ],
 )
-def test_a_record_arrived_when_it_says_but_never_after_now(stamp_ms: int, at: float) -> None:
-    record = replace(Log().record(rating("a")), timestamp_ms=stamp_ms)
+def test_a_record_arrived_when_it_says_in_any_unit_but_never_after_now(
+    stamp: int, at: float
+) -> None:
+    record = replace(Log().record(rating("a")), timestamp_ms=stamp)
     assert Arrival.of(record, 1, NOW).at == at
 
 
