@@ -140,7 +140,7 @@ LAG_SECONDS = _gauge(
 )
 PSEUDONYM_KEYS = _gauge(
     "moorline_pseudonym_keys",
-    "Keys that made the pseudonyms in the replies of the last day; above 1: servers differ",
+    "Keys that the pseudonyms of the last day were made with; above 1: servers differ",
 )
 GAPS = _counter(
     "moorline_gaps_total",

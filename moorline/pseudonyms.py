@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import unicodedata
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 from moorline.durable import make_directory, sync_directory, temporary_beside
 from moorline.errors import MoorlineError
 from moorline.events import composed
-from moorline.settings import Settings
 
-_SHORTEST_KEY = 16
+_KEY_BYTES = 32
+"""Of the keys that Moorline makes."""
+_LINE = re.compile(rb"(?:\xef\xbb\xbf)?([!-~]{32,64})[\r\n]*")
+"""A key as text, with what an editor puts around it."""
 
 
 class PseudonymKeyInvalid(MoorlineError):
-    """The key is missing, of a wrong length, or not the one of the other servers."""
+    """A key is missing, cannot be read, or is none."""
 
 
 class Pseudonyms:
@@ -28,7 +31,11 @@ class Pseudonyms:
 
     @classmethod
     def from_file(cls, path: Path) -> Pseudonyms:
-        """Read the key, or make it (mode 0600) at the first start."""
+        """Read the key, or make it (mode 0600) where there is none.
+
+        Raises:
+            PseudonymKeyInvalid: there is a file, but it cannot be read or is no key.
+        """
         if not path.exists():
             make_directory(path.parent)
             fresh = temporary_beside(path)
@@ -44,44 +51,37 @@ class Pseudonyms:
             finally:
                 fresh.unlink()
             sync_directory(path.parent)
-        return cls(path.read_bytes())
-
-    @classmethod
-    def of(cls, settings: Settings) -> Pseudonyms:
-        """With the declared key, which is never made; else that of the state directory.
-
-        Raises:
-            PseudonymKeyInvalid: the declared file cannot be read or is no key.
-        """
-        declared = settings.serving.pseudonym_key_file
-        return (
-            cls.from_file(settings.pseudonym_key_path) if declared is None else cls.read(declared)
-        )
+        return cls.read(path)
 
     @classmethod
     def read(cls, path: Path) -> Pseudonyms:
-        """Read a key that must be there.
+        """Read a key: 32 bytes as they are, or a line of 32 to 64 characters without its end.
 
         Raises:
-            PseudonymKeyInvalid: it is not, or is no key.
+            PseudonymKeyInvalid: there is none, or it cannot be read.
         """
         try:
-            key = path.read_bytes()
+            with path.open("rb") as file:
+                content = file.read(1024)
         except OSError as error:
             raise PseudonymKeyInvalid(
-                f"the pseudonym key {path} cannot be read ({error.strerror}): put the fleet's key "
-                "there, or correct serving.pseudonym_key_file"
+                f"the pseudonym key {path} cannot be read ({error.strerror}): put the key of the "
+                "servers there, readable for this user, or name the right file"
             ) from None
-        if not _SHORTEST_KEY <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
+        if len(content) == _KEY_BYTES:
+            return cls(content)
+        line = _LINE.fullmatch(content)
+        if line is None:
             raise PseudonymKeyInvalid(
-                f"the pseudonym key {path} has {len(key)} bytes, and must have 16 to 64: make one "
-                "with `head -c 32 /dev/urandom`"
+                f"{path} holds no pseudonym key: it must be {_KEY_BYTES} bytes, or one line of 32 "
+                "to 64 characters without blanks (`openssl rand -hex 32` makes one); put a copy of "
+                "the right file there"
             )
-        return cls(key)
+        return cls(line[1])
 
     @property
     def fingerprint(self) -> str:
-        """Names the key and does not give it away."""
+        """Names the key, and does not give it away: 16 hexadecimal digits."""
         return hashlib.blake2b(b"moorline", key=self._key, digest_size=8).hexdigest()
 
     def pseudonym_of(self, user: str) -> str:
@@ -95,28 +95,6 @@ class Pseudonyms:
     def _hash(self, name: str) -> str:
         data = name.encode("utf-8", "surrogatepass")  # JSON can spell half a surrogate pair
         return hashlib.blake2b(data, key=self._key, digest_size=16).hexdigest()
-
-
-def check_fleet_key(settings: Settings, known: str | None) -> None:
-    """Check that a server without a declared key would use the one that the others use.
-
-    Args:
-        known: the fingerprint in the store; None where nobody has recorded anything yet.
-
-    Raises:
-        PseudonymKeyInvalid: it would not.
-    """
-    if known is None or settings.serving.pseudonym_key_file is not None:
-        return
-    path = settings.pseudonym_key_path
-    if path.exists() and Pseudonyms.read(path).fingerprint == known:
-        return
-    what = "is another key" if path.exists() else "is not there"
-    raise PseudonymKeyInvalid(
-        f"the replies in this store have pseudonyms by key {known}, and {path} {what}: copy the key "
-        "of the other servers (or of a backup) there, or declare a new one for all servers with "
-        "serving.pseudonym_key_file"
-    )
 
 
 def spellings(name: str) -> tuple[str, ...]:

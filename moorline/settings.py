@@ -97,8 +97,8 @@ class ServingSettings(_Section):
     record_user_field: bool = True
     """Record a keyed hash of the request's `user` field."""
     pseudonym_key_file: Path | None = None
-    """Key of that hash, 16 to 64 bytes: the same for every server of a fleet, and for
-    `moorline forget`. None: `pseudonym.key` in the state directory, made at the first start."""
+    """Key of that hash, the same for all servers: 32 bytes, or a line of 32 to 64 characters. None:
+    `pseudonym.key` in the state directory, made at the first start of the first server."""
     feedback_max_bytes: int = Field(default=65_536, ge=1024)
     vllm_args: Arguments = ()
     """Further arguments for vLLM, verbatim (tensor parallelism, quantisation, ...)."""
@@ -319,7 +319,8 @@ class Settings(BaseSettings, _Section):
 
     @property
     def pseudonym_key_path(self) -> Path:
-        return self.serving.pseudonym_key_file or self.state_dir / "pseudonym.key"
+        """The key that a server makes for itself, where none is declared."""
+        return self.state_dir / "pseudonym.key"
 
     @property
     def spool_dir(self) -> Path:

@@ -97,7 +97,7 @@ def make_backup(settings: Settings, target: Path, say: Say) -> Contents:
 
 def _fill(settings: Settings, fresh: Path, say: Say) -> Contents:
     copy_ledger(settings.ledger_path, fresh / LEDGER, _percent("ledger", say))
-    if settings.serving.pseudonym_key_file is None and settings.pseudonym_key_path.exists():
+    if settings.pseudonym_key_path.exists():
         write_hashed(fresh, PSEUDONYM_KEY, settings.pseudonym_key_path)
         (fresh / PSEUDONYM_KEY).chmod(0o600)
     say("Checking the ledger's copy.")
@@ -240,7 +240,7 @@ def _copy_file(source: Path, target: Path, expected: ArtifactFile) -> None:
 def _put_in_place(settings: Settings, fresh: Path) -> None:
     """Rename part by part; keys last, for without them an updater refuses the ledger."""
     for part, target in (
-        (fresh / PSEUDONYM_KEY, settings.state_dir / PSEUDONYM_KEY),
+        (fresh / PSEUDONYM_KEY, settings.pseudonym_key_path),
         (fresh / LEDGER, settings.ledger_path),
         (fresh / STORE, settings.store_dir),
         (keys_path(fresh / LEDGER), keys_path(settings.ledger_path)),

@@ -92,7 +92,7 @@ class Loop:
         )
         self._base_model_digest = base_model_digest
         self._anchors = Anchors(settings.alias, ledger, store, policy)
-        self._pseudonym_keys = PseudonymKeys(ledger, store)
+        self._pseudonym_keys = PseudonymKeys(ledger, store, settings.alias)
         self._base_adapter = trainer.live_adapter
         self._progress = progress
 
@@ -190,7 +190,7 @@ class Loop:
         except StreamUnavailable as error:
             self._progress.wait(Phase.STREAM_UNAVAILABLE, error)
             reading = False
-        self._pseudonym_keys.look()
+        self._pseudonym_keys.export()
         self._ledger.expire()
         metrics.READY_EXAMPLES.set(self._ledger.count_ready())
         recent = self._ledger.recent_feedback(time.time(), self._settings.learning.horizon_seconds)

@@ -6,49 +6,62 @@ import logging
 
 from moorline import metrics
 from moorline.store import ArtifactStore
-from moorline.store.pseudonym_key import FleetKey
+from moorline.store.pseudonym_keys import RecordedKeys
 from updater.ledger import LedgerReader
 
 logger = logging.getLogger("moorline.pseudonyms")
 
 RECENT_SECONDS = 86400.0
-"""So long before the newest reply a key counts as one in use."""
+"""A key counts as in use if it made a pseudonym so long before the newest one or later."""
 
 
 class PseudonymKeys:
-    """Says when servers differ, and tells those that start which key is in use."""
+    """Tells servers that start which keys there are, and operators when there are several."""
 
-    def __init__(self, ledger: LedgerReader, store: ArtifactStore) -> None:
+    def __init__(self, ledger: LedgerReader, store: ArtifactStore, alias: str) -> None:
         self._ledger = ledger
-        self._fleet_key = FleetKey(store)
-        self._seen: tuple[str, ...] = ()
+        self._recorded = RecordedKeys(store)
+        self._alias = alias
+        self._differ = False
 
-    def in_use(self) -> tuple[str, ...]:
-        """The fingerprints in the replies of the last day, oldest first."""
-        seen = self._ledger.pseudonym_keys()
-        newest = max(seen.values(), default=0.0)
-        return tuple(one for one, at in seen.items() if at >= newest - RECENT_SECONDS)
-
-    def look(self) -> None:
-        """Export the metric; log a change to several; write the one key into the store.
+    def export(self) -> None:
+        """Copy the ledger's list to the store; set the metric; log when servers begin to differ.
 
         Raises:
             LedgerUnavailable, StoreUnavailable: a disk refused.
         """
-        in_use = self.in_use()
+        keys = self._ledger.pseudonym_keys()
+        fingerprints = tuple(sorted(keys))
+        if self._recorded.read(self._alias) != fingerprints:
+            self._recorded.write(self._alias, fingerprints)
+        in_use = keys_in_use(keys)
         metrics.PSEUDONYM_KEYS.set(len(in_use))
-        if in_use == self._seen:
-            return
-        if len(in_use) == 1 and self._fleet_key.read() != in_use[0]:
-            self._fleet_key.write(in_use[0])
-        if len(in_use) > 1:
+        if self._differ != (len(in_use) > 1):
+            self._differ = not self._differ
+            self._log(in_use)
+
+    def _log(self, in_use: tuple[str, ...]) -> None:
+        if self._differ:
             logger.error(
-                "servers make pseudonyms with different keys: a person has several, and is not"
-                " found by one; give every server the same serving.pseudonym_key_file",
-                extra={
-                    "event": "pseudonym_keys_differ",
-                    "count": len(in_use),
-                    "setting": "serving.pseudonym_key_file",
-                },
+                "servers make pseudonyms with different keys (%s): an erasure by name needs each;"
+                " give all servers the same serving.pseudonym_key_file",
+                ", ".join(in_use),
+                extra={"event": "pseudonym_keys_differ", "count": len(in_use)},
             )
-        self._seen = in_use
+        else:
+            logger.warning(
+                "all servers make pseudonyms with one key again (%s)",
+                ", ".join(in_use),
+                extra={"event": "pseudonym_keys_agree", "count": len(in_use)},
+            )
+
+
+def keys_in_use(keys: dict[str, float]) -> tuple[str, ...]:
+    """The fingerprints of the last day, sorted; replies that do not name theirs say nothing.
+
+    Args:
+        keys: fingerprint -> when the last reply with a pseudonym by it arrived, Unix seconds.
+    """
+    named = {fingerprint: at for fingerprint, at in keys.items() if fingerprint}
+    newest = max(named.values(), default=0.0)
+    return tuple(sorted(one for one, at in named.items() if at >= newest - RECENT_SECONDS))

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 
 from daemon.cli.common import CommandError, JsonOption, endpoints, err, print_json, say
 from daemon.cli.options import with_settings
-from moorline.events import Erasure, policy_name, user_digest
-from moorline.pseudonyms import Pseudonyms, spellings
+from daemon.cli.pseudonym_keys import KeysAtHand, keys_at_hand
+from moorline.events import MAX_ERASED_NAMES, Erasure, policy_name, user_digest
+from moorline.pseudonyms import spellings
 from moorline.settings import Settings
 
 if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
@@ -53,14 +54,14 @@ def forget(
         typer.Option(
             "--key",
             metavar="FILE",
-            help="A further pseudonym key, which servers once used or still use; repeat at will.",
+            help="A pseudonym key of other servers, or of earlier; repeat for several.",
         ),
     ] = None,
     lost_key: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FINGERPRINT",
-            help="Go on although this key is lost: who was recorded under it is not found by name.",
+            help="Go on without a key that is lost: who is recorded under it is not found by name.",
         ),
     ] = None,
     revoke: Annotated[
@@ -98,16 +99,16 @@ def forget(
       moorline forget --tenant acme
       moorline forget --interaction chatcmpl-8f3a
     """
-    keys = _keys(settings, key or ())
+    keys = keys_at_hand(settings, key or (), lost_key or ()) if user else None
     erasure = _erasure(user or (), keys, tenant, interaction, revoke=revoke)
-    if user:
-        _refuse_unless_known(settings, keys, lost_key or ())
     before = _preview(settings, erasure)
     if not as_json:
+        for line in keys.lines() if keys else ():
+            say(line)
         _print_outcome(settings, before, will=True, revoke=revoke)
     if dry_run:
         if as_json:
-            print_json({"erasure_id": None, "result": asdict(before) if before else None})
+            _print_json(None, before, keys)
         return
     if not yes:
         if as_json or not err.is_terminal:
@@ -116,7 +117,7 @@ def forget(
     told = _publish(settings, erasure)
     done = _carry_out(settings, erasure, told=told, wait_seconds=wait)
     if as_json:
-        print_json({"erasure_id": erasure.erasure_id, "result": asdict(done) if done else None})
+        _print_json(erasure.erasure_id, done, keys)
     elif done is None:
         say(f"Accepted as {erasure.erasure_id}; the updater carries it out where its ledger is.")
     else:
@@ -124,57 +125,28 @@ def forget(
         say(f"Erased ({erasure.erasure_id}).")
 
 
-def _keys(settings: Settings, further: Sequence[Path]) -> list[Pseudonyms]:
-    """This server's key, where it is here, and the further ones."""
-    paths = [settings.pseudonym_key_path] if settings.pseudonym_key_path.exists() else []
-    return [Pseudonyms.read(path) for path in (*paths, *further)]
-
-
-def _refuse_unless_known(
-    settings: Settings, keys: Sequence[Pseudonyms], lost: Sequence[str]
-) -> None:
-    """Refuse to say "0 replies" of somebody who may have some under a key that is not here."""
-    from updater.ledger import Ledger, LedgerError
-
-    if not settings.ledger_path.exists():
-        if not keys and not lost:
-            raise CommandError(
-                f"nothing was erased: without the servers' pseudonym key nobody is found by name, "
-                f"and {settings.pseudonym_key_path} is not there: give it with --key FILE"
-            )
-        return
-    try:
-        with Ledger.open_readonly(settings.ledger_path) as ledger:
-            used = ledger.pseudonym_keys()
-    except LedgerError as error:
-        raise CommandError(str(error)) from None
-    unknown = [one for one in used if one not in {*lost, *(key.fingerprint for key in keys)}]
-    if unknown:
-        raise CommandError(
-            f"nothing was erased: servers have recorded replies under {len(unknown)} pseudonym "
-            f"key(s) that are not here ({', '.join(unknown)}), so nobody can say which are theirs: "
-            "give each with --key FILE (`pseudonym.key` in that server's state directory, or its "
-            "serving.pseudonym_key_file); if one is lost for good, --lost-key FINGERPRINT goes on "
-            "without it"
-        )
-
-
 def _erasure(
     users: Sequence[str],
-    keys: Sequence[Pseudonyms],
+    keys: KeysAtHand | None,
     tenant: str | None,
     interaction: str | None,
     *,
     revoke: bool,
 ) -> Erasure:
     names = [spelling for name in users for spelling in spellings(name)]
-    # What servers made of the same names.
-    names += [pseudonym for key in keys for name in users for pseudonym in key.pseudonyms_of(name)]
+    if keys is not None:  # what servers made of the same names
+        names += [pseudonym for name in users for pseudonym in keys.pseudonyms_of(name)]
+    digests = tuple(dict.fromkeys(map(user_digest, names)))
+    if len(digests) > MAX_ERASED_NAMES:
+        raise CommandError(
+            f"nothing was erased: with what each key made of them these are {len(digests)} names, "
+            f"and one request holds {MAX_ERASED_NAMES}: give fewer --user at once"
+        )
     try:
         return Erasure(
             interaction_id=interaction,
             tenant=tenant,
-            users=tuple(dict.fromkeys(map(user_digest, names))),
+            users=digests,
             revoke=revoke,
         )
     except ValidationError:
@@ -253,6 +225,17 @@ def _wait(settings: Settings, erasure: Erasure, seconds: float) -> Forgotten:
                 )
             time.sleep(_ASK_SECONDS)
     return found
+
+
+def _print_json(erasure_id: str | None, found: Forgotten | None, keys: KeysAtHand | None) -> None:
+    print_json(
+        {
+            "erasure_id": erasure_id,
+            "result": asdict(found) if found else None,
+            "pseudonym_keys": list(keys.found) if keys else [],
+            "lost_pseudonym_keys": list(keys.lost) if keys else [],
+        }
+    )
 
 
 def _print_outcome(

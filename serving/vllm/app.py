@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +12,15 @@ from starlette.middleware import Middleware
 from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.app import build_app
 
-from moorline.pseudonyms import Pseudonyms, check_fleet_key
+from moorline.pseudonyms import Pseudonyms
 from moorline.settings import Settings
 from moorline.store import ArtifactStore
-from moorline.store.pseudonym_key import FleetKey
 from serving.context import Admission, RequestMiddleware
 from serving.event_publisher import EventPublisher
 from serving.feedback import feedback_router
 from serving.recorder import Recorder
 from serving.route_allowlist import RouteAllowlist
 from serving.status import Readiness, status_router
-from serving.store_reader import StoreReader
 from serving.strategies import AdapterFlip, SwapStrategy, WeightReload
 from serving.swap import SwapController
 from serving.unusable_replies import UnusableReplies
@@ -44,23 +40,6 @@ class Parts:
     readiness: Readiness
 
 
-async def _pseudonyms(settings: Settings) -> Pseudonyms:
-    """With the fleet's key. A store that does not answer in time has nothing to say about it.
-
-    Raises:
-        PseudonymKeyInvalid: this server's key is not that of the others, or no key.
-    """
-    known = None
-    if settings.serving.record_user_field:
-        fleet_key = FleetKey(ArtifactStore(settings.store_dir))
-        with contextlib.suppress(TimeoutError):
-            known = await asyncio.wait_for(
-                StoreReader().read(fleet_key.read), settings.serving.store_wait_seconds
-            )
-        check_fleet_key(settings, known)
-    return Pseudonyms.of(settings)
-
-
 async def assemble(
     settings: Settings,
     engine: Any,
@@ -69,20 +48,15 @@ async def assemble(
     mode: str,
     model_dir: Path,
     base_model_digest: str,
+    pseudonyms: Pseudonyms | None,
     events: EventPublisher,
 ) -> Parts:
     """Build the app around a started engine; nothing listens yet."""
     live, admission, readiness = LivePolicy(settings.alias), Admission(), Readiness()
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
-    pseudonyms = await _pseudonyms(settings)
     app.user_middleware.append(  # last: innermost, behind authentication
-        Middleware(
-            RequestMiddleware,
-            admission=admission,
-            pseudonyms=pseudonyms,
-            record_user=settings.serving.record_user_field,
-        )
+        Middleware(RequestMiddleware, admission=admission, pseudonyms=pseudonyms)
     )
     app.user_middleware.insert(0, Middleware(RouteAllowlist))
     app.middleware_stack = app.build_middleware_stack()  # build_app has built it already

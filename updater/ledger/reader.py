@@ -202,12 +202,9 @@ class LedgerReader:
             return read_anchors(connection)
 
     def pseudonym_keys(self) -> dict[str, float]:
-        """Fingerprint -> when the last reply that names it arrived, Unix seconds; oldest first."""
-        return dict(
-            self._database.rows(
-                "SELECT fingerprint, last_arrival FROM pseudonym_keys ORDER BY last_arrival"
-            )
-        )
+        """Fingerprint of every key that somebody is recorded under ("": of replies that do not
+        name theirs) -> when the last such reply arrived, Unix seconds."""
+        return dict(self._database.rows("SELECT fingerprint, last_arrival FROM pseudonym_keys"))
 
     def adopted_versions(self) -> tuple[int, ...]:
         """Releases taken over from the store: who taught them is not known here."""

@@ -35,13 +35,6 @@ CREATE TABLE anchors (
     applied_at REAL NOT NULL
 ) STRICT;
 
-<<<<<<< HEAD
--- The keys that servers make pseudonyms with, as far as replies say.
-CREATE TABLE pseudonym_keys (
-    fingerprint TEXT PRIMARY KEY,
-    last_arrival REAL NOT NULL               -- of a reply that names it, Unix seconds
-) STRICT, WITHOUT ROWID;
-=======
 -- Feedback: an id may be sent again with other content, by several raters, and be taken back.
 -- The table is made again, because its UNIQUE (interaction, feedback_id) goes.
 CREATE TABLE feedback_6 (
@@ -101,4 +94,12 @@ WHEN NEW.over IS NOT NULL AND OLD.state NOT IN ('waiting', 'ready') AND NEW.stat
     UPDATE interactions SET open_preferences = open_preferences + 1
         WHERE id IN (NEW.interaction, NEW.over);
 END;
->>>>>>> main
+
+-- The keys that servers made pseudonyms with. Who was recorded before this did not name theirs.
+CREATE TABLE pseudonym_keys (
+    fingerprint TEXT PRIMARY KEY,            -- '': replies that do not name it
+    last_arrival REAL NOT NULL               -- of a reply with a pseudonym by it, Unix seconds
+) STRICT, WITHOUT ROWID;
+INSERT INTO pseudonym_keys
+    SELECT '', 0 WHERE EXISTS (SELECT 1 FROM subjects WHERE user <> '')
+        OR EXISTS (SELECT 1 FROM taught WHERE user <> '');
