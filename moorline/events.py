@@ -269,6 +269,9 @@ class Interaction(Event):
         description="Pseudonyms of further names that the request gave the same person: they can "
         "be forgotten by each",
     )
+    pseudonym_key: Identifier | None = Field(
+        default=None, description="Fingerprint of the key that these pseudonyms were made with"
+    )
     created_at: FiniteFloat = Field(ge=0, description="Unix seconds at which the reply ended")
     latency_seconds: FiniteFloat = Field(ge=0)
     prompt_token_ids: tuple[int, ...]
@@ -487,6 +490,10 @@ def _thumb_of(kind: object, value: object) -> int | None:
     return None
 
 
+MAX_ERASED_NAMES = 16
+"""In one erasure, with what each key made of them."""
+
+
 class Erasure(Event):
     """A person asks to be forgotten, or somebody for them: what they are in, up to a moment.
 
@@ -499,7 +506,7 @@ class Erasure(Event):
     tenant: Name | None = Field(default=None, max_length=200)
     users: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
         default=(),
-        max_length=16,
+        max_length=MAX_ERASED_NAMES,
         description="sha256 of each name that the person has as `user` or as `rater`",
     )
     revoke: bool = Field(

@@ -29,7 +29,7 @@ FIELDS = frozenset(
     {
         "event",
         *("error", "reason", "diagnostics", "outcome", "mode", "phase", "failpoint"),
-        *("version", "parent_version", "artifact", "alias", "epoch"),
+        *("version", "parent_version", "artifact", "alias", "epoch", "fingerprint"),
         *("topic", "partition", "offset"),
         *("events", "examples", "replies", "count", "crashes"),
         *("limit", "measured", "check", "setting"),

@@ -138,6 +138,10 @@ LAG_EVENTS = _gauge("moorline_lag_events", "Events in the topic not yet read", [
 LAG_SECONDS = _gauge(
     "moorline_lag_seconds", "Age of the oldest event that is not yet read, seconds", ["topic"]
 )
+PSEUDONYM_KEYS = _gauge(
+    "moorline_pseudonym_keys",
+    "Keys that the pseudonyms of the last day were made with; above 1: servers differ",
+)
 GAPS = _counter(
     "moorline_gaps_total",
     "Offsets that could not be read; cause: retention or topic_recreated",

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import unicodedata
 from pathlib import Path
 
 from moorline.durable import make_directory, sync_directory, temporary_beside
+from moorline.errors import MoorlineError
 from moorline.events import composed
+
+_KEY_BYTES = 32
+"""Of the keys that Moorline makes."""
+_LINE = re.compile(rb"(?:\xef\xbb\xbf)?([!-~]{32,64})[\r\n]*")
+"""A key as text, with what an editor puts around it."""
+
+
+class PseudonymKeyInvalid(MoorlineError):
+    """A key is missing, cannot be read, or is none."""
 
 
 class Pseudonyms:
@@ -20,7 +31,11 @@ class Pseudonyms:
 
     @classmethod
     def from_file(cls, path: Path) -> Pseudonyms:
-        """Read the key, or make it (mode 0600) at the first start."""
+        """Read the key, or make it (mode 0600) where there is none.
+
+        Raises:
+            PseudonymKeyInvalid: there is a file, but it cannot be read or is no key.
+        """
         if not path.exists():
             make_directory(path.parent)
             fresh = temporary_beside(path)
@@ -36,7 +51,38 @@ class Pseudonyms:
             finally:
                 fresh.unlink()
             sync_directory(path.parent)
-        return cls(path.read_bytes())
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Pseudonyms:
+        """Read a key: 32 bytes as they are, or a line of 32 to 64 characters without its end.
+
+        Raises:
+            PseudonymKeyInvalid: there is none, or it cannot be read.
+        """
+        try:
+            with path.open("rb") as file:
+                content = file.read(1024)
+        except OSError as error:
+            raise PseudonymKeyInvalid(
+                f"the pseudonym key {path} cannot be read ({error.strerror}): put the key of the "
+                "servers there, readable for this user, or name the right file"
+            ) from None
+        if len(content) == _KEY_BYTES:
+            return cls(content)
+        line = _LINE.fullmatch(content)
+        if line is None:
+            raise PseudonymKeyInvalid(
+                f"{path} holds no pseudonym key: it must be {_KEY_BYTES} bytes, or one line of 32 "
+                "to 64 characters without blanks (`openssl rand -hex 32` makes one); put a copy of "
+                "the right file there"
+            )
+        return cls(line[1])
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the key, and does not give it away: 16 hexadecimal digits."""
+        return hashlib.blake2b(b"moorline", key=self._key, digest_size=8).hexdigest()
 
     def pseudonym_of(self, user: str) -> str:
         """32 hexadecimal digits; the same for a name composed and decomposed. Case counts."""

@@ -96,6 +96,9 @@ class ServingSettings(_Section):
     this (and nearer to the new policy than to the old), or the release is not served."""
     record_user_field: bool = True
     """Record a keyed hash of the request's `user` field."""
+    pseudonym_key_file: Path | None = None
+    """Key of that hash, the same for all servers: 32 bytes, or a line of 32 to 64 characters. None:
+    `pseudonym.key` in the state directory, made at the first start of the first server."""
     feedback_max_bytes: int = Field(default=65_536, ge=1024)
     vllm_args: Arguments = ()
     """Further arguments for vLLM, verbatim (tensor parallelism, quantisation, ...). One that cannot
@@ -317,6 +320,7 @@ class Settings(BaseSettings, _Section):
 
     @property
     def pseudonym_key_path(self) -> Path:
+        """The key that a server makes for itself, where none is declared."""
         return self.state_dir / "pseudonym.key"
 
     @property

@@ -69,6 +69,8 @@ class RequestContext:
     """The kind of request, as its header says; never guessed from the prompt."""
     users: tuple[str, ...] = ()
     """Pseudonyms: keyed hashes of the names that the body gives the person."""
+    pseudonym_key: str | None = None
+    """Fingerprint of the key that these were made with; None: there are none."""
     not_recorded: NotRecorded | None = NotRecorded.UNREADABLE
     """Unreadable until the body was read."""
     counted: bool = False
@@ -127,13 +129,11 @@ class Admission:
 class RequestMiddleware:
     """ASGI: ``RequestContext`` for the recorder on the way in, version header on the way out."""
 
-    def __init__(
-        self, app: ASGIApp, admission: Admission, pseudonyms: Pseudonyms, record_user: bool
-    ) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission, pseudonyms: Pseudonyms | None) -> None:
+        """``pseudonyms``: None: nobody's name is recorded."""
         self._app = app
         self._admission = admission
         self._pseudonyms = pseudonyms
-        self._record_user = record_user
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._may_generate(scope):
@@ -171,13 +171,13 @@ class RequestMiddleware:
     def _note_fields(self, body: bytes, opted_out: bool, context: RequestContext) -> None:
         try:
             fields = read_fields(body)
-            users = (
-                tuple(map(self._pseudonyms.pseudonym_of, fields.users)) if self._record_user else ()
-            )
+            if self._pseudonyms is not None and fields.users:
+                users = map(self._pseudonyms.pseudonym_of, fields.users)
+                context.users = tuple(dict.fromkeys(users))
+                context.pseudonym_key = self._pseudonyms.fingerprint
         except Exception:  # whatever it is, it is vLLM's to refuse or to answer
             context.not_recorded = NotRecorded.OPTED_OUT if opted_out else NotRecorded.UNREADABLE
             return
-        context.users = tuple(dict.fromkeys(users))
         context.not_recorded = _why_not_recorded(fields, opted_out)
         context.streamed = fields.streamed
         context.reply_prefixes = fields.reply_prefixes

@@ -247,6 +247,7 @@ class Recorder:
                 task=context.task,
                 user=context.users[0] if context.users else None,
                 other_users=context.users[1:],
+                pseudonym_key=context.pseudonym_key,
                 created_at=now,
                 latency_seconds=max(0.0, now - context.started_at),
                 prompt_token_ids=tuple(recording.prompt_token_ids or ()),

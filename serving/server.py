@@ -1,9 +1,10 @@
 """The server: vLLM's own OpenAI app, started with Moorline's parts.
 
-Order of a start: check what can be checked in a second (model, memory, port), start the engine,
-warm it up, bring the wanted policy live, only then listen (a store that does not answer is waited
-for half a minute, then the base model answers until it does). Order of a stop: no new connections,
-the running replies to their end (``drain_seconds`` at most), the engine, then the last events.
+Order of a start: check what can be checked in a second (model, memory, key, port), start the
+engine, warm it up, bring the wanted policy live, only then listen (a store that does not answer is
+waited for half a minute, then the base model answers until it does). Order of a stop: no new
+connections, the running replies to their end (``drain_seconds`` at most), the engine, then the last
+events.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from moorline.base_model import check_model_dir, model_digest
 from moorline.errors import MoorlineError
 from moorline.http import base_url, port_problem
 from moorline.memory import available_memory_bytes
+from moorline.pseudonyms import Pseudonyms
 from moorline.settings import ServingSettings, Settings
 from moorline.stream import Publisher, SpoolLocked
 from moorline.systemd import Notifier
 from serving import harmless_warnings
 from serving.lifetime import nothing_outlives_this_process
+from serving.pseudonym_key import server_pseudonyms
 
 if TYPE_CHECKING:
     from serving.vllm.app import Parts
@@ -168,8 +171,8 @@ async def serve(settings: Settings) -> None:
     """Run the server until SIGTERM or SIGINT.
 
     Raises:
-        ServerError, ArgumentInvalid, ModelInvalid, TemporaryFolderUnavailable: it could not start,
-            or the engine broke.
+        ServerError, ArgumentInvalid, ModelInvalid, PseudonymKeyInvalid, TemporaryFolderUnavailable:
+            it could not start, or the engine broke.
     """
     from serving.vllm.arguments import check_arguments
 
@@ -177,6 +180,7 @@ async def serve(settings: Settings) -> None:
     model_dir = check_model_dir(settings.model.path).resolve()
     if runs_on_cpu():
         check_memory(model_dir, settings)
+    pseudonyms = await server_pseudonyms(settings)
     bound = bind(settings.serving.host, settings.serving.port)
     port = bound.getsockname()[1]
     mode = swap_mode(settings)
@@ -192,7 +196,9 @@ async def serve(settings: Settings) -> None:
     try:
         with nothing_outlives_this_process():
             async with _engine(arguments) as (engine, args):
-                await _serve_engine(settings, model_dir, mode, engine, args, bound, publisher)
+                await _serve_engine(
+                    settings, model_dir, mode, engine, args, bound, pseudonyms, publisher
+                )
     finally:
         bound.close()
         await asyncio.to_thread(publisher.close, PUBLISHER_CLOSE_SECONDS)
@@ -234,6 +240,7 @@ async def _serve_engine(
     engine: Any,
     args: Any,
     bound: socket.socket,
+    pseudonyms: Pseudonyms | None,
     publisher: Publisher,
 ) -> None:
     from serving.event_publisher import EventPublisher
@@ -247,6 +254,7 @@ async def _serve_engine(
         mode=mode,
         model_dir=model_dir,
         base_model_digest=await asyncio.to_thread(model_digest, model_dir),
+        pseudonyms=pseudonyms,
         events=EventPublisher(publisher),
     )
     await warm_up(parts.recorder.plain_generate)

@@ -34,6 +34,7 @@ from updater.learning.trainer import (
 from updater.ledger import Ledger, LedgerUnavailable
 from updater.outcomes import Outcomes
 from updater.progress import Phase, Progress
+from updater.pseudonym_keys import PseudonymKeys
 from updater.releases import Manifests, Outbox
 from updater.retention import collect_garbage
 from updater.safety import Gate
@@ -91,6 +92,7 @@ class Loop:
         )
         self._base_model_digest = base_model_digest
         self._anchors = Anchors(settings.alias, ledger, store, policy)
+        self._pseudonym_keys = PseudonymKeys(ledger, store, settings.alias)
         self._base_adapter = trainer.live_adapter
         self._progress = progress
 
@@ -188,6 +190,7 @@ class Loop:
         except StreamUnavailable as error:
             self._progress.wait(Phase.STREAM_UNAVAILABLE, error)
             reading = False
+        self._pseudonym_keys.export()
         self._ledger.expire()
         metrics.READY_EXAMPLES.set(self._ledger.count_ready())
         recent = self._ledger.recent_feedback(time.time(), self._settings.learning.horizon_seconds)

@@ -30,6 +30,7 @@ from updater.assembly import assemble, open_ledger
 from updater.learning.diagnostics import ringing_alarms
 from updater.ledger import LedgerError, LedgerUnavailable
 from updater.progress import UNAVAILABLE, Phase, Progress
+from updater.pseudonym_keys import keys_in_use
 
 logger = logging.getLogger("moorline.updater")
 
@@ -152,6 +153,7 @@ class Updater:
             "anchor_version": self._ledger.anchor().version,
             "pinned": self._pinned_version(),
             "ready_examples": self._ledger.count_ready(),
+            "pseudonym_keys": keys_in_use(self._ledger.pseudonym_keys()),
             "recent_feedback": asdict(self._ledger.recent_feedback(time.time(), horizon_seconds)),
             "updates": {
                 "released": self._ledger.newest_version(),

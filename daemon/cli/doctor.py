@@ -23,6 +23,7 @@ from daemon.cli.text import size
 from moorline.base_model import ModelInvalid, check_model_dir
 from moorline.http import PortUnavailable
 from moorline.memory import available_memory_bytes
+from moorline.pseudonyms import PseudonymKeyInvalid, Pseudonyms
 from moorline.settings import Settings
 
 _GIB = 2**30
@@ -92,6 +93,7 @@ def examine(settings: Settings) -> list[Finding]:
         _model,
         _memory,
         _state_dir,
+        _pseudonym_key,
         _disk,
         _ports,
         _broker,
@@ -178,6 +180,23 @@ def _state_dir(settings: Settings) -> Iterator[Finding]:
         yield Finding("state directory", Health.WARN, detail, remedy)
     else:
         yield Finding("state directory", Health.OK, f"{path.resolve()} is writable")
+
+
+def _pseudonym_key(settings: Settings) -> Iterator[Finding]:
+    if not settings.serving.record_user_field:
+        yield Finding("pseudonym key", Health.OK, "not needed: users are not recorded")
+        return
+    path = settings.serving.pseudonym_key_file or settings.pseudonym_key_path
+    if path == settings.pseudonym_key_path and not path.exists():
+        yield Finding("pseudonym key", Health.OK, f"{path} will be made by the first server")
+        return
+    try:
+        key = Pseudonyms.read(path)
+    except PseudonymKeyInvalid as error:
+        detail, _, remedy = str(error).partition(": ")
+        yield Finding("pseudonym key", Health.FAIL, detail, remedy)
+    else:
+        yield Finding("pseudonym key", Health.OK, f"{path} has key {key.fingerprint}")
 
 
 def _nearest_existing(path: Path) -> Path:

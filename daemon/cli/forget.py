@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,8 +19,9 @@ from pydantic import ValidationError
 
 from daemon.cli.common import CommandError, JsonOption, endpoints, err, print_json, say
 from daemon.cli.options import with_settings
-from moorline.events import Erasure, policy_name, user_digest
-from moorline.pseudonyms import Pseudonyms, spellings
+from daemon.cli.pseudonym_keys import KeysAtHand, keys_at_hand
+from moorline.events import MAX_ERASED_NAMES, Erasure, policy_name, user_digest
+from moorline.pseudonyms import spellings
 from moorline.settings import Settings
 
 if TYPE_CHECKING:  # `moorline --help` need not wait for Kafka's client
@@ -46,6 +48,21 @@ def forget(
     interaction: Annotated[
         str | None,
         typer.Option(metavar="ID", help="One reply (chatcmpl-...), and what was said of it."),
+    ] = None,
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--key",
+            metavar="FILE",
+            help="A pseudonym key of other servers, or of earlier; repeat for several.",
+        ),
+    ] = None,
+    lost_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FINGERPRINT",
+            help="Go on without a key that is lost: who is recorded under it is not found by name.",
+        ),
     ] = None,
     revoke: Annotated[
         bool,
@@ -78,16 +95,20 @@ def forget(
 
       moorline forget --user ana --dry-run
       moorline forget --user ana --user ana@example.org --yes --revoke
+      moorline forget --user ana --key /run/secrets/last-years.key
       moorline forget --tenant acme
       moorline forget --interaction chatcmpl-8f3a
     """
-    erasure = _erasure(settings, user or (), tenant, interaction, revoke=revoke)
+    keys = keys_at_hand(settings, key or (), lost_key or ()) if user else None
+    erasure = _erasure(user or (), keys, tenant, interaction, revoke=revoke)
     before = _preview(settings, erasure)
     if not as_json:
+        for line in keys.lines() if keys else ():
+            say(line)
         _print_outcome(settings, before, will=True, revoke=revoke)
     if dry_run:
         if as_json:
-            print_json({"erasure_id": None, "result": asdict(before) if before else None})
+            _print_json(None, before, keys)
         return
     if not yes:
         if as_json or not err.is_terminal:
@@ -96,7 +117,7 @@ def forget(
     told = _publish(settings, erasure)
     done = _carry_out(settings, erasure, told=told, wait_seconds=wait)
     if as_json:
-        print_json({"erasure_id": erasure.erasure_id, "result": asdict(done) if done else None})
+        _print_json(erasure.erasure_id, done, keys)
     elif done is None:
         say(f"Accepted as {erasure.erasure_id}; the updater carries it out where its ledger is.")
     else:
@@ -105,22 +126,27 @@ def forget(
 
 
 def _erasure(
-    settings: Settings,
     users: Sequence[str],
+    keys: KeysAtHand | None,
     tenant: str | None,
     interaction: str | None,
     *,
     revoke: bool,
 ) -> Erasure:
     names = [spelling for name in users for spelling in spellings(name)]
-    if users and settings.pseudonym_key_path.exists():  # what the server made of the same names
-        pseudonyms = Pseudonyms.from_file(settings.pseudonym_key_path)
-        names += [pseudonym for name in users for pseudonym in pseudonyms.pseudonyms_of(name)]
+    if keys is not None:  # what servers made of the same names
+        names += [pseudonym for name in users for pseudonym in keys.pseudonyms_of(name)]
+    digests = tuple(dict.fromkeys(map(user_digest, names)))
+    if len(digests) > MAX_ERASED_NAMES:
+        raise CommandError(
+            f"nothing was erased: with what each key made of them these are {len(digests)} names, "
+            f"and one request holds {MAX_ERASED_NAMES}: give fewer --user at once"
+        )
     try:
         return Erasure(
             interaction_id=interaction,
             tenant=tenant,
-            users=tuple(dict.fromkeys(map(user_digest, names))),
+            users=digests,
             revoke=revoke,
         )
     except ValidationError:
@@ -199,6 +225,17 @@ def _wait(settings: Settings, erasure: Erasure, seconds: float) -> Forgotten:
                 )
             time.sleep(_ASK_SECONDS)
     return found
+
+
+def _print_json(erasure_id: str | None, found: Forgotten | None, keys: KeysAtHand | None) -> None:
+    print_json(
+        {
+            "erasure_id": erasure_id,
+            "result": asdict(found) if found else None,
+            "pseudonym_keys": list(keys.found) if keys else [],
+            "lost_pseudonym_keys": list(keys.lost) if keys else [],
+        }
+    )
 
 
 def _print_outcome(

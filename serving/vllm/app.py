@@ -48,20 +48,15 @@ async def assemble(
     mode: str,
     model_dir: Path,
     base_model_digest: str,
+    pseudonyms: Pseudonyms | None,
     events: EventPublisher,
 ) -> Parts:
     """Build the app around a started engine; nothing listens yet."""
     live, admission, readiness = LivePolicy(settings.alias), Admission(), Readiness()
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
-    pseudonyms = Pseudonyms.from_file(settings.pseudonym_key_path)
     app.user_middleware.append(  # last: innermost, behind authentication
-        Middleware(
-            RequestMiddleware,
-            admission=admission,
-            pseudonyms=pseudonyms,
-            record_user=settings.serving.record_user_field,
-        )
+        Middleware(RequestMiddleware, admission=admission, pseudonyms=pseudonyms)
     )
     app.user_middleware.insert(0, Middleware(RouteAllowlist))
     app.middleware_stack = app.build_middleware_stack()  # build_app has built it already

@@ -46,10 +46,14 @@ class Handler:
         await send({"type": "http.response.body", "body": b""})
 
 
-def ask(*pieces: bytes, headers: tuple[Header, ...] = (), record_user: bool = True) -> Handler:
+def ask(
+    *pieces: bytes,
+    headers: tuple[Header, ...] = (),
+    pseudonyms: Pseudonyms | None = PSEUDONYMS,
+) -> Handler:
     """One request through the middleware, its body in these pieces."""
     handler, admission = Handler(), Admission()
-    middleware = RequestMiddleware(handler, admission, PSEUDONYMS, record_user)
+    middleware = RequestMiddleware(handler, admission, pseudonyms)
     messages: Iterator[Message] = iter(
         {"type": "http.request", "body": piece, "more_body": index + 1 < len(pieces)}
         for index, piece in enumerate(pieces)
@@ -220,7 +224,7 @@ async def test_the_middleware_does_not_read_ahead_of_the_handler() -> None:
 
     async def send(_: Message) -> None: ...
 
-    middleware = RequestMiddleware(refuses, Admission(), PSEUDONYMS, True)
+    middleware = RequestMiddleware(refuses, Admission(), PSEUDONYMS)
     await middleware(
         {"type": "http", "method": "POST", "path": "/v1/x", "headers": []}, never, send
     )

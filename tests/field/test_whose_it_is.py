@@ -59,7 +59,7 @@ def test_a_name_composed_and_decomposed_is_one_person_and_case_counts() -> None:
 
 
 def test_no_name_is_kept_where_names_are_not_recorded() -> None:
-    context = ask(b'{"user":"ana"}', record_user=False).context
+    context = ask(b'{"user":"ana"}', pseudonyms=None).context
     assert context is not None
     assert context.users == ()
 

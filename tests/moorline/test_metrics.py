@@ -14,6 +14,7 @@ UNITLESS = {
     "moorline_broker_connected",
     "moorline_policy_version",
     "moorline_pinned",
+    "moorline_pseudonym_keys",
     "moorline_step_scale",
     "moorline_store_newest_version",
     "moorline_update_alarm",

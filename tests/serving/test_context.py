@@ -39,7 +39,6 @@ def app_with(seen: list[RequestContext | None], admission: Admission | None = No
         RequestMiddleware,
         admission=admission or Admission(),
         pseudonyms=PSEUDONYMS,
-        record_user=True,
     )
     return app
 
@@ -139,10 +138,9 @@ async def test_nobodys_name_is_recorded_where_the_setting_says_so() -> None:
         await request.body()
         seen.append(current_request())
 
-    app.add_middleware(
-        RequestMiddleware, admission=Admission(), pseudonyms=PSEUDONYMS, record_user=False
-    )
+    app.add_middleware(RequestMiddleware, admission=Admission(), pseudonyms=None)
     await post(app, {"user": "bob", "stream": True})
     assert seen[0] is not None
     assert seen[0].users == ()
+    assert seen[0].pseudonym_key is None
     assert seen[0].streamed

@@ -68,6 +68,8 @@ class Joins:
         if row is not None and row[1] != _AWAITED:
             self._fates.record_repeat(arrival.topic_partition, arrival.offset, row[0])
             return
+        if event.users:
+            self._note_pseudonym_key(event.pseudonym_key or "", arrival)
         erased = self._erasure_markers.erases(event, min(event.created_at, arrival.at))
         subject, key = (None, 0) if erased else self._subject(event)
         identity = self._write_interaction(event, parsed, arrival, subject)
@@ -79,6 +81,13 @@ class Joins:
         self._fates.record(arrival.topic_partition, arrival.offset, fate, reason, identity)
         if row is not None:
             self._ratings.admit_waiting(identity)
+
+    def _note_pseudonym_key(self, fingerprint: str, arrival: Arrival) -> None:
+        self._execute(
+            "INSERT INTO pseudonym_keys VALUES (?, ?) ON CONFLICT DO UPDATE SET"
+            " last_arrival = max(last_arrival, excluded.last_arrival)",
+            (fingerprint, arrival.at),
+        )
 
     def _subject(self, event: Interaction) -> tuple[int, int]:
         """Its row of ``subjects``, and the key for its body: the user's, or one of its own."""

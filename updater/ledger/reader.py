@@ -201,6 +201,11 @@ class LedgerReader:
         with self._database.snapshot() as connection:
             return read_anchors(connection)
 
+    def pseudonym_keys(self) -> dict[str, float]:
+        """Fingerprint of every key that somebody is recorded under ("": of replies that do not
+        name theirs) -> when the last such reply arrived, Unix seconds."""
+        return dict(self._database.rows("SELECT fingerprint, last_arrival FROM pseudonym_keys"))
+
     def adopted_versions(self) -> tuple[int, ...]:
         """Releases taken over from the store: who taught them is not known here."""
         with self._database.snapshot() as connection:

@@ -94,3 +94,12 @@ WHEN NEW.over IS NOT NULL AND OLD.state NOT IN ('waiting', 'ready') AND NEW.stat
     UPDATE interactions SET open_preferences = open_preferences + 1
         WHERE id IN (NEW.interaction, NEW.over);
 END;
+
+-- The keys that servers made pseudonyms with. Who was recorded before this did not name theirs.
+CREATE TABLE pseudonym_keys (
+    fingerprint TEXT PRIMARY KEY,            -- '': replies that do not name it
+    last_arrival REAL NOT NULL               -- of a reply with a pseudonym by it, Unix seconds
+) STRICT, WITHOUT ROWID;
+INSERT INTO pseudonym_keys
+    SELECT '', 0 WHERE EXISTS (SELECT 1 FROM subjects WHERE user <> '')
+        OR EXISTS (SELECT 1 FROM taught WHERE user <> '');
