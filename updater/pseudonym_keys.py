@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from moorline import metrics
-from moorline.store import ArtifactStore
+from moorline.store import ArtifactStore, StoreUnavailable
 from moorline.store.pseudonym_keys import RecordedKeys
 from updater.ledger import LedgerReader
 
@@ -28,12 +29,13 @@ class PseudonymKeys:
         """Copy the ledger's list to the store; set the metric; log when servers begin to differ.
 
         Raises:
-            LedgerUnavailable, StoreUnavailable: a disk refused.
+            LedgerUnavailable: the disk refused.
         """
         keys = self._ledger.pseudonym_keys()
         fingerprints = tuple(sorted(keys))
         if self._recorded.read(self._alias) != fingerprints:
-            self._recorded.write(self._alias, fingerprints)
+            with contextlib.suppress(StoreUnavailable):  # a later cycle copies it
+                self._recorded.write(self._alias, fingerprints)
         in_use = keys_in_use(keys)
         metrics.PSEUDONYM_KEYS.set(len(in_use))
         if self._differ != (len(in_use) > 1):

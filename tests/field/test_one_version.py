@@ -12,7 +12,6 @@ import pytest
 from fastapi import FastAPI, Request, Response
 
 from moorline.metrics import render
-from moorline.pseudonyms import Pseudonyms
 from moorline.store import ArtifactStore
 from serving.context import VERSION_HEADER, Admission, RequestMiddleware
 from serving.parity import ParityError
@@ -80,8 +79,7 @@ class Server:
         app.add_middleware(
             RequestMiddleware,
             admission=self.admission,
-            pseudonyms=Pseudonyms(b"k" * 32),
-            record_user=False,
+            pseudonyms=None,
         )
         return app
 

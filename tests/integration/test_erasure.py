@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moorline.events import Fate, Reason
+from moorline.pseudonyms import Pseudonyms
 from moorline.settings import StreamSettings
 from moorline.stream import DeadLetters, Publisher, Reader, Topic, ensure_topics
 from tests.kafka_fixtures import wait_until
@@ -59,12 +60,15 @@ def intake(settings: StreamSettings, path: Path) -> Iterator[tuple[Ledger, Inges
 def publish(settings: StreamSettings, spool: Path) -> None:
     """Three replies to ana and three to ben, each rated by the other; ana corrects one."""
     ensure_topics(settings)
+    key = Pseudonyms.from_file(spool.parent / "pseudonym.key")
     publisher = Publisher(settings, spool)
     publisher.start()
     now = time.time()
     for number in range(6):
         who, other = ("ana", "ben") if number % 2 == 0 else ("ben", "ana")
-        reply = interaction(f"r{number}", at=now, user=who)
+        reply = interaction(
+            f"r{number}", at=now, user=key.pseudonym_of(who), pseudonym_key=key.fingerprint
+        )
         assert publisher.publish(Topic.INTERACTIONS, reply.interaction_id, reply.to_bytes())
         said = rating(f"r{number}", rater=other, at=now)
         assert publisher.publish(Topic.FEEDBACK, said.interaction_id, said.to_bytes())

@@ -117,7 +117,7 @@ async def test_a_rollback_passes_a_release_that_waits_for_a_slot(
     for _ in range(3):
         await world.swaps.serve_wanted()
     assert world.strategy.live.version == 1
-    assert [event for event in events(caplog) if event] == ["swap_waits_for_slot"]
+    assert events(caplog).count("swap_waits_for_slot") == 1
     world.store.pin("assistant", 0, "test")
     await world.swaps.serve_wanted()
     assert world.strategy.live.version == 0
