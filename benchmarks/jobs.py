@@ -96,7 +96,7 @@ def _worker(
 
 
 def progress_bars() -> Progress:
-    """Of jobs and of their steps."""
+    """Progress bars of jobs and of their steps."""
     return Progress(
         TextColumn("{task.description:>8}"),
         BarColumn(),

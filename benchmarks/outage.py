@@ -49,12 +49,12 @@ class Phase:
 
     broker: str
     replies: int
-    """Of each server."""
+    """How many each server gave."""
     failed: int
     p50_seconds: float
-    """Of the server whose broker is at fault."""
+    """At the server whose broker is at fault."""
     p50_sound_seconds: float
-    """Of the other one."""
+    """At the other server."""
     p95_seconds: float
     p95_sound_seconds: float
     spooled_events: int

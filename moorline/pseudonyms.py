@@ -14,7 +14,7 @@ from moorline.errors import MoorlineError
 from moorline.events import composed
 
 _KEY_BYTES = 32
-"""Of the keys that Moorline makes."""
+"""Length of the keys that Moorline makes."""
 _LINE = re.compile(rb"(?:\xef\xbb\xbf)?([!-~]{32,64})[\r\n]*")
 """A key as text, with what an editor puts around it."""
 

@@ -108,7 +108,7 @@ def _request_body() -> dict[str, Any]:
 
 
 def _why_unusable(feedback: Feedback, why: WhyUnusable) -> NotRecorded | Reason | None:
-    """Of the reply, or of the one that it is preferred over."""
+    """Why its reply, or the one that it is preferred over, is not usable; None: both are."""
     found = why(feedback.interaction_id, feedback.choice)
     if found is None and feedback.over is not None:
         return why(feedback.over, feedback.over_choice)

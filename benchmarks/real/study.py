@@ -115,7 +115,7 @@ class Study:
     config: Config
     traces: tuple[Trace, ...]
     base_replies: tuple[Reply, ...]
-    """Of the base policy, to training questions."""
+    """The base policy's answers to training questions."""
 
 
 def run_study(model_dir: Path, config: Config, store: Store, workers: int) -> Study:
@@ -190,7 +190,7 @@ def _do(model_dir: Path, config: Config, store: Store, job: Job, tick: Tick) -> 
 
 
 def _revision() -> str:
-    """Of the code, as git names it."""
+    """The code's revision, as git names it."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

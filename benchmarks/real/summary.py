@@ -26,7 +26,7 @@ OURS = (DEFAULT, PRODUCT)
 NOISE = 2.0
 """Standard errors: smaller differences are called none."""
 KEPT_SHARE = 0.8
-"""Of its peak: a run that ends lower has broken something."""
+"""Share of its peak; a run that ends lower has broken something."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Estimate:
 
     @classmethod
     def mean_of(cls, estimates: Iterable[Estimate]) -> Estimate:
-        """Of independent ones."""
+        """The mean of independent estimates."""
         found = list(estimates)
         error = sum(one.error**2 for one in found) ** 0.5 / len(found)
         return cls(mean(one.value for one in found), error)

@@ -122,7 +122,7 @@ class Reply:
     token_ids: tuple[int, ...]
     """With the end-of-turn token, where the policy chose it."""
     logprobs: tuple[float, ...]
-    """Of the tokens, as sampled; empty where nobody learns from the reply."""
+    """The tokens' log-probabilities as sampled; empty where nobody learns from the reply."""
     text: str
     ended: bool
 
@@ -147,7 +147,7 @@ class Evaluation:
 
     update: int
     share: float
-    """Of replies that follow the rule."""
+    """Share of replies that follow the rule."""
     replies: int
 
 
@@ -159,7 +159,7 @@ class SideEffect:
     kl_nats: float
     """Mean KL(base || policy) per token of unrelated replies, over the whole vocabulary."""
     perplexity: float
-    """Of held-out text."""
+    """Measured on held-out text."""
 
 
 @dataclass(frozen=True)

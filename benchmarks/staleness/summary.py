@@ -20,7 +20,7 @@ FINAL_SHARE = 0.05
 DEFAULT = "dppo_kl"
 WITH_RECIPE = "dppo_kl + recipe"
 SAME_FAMILY = "dppo_tv"
-"""Of the same paper as the default: no rival."""
+"""It comes from the same paper as the default: no rival."""
 TIE = 0.005
 """AUC or reward: smaller differences are called equal."""
 RIVAL = "ppo_clip"

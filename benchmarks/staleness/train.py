@@ -34,7 +34,7 @@ ADAM_BETAS = (0.9, 0.95)
 ADAM_EPSILON = 1e-8
 GRADIENT_CLIP = 1.0
 BASELINE_KEEP = 0.9
-"""Of a prompt's baseline, at each of its replies."""
+"""How much of a prompt's baseline is forgotten at each of its replies."""
 RMS_FLOOR = 0.1
 """A batch of nearly equal rewards is not blown up to full size."""
 ANCHOR_EVERY_UPDATES = 8

@@ -37,7 +37,7 @@ class RawRecord(NamedTuple):
     """As its producer or the broker set it: milliseconds, if they keep to Kafka's rules."""
     key: bytes | None
     value: bytes | None
-    """Of one that cannot be read: its bytes, or all bytes of its batch."""
+    """The bytes of a record that cannot be read, or all bytes of its batch."""
     headers: Headers
     """A null value is an empty one here; a name that is not UTF-8 has its bytes as ``\\xe9``."""
     corrupt: str = ""

@@ -13,7 +13,7 @@ from kafka import codec as library
 from moorline.stream.client import StreamInvalid
 
 MAX_UNPACKED_BYTES = 64 * 2**20
-"""Of one compressed batch; producers fill batches with a megabyte or less."""
+"""Largest decompressed batch; producers fill batches with a megabyte or less."""
 _NAMES = {1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}
 """By their numbers in a batch's attributes."""
 _PACKAGES = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}

@@ -22,7 +22,7 @@ class Record:
     value: bytes | None
     headers: Headers = ()
     corrupt: str = ""
-    """Of one that cannot be decoded: what is wrong with it; its value is what there was instead."""
+    """What is wrong with it, if it cannot be decoded; its value is what there was instead."""
 
     @property
     def stamped_at(self) -> float | None:

@@ -41,10 +41,10 @@ class Call:
 
     name: str
     path: str
-    """Of a rename: the new one."""
+    """The path; a rename's new one."""
     failed: bool
     source: str = ""
-    """Of a rename: the old path."""
+    """A rename's old path."""
 
 
 def traced(

@@ -29,7 +29,7 @@ class Revision:
     rater: str
     aspect: str
     revision: int
-    """Of all raters; ascending."""
+    """Its place among all that was said under the id, by whichever rater; ascending."""
     event_time: float
     arrived_at: float
     topic_partition: int

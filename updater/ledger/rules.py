@@ -44,7 +44,7 @@ class Parsed:
     reason: Reason = Reason.NONE
     """Unreadable: why. Readable: why no gradient follows from it, or ``NONE``."""
     error: str = ""
-    """Of what nobody foresaw: the type of the error."""
+    """The error's type, where nobody foresaw it."""
 
 
 @dataclass(frozen=True)

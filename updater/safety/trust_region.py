@@ -36,7 +36,7 @@ class BoundedStep:
     """The part of a proposal that may become a candidate."""
 
     scale: float
-    """Of the way from the live policy to the proposal; from the anchor where that was searched."""
+    """Share of the way from live policy to proposal; from the anchor where that was searched."""
     adapter: AdapterState
     divergences: tuple[Divergence, ...]
     probe_logprobs: list[Tensor]

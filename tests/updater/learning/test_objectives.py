@@ -96,7 +96,7 @@ def test_hand_worked_gradient(
 
 
 def test_hand_worked_loss_values() -> None:
-    """Of the surrogates whose value means something."""
+    """Only some surrogates have a value that means something; these do."""
     for name, expected in (
         ("drpo", -1.4 + 0.5 * 0.4**2 / (2 * 0.5)),
         ("ppo_clip", -1.28),

@@ -90,7 +90,7 @@ def correction(
 def preference(
     identity: str, over: str, rater: str = "ann", at: float = NOW, **changes: Any
 ) -> Feedback:
-    """Of two replies, the one that somebody liked better."""
+    """A preference for one of two replies."""
     kind = FeedbackKind.PREFERENCE
     changes = {"feedback_id": f"fb-{identity}-{rater}-{at}-over-{over}", **changes}
     return rating(identity, 1, rater, at, kind=kind, over=over, **changes)

@@ -222,7 +222,7 @@ def derived(events: list[Sent]) -> Counter[tuple[Fate, Reason]]:
 
 
 def verdict(replies: list[Sent]) -> tuple[Fate, Reason]:
-    """Of feedback that names these replies."""
+    """Feedback that names these replies."""
     wrong = [found for found in map(not_trainable, replies) if found]
     if wrong:
         return wrong[0]
