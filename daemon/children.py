@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from moorline.systemd import without_notification
 
 logger = logging.getLogger("moorline.supervise")
 
+_ANY_CERTIFICATE = ssl._create_unverified_context()
 _PROBE_TIMEOUT_SECONDS = 5.0
 _PROBE_MAX_BYTES = 65_536
 _PROBE_INTERVAL_SECONDS = 0.2
@@ -46,7 +48,7 @@ class Child:
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     ready_url: str | None = None
-    """``http://...`` (200 is ready) or ``tcp://host:port`` (accepts is ready); None: at once."""
+    """``http(s)://...`` (200 is ready) or ``tcp://host:port`` (accepts is ready); None: at once."""
     alive_url: str | None = None
     """Polled; a ready child that has not answered 200 for ``hang_seconds`` has crashed."""
     grace_seconds: float = 10.0
@@ -176,7 +178,11 @@ class ChildProcess:
 
 
 def answers(url: str) -> bool:
-    """Whether ``http://...`` says 200, or ``tcp://host:port`` accepts a connection."""
+    """Whether ``http(s)://...`` says 200, or ``tcp://host:port`` accepts a connection.
+
+    The certificate is not looked at, as no orchestrator's probe does: nothing secret is said, and a
+    server must not be killed because its certificate was renewed on disk.
+    """
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
     try:
@@ -184,6 +190,10 @@ def answers(url: str) -> bool:
             with socket.create_connection((host, port), _PROBE_TIMEOUT_SECONDS):
                 return True
         connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_SECONDS)
+        if parts.scheme == "https":
+            connection = http.client.HTTPSConnection(
+                host, port, timeout=_PROBE_TIMEOUT_SECONDS, context=_ANY_CERTIFICATE
+            )
         with contextlib.closing(connection):
             connection.request("GET", parts.path or "/", headers={"Connection": "close"})
             response = connection.getresponse()

@@ -14,10 +14,12 @@ import math
 import re
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +27,7 @@ import httpx
 
 from moorline import metrics
 from moorline.errors import MoorlineError
+from moorline.tls import trusting
 
 logger = logging.getLogger("moorline.http")
 
@@ -178,12 +181,16 @@ def _verdict(question: str, why_not: str | None) -> tuple[int, str, bytes]:
     return (200 if why_not is None else 503), "application/json", f"{body}\n".encode()
 
 
-def base_url(host: str, port: int) -> str:
-    """Where a client on this machine reaches a server that listens on ``host``."""
+def base_url(host: str, port: int, *, secure: bool = False) -> str:
+    """Where a client on this machine reaches a server that listens on ``host``.
+
+    Args:
+        secure: it speaks HTTPS.
+    """
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
     if ":" in reachable and not reachable.startswith("["):
         reachable = f"[{reachable}]"
-    return f"http://{reachable}:{port}"
+    return f"{'https' if secure else 'http'}://{reachable}:{port}"
 
 
 def port_problem(host: str, port: int, error: OSError, setting: str) -> str:
@@ -201,17 +208,32 @@ def request_json(
     *,
     body: Any = None,
     api_key: str | None = None,
+    certificate: Path | None = None,
     timeout_seconds: float = 5.0,
 ) -> Any:
     """The JSON that an HTTP server of ours answers with.
 
+    Args:
+        certificate: over HTTPS, the server must have exactly this one; None: one that the system
+            trusts (``SSL_CERT_FILE`` names other authorities), for the name in the address.
+
     Raises:
+        CertificateInvalid: ``certificate`` cannot be read.
         ServerUnavailable: no answer in time, an error status, or no JSON.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    verify: ssl.SSLContext | bool = url.startswith("https:")
+    if verify:
+        verify = trusting(certificate) if certificate else ssl.create_default_context()
     try:
         reply = httpx.request(
-            method, url, json=body, headers=headers, timeout=timeout_seconds, trust_env=False
+            method,
+            url,
+            json=body,
+            headers=headers,
+            timeout=timeout_seconds,
+            trust_env=False,
+            verify=verify,
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         why = "no answer in time" if isinstance(error, httpx.TimeoutException) else str(error)

@@ -71,6 +71,11 @@ class ServingSettings(_Section):
     """0: any free port, printed at start."""
     api_key: Secret = None
     """Clients must send it as a bearer token; also guards feedback."""
+    ssl_certfile: Path | None = None
+    """Certificate in PEM, its own first: the server speaks HTTPS alone. None: plain HTTP. Renewed
+    files are read at the next start."""
+    ssl_keyfile: Path | None = None
+    """The certificate's key, without a passphrase; None: it is in `ssl_certfile`."""
     swap_mode: Literal["auto", "adapter", "reload"] = "auto"
     """adapter: flip a LoRA adapter, running replies finish on the old one. reload: merge and
     reload weights, running replies go on with the new ones. auto: adapter on GPU, reload on CPU."""

@@ -30,6 +30,7 @@ from moorline.pseudonyms import Pseudonyms
 from moorline.settings import ServingSettings, Settings
 from moorline.stream import Publisher, SpoolLocked
 from moorline.systemd import Notifier
+from moorline.tls import check_certificate
 from serving import harmless_warnings
 from serving.lifetime import nothing_outlives_this_process
 from serving.pseudonym_key import server_pseudonyms
@@ -171,12 +172,13 @@ async def serve(settings: Settings) -> None:
     """Run the server until SIGTERM or SIGINT.
 
     Raises:
-        ServerError, ArgumentInvalid, ModelInvalid, PseudonymKeyInvalid, TemporaryFolderUnavailable:
-            it could not start, or the engine broke.
+        ServerError, ArgumentInvalid, CertificateInvalid, ModelInvalid, PseudonymKeyInvalid,
+        TemporaryFolderUnavailable: it could not start, or the engine broke.
     """
     from serving.vllm.arguments import check_arguments
 
     check_arguments(settings.serving.vllm_args)
+    check_certificate(settings.serving.ssl_certfile, settings.serving.ssl_keyfile)
     model_dir = check_model_dir(settings.model.path).resolve()
     if runs_on_cpu():
         check_memory(model_dir, settings)
@@ -293,6 +295,8 @@ async def _listen(
             http=ending_stalled_clients(serving.stream_stall_seconds),  # type: ignore[arg-type]
             timeout_keep_alive=serving.keep_alive_seconds,
             timeout_graceful_shutdown=int(serving.drain_seconds),
+            ssl_certfile=serving.ssl_certfile,
+            ssl_keyfile=serving.ssl_keyfile,
         )
     )
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
@@ -302,7 +306,7 @@ async def _listen(
     http = asyncio.create_task(server.serve(sockets=[bound]))
     while not (server.started or http.done()):
         await asyncio.sleep(0.01)
-    url = base_url(*bound.getsockname()[:2])
+    url = base_url(*bound.getsockname()[:2], secure=serving.ssl_certfile is not None)
     logger.info(
         "the server is listening",
         extra={"event": "server_listening", "url": url, "version": parts.live.version},

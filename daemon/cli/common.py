@@ -85,7 +85,11 @@ def endpoints(
     """The addresses of the command line, else of the running tree, else of the settings."""
     tree = running_tree(settings.state_dir)
     configured = Endpoints(
-        server=base_url(settings.serving.host, settings.serving.port),
+        server=base_url(
+            settings.serving.host,
+            settings.serving.port,
+            secure=settings.serving.ssl_certfile is not None,
+        ),
         updater=base_url(settings.updater.host, settings.updater.port),
         bootstrap=settings.stream.bootstrap,
     )
@@ -96,9 +100,13 @@ def endpoints(
     )
 
 
-def api_key(settings: Settings) -> str | None:
+def access(settings: Settings) -> dict[str, Any]:
+    """What ``request_json`` needs to be let in by the server, and to know that it is the one."""
     secret = settings.serving.api_key
-    return secret.get_secret_value() if secret else None
+    return {
+        "api_key": secret.get_secret_value() if secret else None,
+        "certificate": settings.serving.ssl_certfile,
+    }
 
 
 def say(text: str, style: str | None = None) -> None:

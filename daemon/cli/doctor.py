@@ -25,6 +25,7 @@ from moorline.http import PortUnavailable
 from moorline.memory import available_memory_bytes
 from moorline.pseudonyms import PseudonymKeyInvalid, Pseudonyms
 from moorline.settings import Settings
+from moorline.tls import CertificateInvalid, check_certificate
 
 _GIB = 2**30
 _PROCESS_BYTES = int(1.5 * _GIB)
@@ -94,6 +95,7 @@ def examine(settings: Settings) -> list[Finding]:
         _memory,
         _state_dir,
         _pseudonym_key,
+        _certificate,
         _disk,
         _ports,
         _broker,
@@ -203,6 +205,18 @@ def _nearest_existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def _certificate(settings: Settings) -> Iterator[Finding]:
+    certificate, key = settings.serving.ssl_certfile, settings.serving.ssl_keyfile
+    try:
+        check_certificate(certificate, key)
+    except CertificateInvalid as error:
+        detail, _, remedy = str(error).rpartition(": ")
+        yield Finding("certificate", Health.FAIL, detail, remedy)
+        return
+    speaks = f"HTTPS with {certificate}" if certificate else "plain HTTP"
+    yield Finding("certificate", Health.OK, f"the server speaks {speaks}")
 
 
 def _disk(settings: Settings) -> Iterator[Finding]:

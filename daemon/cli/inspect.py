@@ -17,7 +17,7 @@ from daemon.cli import status_page
 from daemon.cli.common import (
     CommandError,
     JsonOption,
-    api_key,
+    access,
     endpoints,
     out,
     print_json,
@@ -97,7 +97,7 @@ def _gather_status(settings: Settings, server: str | None, updater: str | None) 
     ):
         problem = ""
         try:
-            answer = request_json("GET", url + path, api_key=api_key(settings))
+            answer = request_json("GET", url + path, **access(settings))
         except ServerUnavailable as error:
             answer, problem = None, error.why
         report |= {part: answer, f"{part}_url": url, f"{part}_problem": problem}
@@ -162,7 +162,7 @@ def releases(
     served = None
     try:
         url = endpoints(settings, server).server + "/v1/moorline/status"
-        served = request_json("GET", url, api_key=api_key(settings)).get("policy_version")
+        served = request_json("GET", url, **access(settings)).get("policy_version")
     except ServerUnavailable:
         pass  # the store is the truth; who serves what is only an extra mark
     pin = store.pinned(settings.alias)

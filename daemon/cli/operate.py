@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
-from daemon.cli.common import CommandError, api_key, endpoints, say
+from daemon.cli.common import CommandError, access, endpoints, say
 from daemon.cli.options import with_settings
 from moorline.events import ANONYMOUS, Feedback, FeedbackKind, policy_name
 from moorline.http import ServerUnavailable, request_json
@@ -77,7 +77,7 @@ def _wait_until_served(settings: Settings, version: int, wait_seconds: float) ->
     started = time.monotonic()
     while True:
         try:
-            status = request_json("GET", url, api_key=api_key(settings))
+            status = request_json("GET", url, **access(settings))
         except ServerUnavailable:
             say(
                 f"No server answers at {url.removesuffix('/v1/moorline/status')}; "
@@ -217,7 +217,7 @@ def feedback(
             "POST",
             f"{where}/v1/feedback",
             body=event.model_dump(mode="json"),
-            api_key=api_key(settings),
+            **access(settings),
         )
         not_trainable = answer.get("not_trainable")
     say(f"Accepted by {where} as {event.feedback_id}")

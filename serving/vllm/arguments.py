@@ -105,6 +105,8 @@ _SETTINGS = {
     "max_loras": "serving.max_loras",
     "max_lora_rank": "learning.lora_rank",
     "enable_lora": "serving.swap_mode",
+    "ssl_certfile": "serving.ssl_certfile",
+    "ssl_keyfile": "serving.ssl_keyfile",
 }
 """Those that a setting of Moorline's gives, and that setting."""
 
@@ -126,8 +128,11 @@ _WHY_REFUSED = {
     "Moorline listens on serving.host and serving.port with HTTP alone: leave it out": """
     grpc grpc_port uds
     """,
-    "Moorline speaks plain HTTP: let a proxy in front of it end TLS": """
-    ssl_keyfile ssl_certfile ssl_ca_certs enable_ssl_refresh ssl_cert_reqs ssl_ciphers
+    "clients prove who they are with serving.api_key: let a proxy ask for certificates": """
+    ssl_ca_certs ssl_cert_reqs
+    """,
+    "a renewed certificate is read at the next start, and ciphers are Python's own": """
+    enable_ssl_refresh ssl_ciphers
     """,
     "Moorline's HTTP server does not read it: limit headers in a proxy in front of it": """
     h11_max_incomplete_event_size h11_max_header_count
