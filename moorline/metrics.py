@@ -68,6 +68,10 @@ STALLED_CLIENTS = _counter(
     "moorline_stalled_clients_total",
     "Connections closed because the client took nothing of its reply for stream_stall_seconds",
 )
+ENGINE_WAIT_SECONDS = _gauge(
+    "moorline_engine_wait_seconds",
+    "Time that replies have waited since anything came out of the engine",
+)
 FEEDBACK_RECEIVED = _counter(
     "moorline_feedback_received_total",
     "POST /v1/feedback; outcome: accepted, invalid, too_large, not_recorded, unauthorized or "

@@ -90,6 +90,10 @@ class ServingSettings(_Section):
     stream_stall_seconds: float = Field(default=120.0, gt=0)
     """A client that takes nothing of its reply for so long, while more waits to be sent, is ended.
     One that reads slowly but steadily is not."""
+    engine_stall_seconds: float = Field(default=120.0, gt=0)
+    """The engine counts as hung when replies have waited so long and nothing came out of it for any
+    of them: above the longest prompt's prefill. `/healthz` says so then, and the server is
+    started again by systemd, `moorline up` or an orchestrator."""
     keep_alive_seconds: int = Field(default=75, ge=1)
     """An idle connection is kept so long: longer than a balancer in front keeps its own (mostly
     60 s), or a request meets a connection that is just being closed."""

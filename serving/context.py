@@ -113,6 +113,11 @@ class Admission:
         self._open = asyncio.Event()
         self._open.set()
 
+    @property
+    def held_back(self) -> bool:
+        """Whether new requests wait."""
+        return not self._open.is_set()
+
     def hold(self) -> None:
         """Let new requests wait until ``resume``."""
         self._open.clear()

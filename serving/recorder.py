@@ -26,6 +26,7 @@ from moorline.events import Interaction, LogprobConvention, PolicySpan
 from moorline.logs import describe
 from moorline.trainability import why_recorded_in_vain
 from serving.context import NotRecorded, RequestContext, current_request
+from serving.engine_watch import EngineWatch
 from serving.unusable_replies import UnusableReplies
 from serving.vllm.models import version_of_policy
 from serving.vllm.sampling import (
@@ -73,11 +74,13 @@ class Recorder:
         publish: Publish,
         live_version: Callable[[], int],
         unusable_replies: UnusableReplies,
+        engine_watch: EngineWatch,
     ) -> None:
         self._engine = engine
         self._altered_by = altered_by_engine(engine)
         self._alias = alias
         self._unusable_replies = unusable_replies
+        self._engine_watch = engine_watch
         self._publish = publish
         self._live_version = live_version
         self.plain_generate = engine.generate
@@ -160,7 +163,7 @@ class Recorder:
     ) -> AsyncGenerator[Any, None]:
         outputs = self.plain_generate(prompt, params, request_id, **options)
         try:
-            async for output in outputs:
+            while (output := await self._engine_watch.next_output(outputs)) is not None:
                 if recording is not None:
                     try:
                         self._observe(recording, output, request_id)

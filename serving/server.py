@@ -343,9 +343,11 @@ def _engine_broke(error: BaseException | None) -> ServerError:
 
 
 async def _notify(notifier: Notifier, parts: Parts, url: str) -> None:
-    """Tell the service manager that the event loop turns, and what is served."""
+    """Tell the service manager that event loop and engine work, and what is served."""
     while True:
-        notifier.ping()
+        parts.engine_watch.report()
+        if parts.engine_watch.why_hung() is None:
+            notifier.ping()
         if parts.readiness.why_not is None:
             notifier.status(f"serving {parts.live.name} on {url}")
         await asyncio.sleep(_NOTIFY_SECONDS)

@@ -14,6 +14,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from serving.context import Admission
+from serving.engine_watch import EngineWatch
 from serving.swap import SwapController
 from serving.vllm.models import LivePolicy
 
@@ -33,6 +34,7 @@ def status_router(
     mode: str,
     admission: Admission,
     readiness: Readiness,
+    engine_watch: EngineWatch,
     publisher_stats: Callable[[], Mapping[str, Any]],
 ) -> APIRouter:
     """The three routes, bound to this process's parts."""
@@ -40,8 +42,11 @@ def status_router(
 
     @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz")
-    async def healthz() -> dict[str, bool]:
-        return {"alive": True}
+    async def healthz() -> JSONResponse:
+        why_not = engine_watch.why_hung()
+        return JSONResponse(
+            {"alive": why_not is None, "why_not": why_not}, 200 if why_not is None else 503
+        )
 
     @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz")

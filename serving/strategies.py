@@ -191,7 +191,7 @@ class WeightReload(SwapStrategy):
     async def _load(self, target: ServedPolicy) -> float:
         adapter_dir = None if target.directory is None else str(target.directory)
         try:
-            await self._call("moorline_prepare", str(self._base_dir), adapter_dir)
+            await self._call_workers("moorline_prepare", str(self._base_dir), adapter_dir)
         except Exception as error:
             raise PolicyInvalid(f"the adapter cannot be merged: {error}") from error
         self._admission.hold()
@@ -205,17 +205,21 @@ class WeightReload(SwapStrategy):
 
     async def _load_paused(self, target: ServedPolicy) -> float:
         start = time.monotonic()
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        await self._in_time(self._engine.pause_generation(mode="keep", clear_cache=True))
         failpoint("swap.paused")
-        await self._call("moorline_load_prepared")
+        await self._call_workers("moorline_load_prepared")
         failpoint("swap.reloaded")
         self._live.policy = target
-        await self._engine.update_weight_version(self._live.name)
-        await self._engine.resume_generation()
+        await self._in_time(self._engine.update_weight_version(self._live.name))
+        await self._in_time(self._engine.resume_generation())
         return time.monotonic() - start
 
-    async def _call(self, method: str, *arguments: Any) -> None:
-        call = asyncio.ensure_future(self._engine.collective_rpc(method, args=arguments))
+    async def _call_workers(self, method: str, *arguments: Any) -> None:
+        await self._in_time(self._engine.collective_rpc(method, args=arguments))
+
+    async def _in_time(self, asked: Awaitable[Any]) -> None:
+        """Wait for the engine, not for ever: it may hang, and all requests are held back."""
+        call = asyncio.ensure_future(asked)
         deadline = running_seconds() + self._timeout_seconds
         try:
             while not call.done():

@@ -16,6 +16,7 @@ from moorline.pseudonyms import Pseudonyms
 from moorline.settings import Settings
 from moorline.store import ArtifactStore
 from serving.context import Admission, RequestMiddleware
+from serving.engine_watch import EngineWatch
 from serving.event_publisher import EventPublisher
 from serving.feedback import feedback_router
 from serving.recorder import Recorder
@@ -38,6 +39,7 @@ class Parts:
     swaps: SwapController
     admission: Admission
     readiness: Readiness
+    engine_watch: EngineWatch
 
 
 async def assemble(
@@ -61,12 +63,15 @@ async def assemble(
     app.user_middleware.insert(0, Middleware(RouteAllowlist))
     app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
     unusable_replies = UnusableReplies()
+    stall_seconds = settings.serving.engine_stall_seconds
+    engine_watch = EngineWatch(stall_seconds, lambda: admission.held_back)
     recorder = Recorder(
         engine,
         settings.alias,
         events.publish_interaction,
         lambda: live.version,
         unusable_replies,
+        engine_watch,
     )
     recorder.install()
     models = await _init_state(engine, app, args, tasks, live)
@@ -101,10 +106,11 @@ async def assemble(
             mode=mode,
             admission=admission,
             readiness=readiness,
+            engine_watch=engine_watch,
             publisher_stats=events.stats,
         )
     )
-    return Parts(app, live, recorder, swaps, admission, readiness)
+    return Parts(app, live, recorder, swaps, admission, readiness, engine_watch)
 
 
 async def _init_state(

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from moorline.metrics import render
 from moorline.store import ArtifactStore
 from serving.context import VERSION_HEADER, Admission, RequestMiddleware
+from serving.engine_watch import EngineWatch
 from serving.parity import ParityError
 from serving.status import Readiness, status_router
 from serving.strategies import AdapterFlip, SwapStrategy, WeightReload
@@ -63,6 +64,7 @@ class Server:
                 mode=mode,
                 admission=self.admission,
                 readiness=Readiness(None),
+                engine_watch=EngineWatch(60.0, lambda: self.admission.held_back),
                 publisher_stats=dict,
             )
         )
@@ -116,7 +118,7 @@ class Server:
         named = {status["policy_version"], ready["policy_version"], int(float(metric.split()[-1]))}
         assert status["policy_name"] == self.live.name
         asked = self.ask()
-        await asyncio.wait({asked}, timeout=0 if not self.admission._open.is_set() else None)
+        await asyncio.wait({asked}, timeout=0 if self.admission.held_back else None)
         if asked.done():
             named.add(version_of(asked.result()))
         else:

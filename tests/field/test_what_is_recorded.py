@@ -19,6 +19,7 @@ from moorline import metrics
 from moorline.events import Feedback, Interaction, Reason
 from serving import context as request_context
 from serving.context import NotRecorded, RequestContext
+from serving.engine_watch import EngineWatch
 from serving.feedback import feedback_router
 from serving.recorder import Recorder
 from serving.unusable_replies import UnusableReplies
@@ -69,7 +70,14 @@ class Bench:
         lora: str | None,
         params: dict[str, Any],
     ) -> None:
-        recorder = Recorder(self.engine, "assistant", self._publish, lambda: 3, self.unusable)
+        recorder = Recorder(
+            self.engine,
+            "assistant",
+            self._publish,
+            lambda: 3,
+            self.unusable,
+            EngineWatch(60.0, lambda: False),
+        )
         options = {} if lora is None else {"lora_request": LoRARequest(lora, 1, "/nowhere")}
         for suffix in suffixes:
             chosen = SamplingParams(output_kind=RequestOutputKind.DELTA, **params)

@@ -16,6 +16,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from moorline.events import Interaction, LogprobConvention
 from serving import context as request_context
 from serving.context import NotRecorded
+from serving.engine_watch import EngineWatch
 from serving.recorder import Recorder, sampling_settings
 from serving.unusable_replies import UnusableReplies
 from serving.vllm.worker import PROCESSED_ROW
@@ -84,7 +85,9 @@ def recorded(
         published.append(event)
         return True
 
-    recorder = Recorder(engine, "assistant", publish, lambda: 3, UnusableReplies())
+    recorder = Recorder(
+        engine, "assistant", publish, lambda: 3, UnusableReplies(), EngineWatch(60.0, lambda: False)
+    )
     recorder.install()
 
     async def handle() -> None:
@@ -173,7 +176,9 @@ def test_no_error_of_the_recorder_reaches_a_reply() -> None:
     def publish(_: Interaction) -> bool:
         raise OSError("disk on fire")
 
-    Recorder(engine, "assistant", publish, lambda: 3, UnusableReplies()).install()
+    Recorder(
+        engine, "assistant", publish, lambda: 3, UnusableReplies(), EngineWatch(60.0, lambda: False)
+    ).install()
 
     async def handle() -> list[Any]:
         params = SamplingParams(output_kind=RequestOutputKind.DELTA)
@@ -232,7 +237,9 @@ def test_a_reply_of_an_adapter_is_its_versions_whatever_is_live_at_its_end() -> 
         published.append(event)
         return True
 
-    recorder = Recorder(engine, "assistant", publish, lambda: 3, UnusableReplies())
+    recorder = Recorder(
+        engine, "assistant", publish, lambda: 3, UnusableReplies(), EngineWatch(60.0, lambda: False)
+    )
     recorder.install()
     adapter = SimpleNamespace(lora_name="assistant@v000005", lora_int_id=2)
 

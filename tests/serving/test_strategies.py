@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from serving.context import Admission
 from serving.parity import ParityError
-from serving.strategies import AdapterFlip
+from serving.strategies import AdapterFlip, EngineInvalid, WeightReload
 from serving.vllm.models import LivePolicy, LoRARequest, PolicyModels, ServedPolicy
 
 ALIAS = "assistant"
@@ -107,3 +109,40 @@ async def test_an_adapter_that_fails_its_check_gives_its_slot_back() -> None:
     assert world.live.version == 1
     await world.flip.remove_unused()
     assert world.engine.adapters == [name(1)]
+
+
+class HungEngine:
+    """An engine of the reload strategy that never answers at one step."""
+
+    def __init__(self, hangs_at: str) -> None:
+        self._hangs_at = hangs_at
+
+    async def _step(self, name: str) -> None:
+        if name == self._hangs_at:
+            await asyncio.Event().wait()
+
+    async def collective_rpc(self, method: str, args: Any) -> None:
+        del args
+        await self._step(method)
+
+    async def pause_generation(self, **_: Any) -> None:
+        await self._step("pause")
+
+    async def update_weight_version(self, _: str) -> None:
+        await self._step("name")
+
+    async def resume_generation(self) -> None:
+        await self._step("resume")
+
+
+@pytest.mark.parametrize("step", ["pause", "moorline_load_prepared", "name", "resume"])
+async def test_an_engine_that_hangs_in_an_exchange_is_broken_and_holds_nobody_back(
+    step: str, tmp_path: Path
+) -> None:
+    async def passes(_: Any) -> None: ...
+
+    admission = Admission()
+    reload = WeightReload(HungEngine(step), LivePolicy(ALIAS), tmp_path, admission, 0.2)
+    with pytest.raises(EngineInvalid, match="no answer in 0.2 s"):
+        await reload.swap(ServedPolicy(1, None, tmp_path), passes)
+    assert not admission.held_back
