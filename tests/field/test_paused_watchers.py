@@ -47,7 +47,7 @@ class Engine:
 progress, started, wall = Progress(stall_seconds=4.0), running_seconds(), time.monotonic()
 reload = WeightReload(Engine(), None, None, None, timeout_seconds=4.0)
 print("started", flush=True)
-asyncio.run(reload._call("anything"))
+asyncio.run(reload._call_workers("anything"))
 print(progress.why_stalled(), running_seconds() - started, time.monotonic() - wall)
 """
 
@@ -79,7 +79,7 @@ async def test_a_call_that_takes_too_long_is_ended_all_the_same() -> None:
     unused: Any = None
     reload = WeightReload(Engine(), unused, unused, unused, timeout_seconds=0.2)
     with pytest.raises(TimeoutError):
-        await reload._call("anything")
+        await reload._call_workers("anything")
 
 
 @pytest.fixture

@@ -143,6 +143,6 @@ async def test_an_engine_that_hangs_in_an_exchange_is_broken_and_holds_nobody_ba
 
     admission = Admission()
     reload = WeightReload(HungEngine(step), LivePolicy(ALIAS), tmp_path, admission, 0.2)
-    with pytest.raises(EngineInvalid, match="no answer in 0.2 s"):
+    with pytest.raises(EngineInvalid, match=r"no answer in 0\.2 s"):
         await reload.swap(ServedPolicy(1, None, tmp_path), passes)
     assert not admission.held_back
