@@ -129,6 +129,11 @@ _ABOUT = {
     "cispo": "weight clipped at 1.28, no mask",
     "icepop": "mask by ratio, 0.5..5, both sides",
     "pg_is": "importance weight capped at 20",
+    "tapered": "disliked replies tapered, 16 tokens",
+    "topr": "disliked replies tapered by their ratio",
+    "vespo": "reply's ratio in a gamma kernel",
+    "ppo_clip_masked_negatives": "PPO clip, drifted negatives dropped",
+    "prime_rl": "mask by total variation 0.2, with a pull",
     "pg": "no correction",
 }
 

@@ -22,15 +22,18 @@ policy has moved away from the one that wrote the reply:
   confident one may not.
 * ``drpo``: pull it back smoothly instead (arXiv 2606.09821).
 * ``m2po``: drop the fewest tokens that bring the second moment of log r down (arXiv 2510.01161).
-* ``ppo_clip``, ``gspo``, ``cispo``, ``icepop``, ``pg_is``, ``pg``: rivals, which look at the ratio
-  or at nothing.
+* ``tapered``: push a disliked reply, as a whole, ever more gently the further the policy has left
+  it behind (after TOPR, arXiv 2503.14286).
+* ``ppo_clip``, ``gspo``, ``cispo``, ``icepop``, ``pg_is``, ``topr``, ``vespo``,
+  ``ppo_clip_masked_negatives``, ``prime_rl``, ``pg``: rivals.
 
-The multiplier r is never dropped (except by ``pg``, to show why): for A < 0 and small q it is what
-tapers the update.
+The formulas are in ``token_losses.py``. A weight that falls with r where A < 0 is never dropped
+(except by ``pg``, to show why): it is what tapers the update.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -41,7 +44,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from updater.learning import divergence
+from updater.learning import divergence, token_losses
 
 RARE_PROBABILITY = 0.1
 """Diagnostics are split at this q: rare tokens must be found, the others must not break."""
@@ -127,191 +130,7 @@ def token_mean(
     return (loss * mask).sum(dim=(-2, -1)) / total_tokens
 
 
-# --- the objectives: (log_p, log_q, advantage, mask, limits) -> loss and kept ---
-
-
-def _moving_away(log_r: Tensor, advantage: Tensor) -> Tensor:
-    """Tokens that the advantage would push further from the behaviour policy."""
-    return ((advantage > 0) & (log_r > 0)) | ((advantage < 0) & (log_r < 0))
-
-
-def _weighted(log_p: Tensor, weight: Tensor, advantage: Tensor) -> Tensor:
-    """-A * sg(weight) * log p."""
-    return -advantage * weight.detach() * log_p
-
-
-def _dppo_kl(
-    log_p: Tensor,
-    log_q: Tensor,
-    advantage: Tensor,
-    mask: Tensor,  # noqa: ARG001
-    *,
-    divergence_limit: float,
-    ratio_cap: float,
-    moved: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """-A sg(min(r, C)) M log p; M = 0 where KL(mu || pi) > delta and p is moving away."""
-    log_r = divergence.log_ratio(log_q, log_p.detach())
-    if moved is None:
-        moved = divergence.binary_kl(log_q, log_p.detach())
-    kept = (moved <= divergence_limit) | ~_moving_away(log_r, advantage)
-    return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * kept, advantage), kept
-
-
-def _dppo_tv(
-    log_p: Tensor,
-    log_q: Tensor,
-    advantage: Tensor,
-    mask: Tensor,  # noqa: ARG001
-    *,
-    divergence_limit: float,
-    ratio_cap: float,
-    moved: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same with M = 0 where A > 0 and p - q > delta, or A <= 0 and p - q < -delta.
-
-    A given total variation takes the place of abs(p - q).
-    """
-    log_r = divergence.log_ratio(log_q, log_p.detach())
-    rise = log_p.detach().exp() - log_q.exp()
-    if moved is not None:
-        rise = moved.copysign(rise)
-    kept = torch.where(advantage > 0, rise <= divergence_limit, rise >= -divergence_limit)
-    return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * kept, advantage), kept
-
-
-def _drpo(
-    log_p: Tensor,
-    log_q: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    *,
-    divergence_limit: float,
-) -> tuple[Tensor, Tensor]:
-    """-A r + |A| q (r - 1)^2 / (2 delta), r differentiable.
-
-    The gradient in log p is -A r (1 - sign(A) (p - q) / delta): none at |p - q| = delta, backwards
-    beyond it.
-    """
-    r = divergence.log_ratio(log_q, log_p).exp()
-    pull = advantage.abs() * log_q.exp() * (r - 1.0).square() / (2.0 * divergence_limit)
-    return -advantage * r + pull, mask
-
-
-def _m2po(
-    log_p: Tensor,
-    log_q: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    *,
-    second_moment_limit: float,
-) -> tuple[Tensor, Tensor]:
-    """-A r; harmful tokens are dropped, largest (log r)^2 first, until its mean is in the limit.
-
-    Harmful: moving away from the behaviour policy. The mean is over the harmful tokens that stay
-    (the paper's Algorithm 1; its released code clips there instead, never tighter than 0.7..1.5).
-    """
-    log_r = divergence.log_ratio(log_q, log_p)
-    harmful = _moving_away(log_r.detach(), advantage) & mask
-    squares = log_r.detach().square().masked_fill(~harmful, 0.0).flatten(-2)
-    ascending, order = squares.sort(dim=-1, stable=True)
-    # Tokens that are not harmful are zeros at the front: they take no share in the mean.
-    zeros = (~harmful).flatten(-2).sum(dim=-1, keepdim=True)
-    position = torch.arange(1, squares.shape[-1] + 1, device=squares.device)
-    mean = ascending.cumsum(dim=-1) / (position - zeros).clamp_min(1)
-    # The running mean of an ascending list rises, so what is inside the limit is a prefix.
-    kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, mean <= second_moment_limit)
-    kept = kept.view(mask.shape)
-    return torch.where(kept, -advantage * log_r.exp(), log_p.new_zeros(())), kept
-
-
-def _ppo_clip(
-    log_p: Tensor,
-    log_q: Tensor,
-    advantage: Tensor,
-    mask: Tensor,  # noqa: ARG001
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - low, 1 + high) A)."""
-    r = divergence.log_ratio(log_q, log_p).exp()
-    return _clipped_surrogate(r, advantage, clip_low, clip_high)
-
-
-def _gspo(
-    log_p: Tensor,
-    log_q: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate of s_t = sg(s) p / sg(p), with the sequence's s = exp(mean log r).
-
-    The paper's token form (section 4.3): where all tokens share one advantage, as ours do, its
-    gradient is the sequence form's, and it stays right where they do not.
-    """
-    length = mask.sum(dim=-1, keepdim=True).clamp_min(1)
-    log_s = divergence.log_ratio(log_q, log_p.detach()).sum(dim=-1, keepdim=True) / length
-    s = (log_s + log_p - log_p.detach()).exp()
-    return _clipped_surrogate(s, advantage, clip_low, clip_high)
-
-
-def _clipped_surrogate(
-    r: Tensor, advantage: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
-    loss = -torch.minimum(r * advantage, r.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage)
-    out = ((advantage > 0) & (r > 1.0 + clip_high)) | ((advantage < 0) & (r < 1.0 - clip_low))
-    return loss, ~out
-
-
-def _cispo(
-    log_p: Tensor,
-    log_q: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[Tensor, Tensor]:
-    """-A sg(clip(r, 1 - low, 1 + high)) log p: no token is dropped, its weight is bounded."""
-    r = divergence.log_ratio(log_q, log_p.detach()).exp()
-    return _weighted(log_p, r.clamp(1.0 - clip_low, 1.0 + clip_high), advantage), mask
-
-
-def _icepop(
-    log_p: Tensor,
-    log_q: Tensor,
-    advantage: Tensor,
-    mask: Tensor,  # noqa: ARG001
-    *,
-    ratio_min: float,
-    ratio_max: float,
-) -> tuple[Tensor, Tensor]:
-    """-A sg(r) 1[min <= r <= max] log p: dropped on either side, whatever the advantage."""
-    r = divergence.log_ratio(log_q, log_p.detach()).exp()
-    kept = (r >= ratio_min) & (r <= ratio_max)
-    return _weighted(log_p, r * kept, advantage), kept
-
-
-def _pg_is(
-    log_p: Tensor,
-    log_q: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    *,
-    ratio_cap: float,
-) -> tuple[Tensor, Tensor]:
-    """-A sg(min(r, C)) log p: capped importance weights, nothing else."""
-    r = divergence.log_ratio(log_q, log_p.detach()).exp()
-    return _weighted(log_p, r.clamp_max(ratio_cap), advantage), mask
-
-
-def _pg(log_p: Tensor, log_q: Tensor, advantage: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """-A log p: as if the data were fresh."""
-    return _weighted(log_p, torch.ones_like(log_q), advantage), mask
+# --- the registry ---
 
 
 def _registry(*objectives: Objective) -> Mapping[str, Objective]:
@@ -320,22 +139,64 @@ def _registry(*objectives: Objective) -> Mapping[str, Objective]:
 
 OBJECTIVES: Mapping[str, Objective] = _registry(
     Objective(
-        "dppo_kl", _dppo_kl, {"divergence_limit": 0.05, "ratio_cap": 20.0}, "arXiv 2602.04879", "kl"
+        "dppo_kl",
+        token_losses.dppo_kl,
+        {"divergence_limit": 0.05, "ratio_cap": 20.0},
+        "arXiv 2602.04879",
+        "kl",
     ),
     Objective(
-        "dppo_tv", _dppo_tv, {"divergence_limit": 0.15, "ratio_cap": 20.0}, "arXiv 2602.04879", "tv"
+        "dppo_tv",
+        token_losses.dppo_tv,
+        {"divergence_limit": 0.15, "ratio_cap": 20.0},
+        "arXiv 2602.04879",
+        "tv",
     ),
+    Objective("tapered", token_losses.tapered, {"taper_tokens": 16.0}, "after arXiv 2503.14286"),
     # The paper's 12.5 never binds, since |p - q| <= 1.
-    Objective("drpo", _drpo, {"divergence_limit": 0.5}, "arXiv 2606.09821"),
-    Objective("m2po", _m2po, {"second_moment_limit": 0.04}, "arXiv 2510.01161"),
+    Objective("drpo", token_losses.drpo, {"divergence_limit": 0.5}, "arXiv 2606.09821"),
+    Objective("m2po", token_losses.m2po, {"second_moment_limit": 0.04}, "arXiv 2510.01161"),
     Objective(
-        "ppo_clip", _ppo_clip, {"clip_low": 0.2, "clip_high": 0.28}, "arXiv 1707.06347, 2503.14476"
+        "ppo_clip",
+        token_losses.ppo_clip,
+        {"clip_low": 0.2, "clip_high": 0.28},
+        "arXiv 1707.06347, 2503.14476",
     ),
-    Objective("gspo", _gspo, {"clip_low": 3e-4, "clip_high": 4e-4}, "arXiv 2507.18071"),
-    Objective("cispo", _cispo, {"clip_low": 1.0, "clip_high": 0.28}, "arXiv 2506.13585"),
-    Objective("icepop", _icepop, {"ratio_min": 0.5, "ratio_max": 5.0}, "arXiv 2510.18855"),
-    Objective("pg_is", _pg_is, {"ratio_cap": 20.0}, "arXiv 1802.01561"),
-    Objective("pg", _pg, {}, "Williams 1992"),
+    Objective("gspo", token_losses.gspo, {"clip_low": 3e-4, "clip_high": 4e-4}, "arXiv 2507.18071"),
+    Objective(
+        "cispo", token_losses.cispo, {"clip_low": 1.0, "clip_high": 0.28}, "arXiv 2506.13585"
+    ),
+    Objective(
+        "icepop", token_losses.icepop, {"ratio_min": 0.5, "ratio_max": 5.0}, "arXiv 2510.18855"
+    ),
+    Objective("pg_is", token_losses.pg_is, {"ratio_cap": 20.0}, "arXiv 1802.01561"),
+    Objective("topr", token_losses.tapered, {"taper_tokens": math.inf}, "arXiv 2503.14286"),
+    # The limits of the authors' code.
+    Objective(
+        "vespo",
+        token_losses.vespo,
+        {
+            "k_positive": 2.0,
+            "lambda_positive": 3.0,
+            "k_negative": 3.0,
+            "lambda_negative": 2.0,
+        },
+        "arXiv 2602.10693",
+    ),
+    # The paper names no drift limit; half a nat is what TRL's documentation starts from.
+    Objective(
+        "ppo_clip_masked_negatives",
+        token_losses.ppo_clip_masked_negatives,
+        {"clip_low": 0.2, "clip_high": 0.28, "drift_limit": 0.5},
+        "DeepSeek-V3.2, arXiv 2512.02556",
+    ),
+    Objective(
+        "prime_rl",
+        token_losses.prime_rl,
+        {"divergence_limit": 0.2, "pull": 1e-3},
+        "prime-rl's default loss",
+    ),
+    Objective("pg", token_losses.pg, {}, "Williams 1992"),
 )
 
 

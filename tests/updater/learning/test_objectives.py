@@ -24,7 +24,8 @@ from updater.learning.objectives import (
 )
 
 BEHAVIOUR_ANCHORED = sorted(OBJECTIVES.keys() - {"pg"})
-TOKENWISE = sorted(OBJECTIVES.keys() - {"gspo", "m2po"})
+WHOLE_REPLIES = {"gspo", "m2po", "tapered", "topr", "vespo", "ppo_clip_masked_negatives"}
+TOKENWISE = sorted(OBJECTIVES.keys() - WHOLE_REPLIES)
 
 probabilities = st.floats(1e-4, 1 - 1e-4)
 advantages = st.floats(-3, 3)
@@ -79,6 +80,19 @@ HAND_WORKED = [
     ("pg_is", 0.1, 0.6, -1.0, 6.0),
     ("pg_is", 0.01, 0.6, 1.0, -20.0),
     ("pg", 0.01, 0.6, 1.0, -1.0),
+    # Replies of one token: the liked count whole, the disliked by r at most 1.
+    ("tapered", 0.01, 0.6, 1.0, -1.0),
+    ("tapered", 0.6, 0.01, 1.0, -1.0),
+    ("tapered", 0.5, 0.1, -1.0, 0.2),
+    ("tapered", 0.1, 0.5, -1.0, 1.0),
+    ("topr", 0.5, 0.1, -1.0, 0.2),
+    ("vespo", 0.5, 0.25, 1.0, -(0.5**2) * math.exp(3 * 0.5)),
+    ("vespo", 0.25, 0.5, -1.0, 2.0**3 * math.exp(-2.0)),
+    ("ppo_clip_masked_negatives", 0.5, 0.45, -1.0, 0.9),
+    ("ppo_clip_masked_negatives", 0.5, 0.3, 1.0, -0.6),  # 0.51 nats, but liked
+    ("ppo_clip_masked_negatives", 0.5, 0.7, 1.0, 0.0),  # PPO's clip
+    ("prime_rl", 0.5, 0.6, 1.0, -1.2 + 2e-3 * math.log(1.2)),
+    ("prime_rl", 0.5, 0.8, -1.0, 1.6 + 2e-3 * math.log(1.6)),
     ("m2po", 0.5, 0.6, 1.0, -1.2),  # log^2 1.2 = 0.033 <= 0.04
     ("m2po", 0.5, 0.625, 1.0, 0.0),  # log^2 1.25 = 0.0498
     ("m2po", 0.5, 0.25, 1.0, -0.5),  # not harmful
@@ -91,7 +105,7 @@ def test_hand_worked_gradient(
 ) -> None:
     slope, _, kept = gradient(name, tensor(p), tensor(q), tensor(advantage))
     assert slope.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-    if name != "drpo":
+    if name not in ("drpo", "prime_rl"):
         assert kept.item() == (expected != 0.0)
 
 
@@ -127,6 +141,57 @@ def test_gspo_judges_the_sequence_as_one() -> None:
     s = math.exp(0.00025)
     expected = torch.tensor([[-1.0, -1.0, -1.0], [-s, -s, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(slope, expected)
+
+
+def test_a_disliked_reply_is_tapered_as_a_whole_and_a_long_one_by_its_share() -> None:
+    """T0 = 16: four tokens count with their sum, 64 tokens with a quarter of it."""
+    for tokens, log_r, expected in ((4, -0.1, math.exp(-0.4)), (64, -0.1, math.exp(-1.6))):
+        q = torch.full((1, tokens), 0.5, dtype=torch.float64)
+        p = q * math.exp(log_r)
+        slope, _, kept = gradient("tapered", p, q, torch.full_like(q, -1.0))
+        torch.testing.assert_close(slope, torch.full_like(q, expected))
+        assert kept.all()
+        whole, _, _ = gradient("topr", p, q, torch.full_like(q, -1.0))
+        torch.testing.assert_close(whole, torch.full_like(q, math.exp(tokens * log_r)))
+
+
+def test_vespo_weighs_a_reply_by_the_product_of_its_ratios() -> None:
+    q = torch.full((2, 3), 0.2, dtype=torch.float64)
+    p = q * torch.tensor([[0.1, 0.2, -0.4], [0.3, 0.1, 0.2]], dtype=torch.float64).exp()
+    advantage = torch.tensor([[1.5], [-0.5]], dtype=torch.float64).expand(2, 3)
+    slope, _, _ = gradient("vespo", p, q, advantage)
+    liked = math.exp(-0.1) ** 2 * math.exp(3.0 * (1.0 - math.exp(-0.1)))
+    disliked = math.exp(0.6) ** 3 * math.exp(2.0 * (1.0 - math.exp(0.6)))
+    expected = torch.tensor([[-1.5 * liked] * 3, [0.5 * disliked] * 3], dtype=torch.float64)
+    torch.testing.assert_close(slope, expected)
+
+
+def test_a_negative_reply_that_was_left_behind_is_dropped_whole() -> None:
+    """DeepSeek-V3.2's mask: the mean of log(q / p) over the reply decides, not a token."""
+    q = torch.full((3, 2), 0.5, dtype=torch.float64)
+    p = q * torch.tensor([[-1.0, -0.1], [-0.9, 0.0], [-1.0, -0.1]], dtype=torch.float64).exp()
+    advantage = torch.tensor([[-1.0], [-1.0], [1.0]], dtype=torch.float64).expand(3, 2)
+    _, _, kept = gradient("ppo_clip_masked_negatives", p, q, advantage)
+    assert kept.tolist() == [[False, False], [False, True], [True, True]]
+
+
+AUTHORS_GRADIENTS = {
+    # FloyedShen/VESPO, recipe/vespo/code/core_algos.py at aa1f3045, summed over tokens
+    "vespo": [[-1.42339582] * 3, [0.1168682] * 3],
+    # PrimeIntellect-ai/prime-rl, default_loss_fn at 559b44772
+    "prime_rl": [[0.00081093, -1.57490242, -1.00081093], [-0.00196166, 0.60036464, 0.4641375]],
+}
+"""What the authors' own code printed for the two replies of the test."""
+
+
+@pytest.mark.parametrize("name", AUTHORS_GRADIENTS)
+def test_the_gradient_is_that_of_the_authors_own_code(name: str) -> None:
+    q = torch.tensor([[0.5, 0.2, 0.9], [0.4, 0.05, 0.7]], dtype=torch.float64)
+    p = torch.tensor([[0.75, 0.21, 0.6], [0.15, 0.06, 0.65]], dtype=torch.float64)
+    advantage = torch.tensor([[1.5], [-0.5]], dtype=torch.float64).expand(2, 3)
+    slope, _, _ = gradient(name, p, q, advantage)
+    expected = torch.tensor(AUTHORS_GRADIENTS[name], dtype=torch.float64)
+    torch.testing.assert_close(slope, expected, rtol=0, atol=1e-8)
 
 
 # --- the gradients again, from each paper's formula, in probabilities and without autograd ---
@@ -167,6 +232,11 @@ def pg_is(q: float, p: float, a: float) -> float:
     return -a * min(p / q, 20.0)
 
 
+def prime_rl(q: float, p: float, a: float) -> float:
+    out = p - q > 0.2 if a > 0 else q - p > 0.2
+    return (0.0 if out else -a * p / q) + 2e-3 * math.log(p / q)
+
+
 def pg(q: float, p: float, a: float) -> float:  # noqa: ARG001
     return -a
 
@@ -179,6 +249,7 @@ DERIVED: dict[str, Callable[[float, float, float], float]] = {
     "cispo": cispo,
     "icepop": icepop,
     "pg_is": pg_is,
+    "prime_rl": prime_rl,
     "pg": pg,
 }
 
