@@ -41,7 +41,7 @@ def status_router(
     router = APIRouter()
 
     @router.head("/healthz", include_in_schema=False)
-    @router.get("/healthz")
+    @router.get("/healthz", responses={503: {"description": "The engine hangs: start it again"}})
     async def healthz() -> JSONResponse:
         why_not = engine_watch.why_hung()
         return JSONResponse(
@@ -49,7 +49,7 @@ def status_router(
         )
 
     @router.head("/readyz", include_in_schema=False)
-    @router.get("/readyz")
+    @router.get("/readyz", responses={503: {"description": "No traffic now; `why_not` says why"}})
     async def readyz() -> JSONResponse:
         ready = readiness.why_not is None
         return JSONResponse(
