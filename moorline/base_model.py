@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from moorline.errors import MoorlineError
 
@@ -29,6 +31,15 @@ def check_model_dir(model_dir: Path | None) -> Path:
         what = "only pickled weights, which can run code when loaded" if pickled else "no weights"
         raise ModelInvalid(f"{model_dir} holds {what}: convert the model to *.safetensors")
     return model_dir
+
+
+def generation_defaults(model_dir: Path) -> dict[str, Any]:
+    """What the model's `generation_config.json` says; nothing where there is none, or no object."""
+    try:
+        found = json.loads((model_dir / "generation_config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def model_digest(model_dir: Path) -> str:

@@ -6,7 +6,7 @@ decide. What only the updater can know (its vocabulary, its limits) it asks besi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from moorline.events import GREEDY_BELOW, Interaction, LogprobConvention, Reason
 
@@ -39,6 +39,26 @@ def why_recorded_in_vain(interaction: Interaction) -> Reason | None:
         (lambda: not _from_sampling_distribution(interaction), Reason.RAW_LOGPROBS),
     )
     return next((reason for is_so, reason in questions if is_so()), None)
+
+
+def defaults_in_vain(defaults: Mapping[str, object]) -> dict[str, float]:
+    """Those sampling defaults of a model from whose replies nobody can learn.
+
+    Args:
+        defaults: as in ``generation_config.json``; what is no number there is passed over.
+    """
+    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    numbers = {
+        name: float(value)
+        for name, value in defaults.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    found = {
+        name: numbers[name] for name in neutral if numbers.get(name, neutral[name]) != neutral[name]
+    }
+    if numbers.get("temperature", 1.0) < GREEDY_BELOW:
+        found["temperature"] = numbers["temperature"]
+    return found
 
 
 def _unusable(logprobs: Sequence[float | None]) -> bool:

@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from moorline.settings import ServingSettings, Settings
 from moorline.stream import Publisher, SpoolLocked
 from moorline.systemd import Notifier
 from moorline.tls import check_certificate
+from moorline.trainability import defaults_in_vain
 from serving import harmless_warnings
 from serving.lifetime import nothing_outlives_this_process
 from serving.pseudonym_key import server_pseudonyms
@@ -259,6 +260,7 @@ async def _serve_engine(
         pseudonyms=pseudonyms,
         events=EventPublisher(publisher),
     )
+    _warn_of_defaults(engine.model_config.get_diff_sampling_param())
     await warm_up(parts.recorder.plain_generate)
     following = asyncio.create_task(parts.swaps.follow())
     while not parts.swaps.first_poll_done:
@@ -273,6 +275,18 @@ async def _serve_engine(
         await asyncio.sleep(0.02)
     parts.readiness.why_not = None
     await _listen(parts, bound, engine, following, settings.serving)
+
+
+def _warn_of_defaults(defaults: Mapping[str, Any]) -> None:
+    """Say at the start what would else show as days of replies that teach nothing."""
+    in_vain = defaults_in_vain(defaults)
+    if in_vain:
+        logger.warning(
+            "requests that do not say otherwise are sampled with %s; such replies teach nothing: "
+            'set serving.vllm_args = ["--generation-config", "vllm"] to leave these defaults out',
+            ", ".join(f"{name} {value:g}" for name, value in in_vain.items()),
+            extra={"event": "defaults_cannot_teach", "count": len(in_vain)},
+        )
 
 
 async def _listen(

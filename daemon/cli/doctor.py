@@ -20,12 +20,13 @@ from daemon import tree
 from daemon.cli.common import JsonOption, out, print_json, running_tree
 from daemon.cli.options import BOOTSTRAP, MODEL, with_settings
 from daemon.cli.text import size
-from moorline.base_model import ModelInvalid, check_model_dir
+from moorline.base_model import ModelInvalid, check_model_dir, generation_defaults
 from moorline.http import PortUnavailable
 from moorline.memory import available_memory_bytes
 from moorline.pseudonyms import PseudonymKeyInvalid, Pseudonyms
 from moorline.settings import Settings
 from moorline.tls import CertificateInvalid, check_certificate
+from moorline.trainability import defaults_in_vain
 
 _GIB = 2**30
 _PROCESS_BYTES = int(1.5 * _GIB)
@@ -92,6 +93,7 @@ def examine(settings: Settings) -> list[Finding]:
         _engine,
         _torch_companions,
         _model,
+        _sampling_defaults,
         _memory,
         _state_dir,
         _pseudonym_key,
@@ -142,6 +144,24 @@ def _model(settings: Settings) -> Iterator[Finding]:
 
 def _weights_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _sampling_defaults(settings: Settings) -> Iterator[Finding]:
+    if settings.model.path is None:
+        return
+    words = {word.split("=")[0].replace("_", "-") for word in settings.serving.vllm_args}
+    chosen = words & {"--generation-config", "--override-generation-config"}
+    in_vain = defaults_in_vain(generation_defaults(settings.model.path))
+    if in_vain and not chosen:
+        named = ", ".join(f"{name} {value:g}" for name, value in in_vain.items())
+        yield Finding(
+            "sampling defaults",
+            Health.WARN,
+            f"generation_config.json sets {named}, and such replies cannot teach",
+            'set serving.vllm_args = ["--generation-config", "vllm"] to leave its defaults out',
+        )
+    else:
+        yield Finding("sampling defaults", Health.OK, "replies sampled by them can teach")
 
 
 def _memory(settings: Settings) -> Iterator[Finding]:
