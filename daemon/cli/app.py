@@ -16,10 +16,11 @@ from daemon.cli.backup import backup, restore
 from daemon.cli.common import err
 from daemon.cli.doctor import doctor
 from daemon.cli.explain import explain
+from daemon.cli.feedback import feedback
 from daemon.cli.forget import forget
 from daemon.cli.inspect import config, releases, schemas, status
 from daemon.cli.lineage import lineage
-from daemon.cli.operate import feedback, resume, rollback
+from daemon.cli.operate import resume, rollback
 from daemon.cli.reanchor import reanchor
 from daemon.cli.redrive import redrive
 from daemon.cli.run import demo, serve, up, update
