@@ -44,7 +44,9 @@ UPDATER_SETTINGS = {
     "LEARNING__BATCH_EXAMPLES": str(BATCH_EXAMPLES),
     "LEARNING__MIN_BATCH_EXAMPLES": str(BATCH_EXAMPLES),
     "LEARNING__MAX_WAIT_SECONDS": "1e9",
-    "LEARNING__LEARNING_RATE": "1e-3",
+    # Slow, so that hundreds of releases stay inside the anchor's budget: once that is used up,
+    # ratings wait for a person.
+    "LEARNING__LEARNING_RATE": "1e-4",
     "LEARNING__THREADS": "1",
     "BOUND__TRAFFIC_EXAMPLES": "4",
     # Here the process is killed all the time, and no reply is the cause.
