@@ -1,4 +1,7 @@
-"""``python -m serving``: settings from the environment and ``MOORLINE_CONFIG``."""
+"""``python -m serving``: settings from the environment and ``MOORLINE_CONFIG``.
+
+With ``--check-arguments`` it only says whether `serving.vllm_args` can be served.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,11 @@ def main() -> int:
         for handler in logging.getLogger().handlers:
             handler.addFilter(_without_vllm_fields)
         prepare_environment()
+        if sys.argv[1:] == ["--check-arguments"]:
+            from serving.vllm.arguments import check_arguments
+
+            check_arguments(settings.serving.vllm_args)
+            return 0
         from serving.server import serve
 
         asyncio.run(serve(settings))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ from moorline.base_model import ModelInvalid, check_model_dir, generation_defaul
 from moorline.http import PortUnavailable
 from moorline.memory import available_memory_bytes
 from moorline.pseudonyms import PseudonymKeyInvalid, Pseudonyms
-from moorline.settings import Settings
+from moorline.settings import Settings, child_environment
 from moorline.tls import CertificateInvalid, check_certificate
 from moorline.trainability import defaults_in_vain
 
@@ -94,6 +96,7 @@ def examine(settings: Settings) -> list[Finding]:
         _torch_companions,
         _model,
         _sampling_defaults,
+        _arguments,
         _memory,
         _state_dir,
         _pseudonym_key,
@@ -162,6 +165,27 @@ def _sampling_defaults(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield Finding("sampling defaults", Health.OK, "replies sampled by them can teach")
+
+
+def _arguments(settings: Settings) -> Iterator[Finding]:
+    """Asks the server's own program: only it knows vLLM. Seconds, so only where there are any."""
+    words = settings.serving.vllm_args
+    if not words:
+        yield Finding("vLLM's arguments", Health.OK, "none but Moorline's own")
+        return
+    asked = subprocess.run(
+        [sys.executable, "-m", "serving", "--check-arguments"],
+        env=child_environment(settings),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if asked.returncode == 0:
+        yield Finding("vLLM's arguments", Health.OK, f"{len(words)} words that can be served")
+        return
+    said = asked.stderr.strip().splitlines() or ["the check ended without a word"]
+    detail, _, remedy = said[-1].removeprefix("moorline serve: ").rpartition(": ")
+    yield Finding("vLLM's arguments", Health.FAIL, detail, remedy)
 
 
 def _memory(settings: Settings) -> Iterator[Finding]:

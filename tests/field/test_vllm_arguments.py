@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
 
+from daemon.cli.doctor import Health, examine
 from moorline.settings import Settings
 from serving.vllm.arguments import (
     _SETTINGS,
@@ -83,3 +85,26 @@ def test_what_works_is_passed_on(words: list[str]) -> None:
 @pytest.mark.parametrize("name", sorted(set(_SETTINGS.values())))
 def test_a_setting_that_a_refusal_names_exists(name: str) -> None:
     attrgetter(name)(Settings())  # raises for one that does not
+
+
+@pytest.mark.parametrize(
+    ("words", "health", "says"),
+    [
+        ((), Health.OK, "none"),
+        (("--seed", "3"), Health.OK, "can be served"),
+        (("--port", "9"), Health.FAIL, "--port is refused"),
+        (("--no-such-thing", "x"), Health.FAIL, "--no-such-thing"),
+    ],
+)
+def test_doctor_finds_before_the_start_what_the_start_would_refuse(
+    words: tuple[str, ...], health: Health, says: str, tmp_path: Path
+) -> None:
+    settings = Settings(
+        state_dir=tmp_path,
+        serving={"port": 0, "vllm_args": words},  # type: ignore[arg-type]
+        updater={"port": 0},  # type: ignore[arg-type]
+    )
+    (found,) = [one for one in examine(settings) if one.check == "vLLM's arguments"]
+    assert found.health is health
+    assert says in found.detail
+    assert bool(found.remedy) == (health is Health.FAIL)
