@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from moorline.settings import ServingSettings
-from serving.server import _listen, bind
+from serving.engine_watch import EngineWatch
+from serving.server import _listen, _notify, bind
 
 
 async def _empty_app(scope: Any, receive: Any, send: Any) -> None:
@@ -32,6 +33,7 @@ async def _listen_until_terminated(manager: socket.socket, bound: socket.socket)
         live=SimpleNamespace(name="assistant@v000002", version=2),
         readiness=SimpleNamespace(why_not=None),
         admission=SimpleNamespace(in_flight=0),
+        engine_watch=EngineWatch(60.0, lambda: False),
     )
     following = asyncio.create_task(asyncio.sleep(600))
     listening = asyncio.create_task(
@@ -74,3 +76,21 @@ def test_systemd_hears_ready_what_is_served_watchdog_and_stopping(
         heard = asyncio.run(_listen_until_terminated(manager, bound))
     assert heard[0] == "READY=1"
     assert heard[1].startswith("STATUS=serving assistant@v000002 on ")
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_the_watchdog_is_fed_while_the_engine_works_and_no_longer(hangs: bool) -> None:
+    heard: list[str] = []
+    notifier = SimpleNamespace(ping=lambda: heard.append("ping"), status=heard.append)
+    watch = SimpleNamespace(report=lambda: None, why_hung=lambda: "it hangs" if hangs else None)
+    parts = SimpleNamespace(
+        engine_watch=watch,
+        readiness=SimpleNamespace(why_not=None),
+        live=SimpleNamespace(name="assistant@v000002"),
+    )
+    notifying = asyncio.create_task(_notify(notifier, parts, "http://here"))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    notifying.cancel()
+    status = "serving assistant@v000002 on http://here"
+    assert heard == ([status] if hangs else ["ping", status])
