@@ -39,8 +39,7 @@ def plan(settings: Settings) -> Tree:
     """
     serving_port = claim_port(settings.serving.host, settings.serving.port, "serving.port")
     updater_port = claim_port(settings.updater.host, settings.updater.port, "updater.port")
-    secure = settings.serving.ssl_certfile is not None
-    server = base_url(settings.serving.host, serving_port, secure=secure)
+    server = base_url(settings.serving.host, serving_port, https=settings.serving.speaks_https)
     updater = base_url(settings.updater.host, updater_port)
     extra = {
         "MOORLINE_SERVING__PORT": str(serving_port),

@@ -181,16 +181,12 @@ def _verdict(question: str, why_not: str | None) -> tuple[int, str, bytes]:
     return (200 if why_not is None else 503), "application/json", f"{body}\n".encode()
 
 
-def base_url(host: str, port: int, *, secure: bool = False) -> str:
-    """Where a client on this machine reaches a server that listens on ``host``.
-
-    Args:
-        secure: it speaks HTTPS.
-    """
+def base_url(host: str, port: int, *, https: bool = False) -> str:
+    """Where a client on this machine reaches a server that listens on ``host``."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
     if ":" in reachable and not reachable.startswith("["):
         reachable = f"[{reachable}]"
-    return f"{'https' if secure else 'http'}://{reachable}:{port}"
+    return f"{'https' if https else 'http'}://{reachable}:{port}"
 
 
 def port_problem(host: str, port: int, error: OSError, setting: str) -> str:

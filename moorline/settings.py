@@ -113,6 +113,11 @@ class ServingSettings(_Section):
     """Further arguments for vLLM, verbatim (tensor parallelism, quantisation, ...). One that cannot
     work here is refused at start by name."""
 
+    @property
+    def speaks_https(self) -> bool:
+        """Whether clients must use HTTPS."""
+        return self.ssl_certfile is not None
+
 
 class StreamSettings(_Section):
     """Kafka."""

@@ -20,8 +20,8 @@ logger = logging.getLogger("moorline.serving")
 
 T = TypeVar("T")
 
-_PRESENT_SHARE = 0.1
-"""Of the limit: so long somebody must wait without a break. Who leaves sooner is no witness."""
+_UNBROKEN_SHARE = 0.1
+"""Share of the limit for which somebody must wait without a break: a short wait proves nothing."""
 
 
 class EngineWatch:
@@ -38,15 +38,16 @@ class EngineWatch:
         Args:
             stall_seconds: who has waited longer waits for an engine that hangs.
             held_back: whether replies wait on purpose now.
+            now: seconds of a clock that stands still while this process does not run.
         """
         self._stall_seconds = stall_seconds
         self._held_back = held_back
         self._now = now
         self._waiting = 0
         self._seconds = 0.0
-        """Waited by anybody since the last output."""
-        self._present_seconds = 0.0
-        """Of these, since somebody waits without a break."""
+        """Time in which anybody waited since the last output."""
+        self._unbroken_seconds = 0.0
+        """The last part of that time, in which somebody waited at every moment."""
         self._at = now()
         self._hung = self._said = False
 
@@ -54,14 +55,14 @@ class EngineWatch:
         """Wait for the engine's next output for one request; None: the last one has been."""
         self._advance()
         if self._waiting == 0:
-            self._present_seconds = 0.0
+            self._unbroken_seconds = 0.0
         self._waiting += 1
         try:
             output = await anext(outputs, None)
         finally:
             self._advance()
             self._waiting -= 1
-        self._seconds = self._present_seconds = 0.0
+        self._seconds = self._unbroken_seconds = 0.0
         self._hung = False
         return output
 
@@ -92,7 +93,7 @@ class EngineWatch:
         now = self._now()
         if self._waiting and not self._held_back():
             self._seconds += now - self._at
-            self._present_seconds += now - self._at
+            self._unbroken_seconds += now - self._at
         self._at = now
-        long_enough = self._present_seconds > self._stall_seconds * _PRESENT_SHARE
+        long_enough = self._unbroken_seconds > self._stall_seconds * _UNBROKEN_SHARE
         self._hung = self._hung or (self._seconds > self._stall_seconds and long_enough)

@@ -320,7 +320,7 @@ async def _listen(
     http = asyncio.create_task(server.serve(sockets=[bound]))
     while not (server.started or http.done()):
         await asyncio.sleep(0.01)
-    url = base_url(*bound.getsockname()[:2], secure=serving.ssl_certfile is not None)
+    url = base_url(*bound.getsockname()[:2], https=serving.speaks_https)
     logger.info(
         "the server is listening",
         extra={"event": "server_listening", "url": url, "version": parts.live.version},

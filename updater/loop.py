@@ -3,7 +3,7 @@
     take in            ingest.py                    the stream's records become rows of the ledger
     revoke             ledger/revocation.py         what learned from an erased person is taken back
     reanchor           anchors.py                   distances are measured from where a person says
-    update             update.py                    choose, measure, propose, bound, judge, decide
+    update             update/updates.py            choose, measure, propose, bound, judge, decide
     publish            releases.py                  manifest to the store, announcement to the topic
     collect garbage    retention.py                 bytes that nobody can ask for any more
 
@@ -32,14 +32,14 @@ from updater.learning.trainer import (
     Trainer,
 )
 from updater.ledger import Ledger, LedgerUnavailable
-from updater.outcomes import Outcomes
 from updater.progress import Phase, Progress
 from updater.pseudonym_keys import PseudonymKeys
 from updater.releases import Manifests, Outbox
 from updater.retention import collect_garbage
 from updater.safety import Gate
 from updater.safety.trust_region import TrustRegion
-from updater.update import Updates
+from updater.update.outcomes import Outcomes
+from updater.update.updates import Updates
 
 logger = logging.getLogger("moorline.loop")
 

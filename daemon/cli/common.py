@@ -88,7 +88,7 @@ def endpoints(
         server=base_url(
             settings.serving.host,
             settings.serving.port,
-            secure=settings.serving.ssl_certfile is not None,
+            https=settings.serving.speaks_https,
         ),
         updater=base_url(settings.updater.host, settings.updater.port),
         bootstrap=settings.stream.bootstrap,

@@ -193,6 +193,8 @@ def test_a_stopped_installation_leaves_no_pip_and_no_stamp(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # A run of tests in the background hands on an ignored SIGINT, and bash cannot trap that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not (machine.folder / "pids").exists() and time.monotonic() < deadline:

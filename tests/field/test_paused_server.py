@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.serving.policies import LONG_TOKENS, one_reply, read_stream
-from tests.serving.server_process import ServerProcess, wait_for
+from tests.serving.policies import LONG_TOKENS, begin_streams, one_reply
+from tests.serving.server_process import ServerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -23,8 +23,7 @@ async def test_a_server_that_was_stopped_during_a_reply_finishes_it(
     server = server_factory("paused", SERVING__SWAP_MODE="reload")
     server.launch()
     await asyncio.to_thread(server.wait_listening)
-    reply = asyncio.create_task(read_stream(server.openai_async()))
-    await asyncio.to_thread(wait_for, lambda: server.status()["requests_in_flight"] == 1)
+    [reply] = await begin_streams(server.openai_async(), 1)
     server.pause()
     await asyncio.sleep(PAUSE_SECONDS)
     server.resume()

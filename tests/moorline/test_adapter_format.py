@@ -18,7 +18,7 @@ from serving.parity import candidate_logprobs, parent_logprobs, read_parity
 from serving.vllm.merge import check_shapes, read_adapter
 from tests.updater.learning.fixtures import some_sequences
 from updater.learning.policy import Policy
-from updater.parity import parity_bytes
+from updater.update.parity import parity_bytes
 
 STORED = Path(__file__).parents[1] / "migration"
 

@@ -111,6 +111,8 @@ async def begin_streams(
     seen = [StreamedReply() for _ in range(count)]
     streams = [asyncio.create_task(read_stream(client, max_tokens, one)) for one in seen]
     while not all(one.reply_id for one in seen):
+        for failed in (stream for stream in streams if stream.done()):
+            failed.result()
         await asyncio.sleep(0.01)
     return streams
 

@@ -21,7 +21,7 @@ from serving.parity import (
     parent_logprobs,
     read_parity,
 )
-from updater.parity import parity_bytes
+from updater.update.parity import parity_bytes
 from updater.values import TokenSequence
 
 TOKENS = 64

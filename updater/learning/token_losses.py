@@ -12,9 +12,6 @@ from torch import Tensor
 
 from updater.learning import divergence
 
-_LOG_RATIO_NATS = 20.0
-"""Largest size of a whole reply's log ratio in ``vespo``."""
-
 
 def _moving_away(log_r: Tensor, advantage: Tensor) -> Tensor:
     """Tokens that the advantage would push further from the behaviour policy."""
@@ -24,6 +21,21 @@ def _moving_away(log_r: Tensor, advantage: Tensor) -> Tensor:
 def _weighted(log_p: Tensor, weight: Tensor, advantage: Tensor) -> Tensor:
     """-A * sg(weight) * log p."""
     return -advantage * weight.detach() * log_p
+
+
+def _inside_total_variation(rise: Tensor, advantage: Tensor, limit: float) -> Tensor:
+    """Where p - q is no further than the limit in the direction of the advantage (A = 0: down)."""
+    return torch.where(advantage > 0, rise <= limit, rise >= -limit)
+
+
+def _reply_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., batch, 1], no gradient
+    """The sum of log r over each reply, nats."""
+    return divergence.log_ratio(log_q, log_p.detach()).sum(dim=-1, keepdim=True)
+
+
+def _reply_tokens(mask: Tensor) -> Tensor:  # [..., batch, 1]
+    """The length of each reply; 1 for an empty one."""
+    return mask.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
 def dppo_kl(
@@ -62,7 +74,7 @@ def dppo_tv(
     rise = log_p.detach().exp() - log_q.exp()
     if moved is not None:
         rise = moved.copysign(rise)
-    kept = torch.where(advantage > 0, rise <= divergence_limit, rise >= -divergence_limit)
+    kept = _inside_total_variation(rise, advantage, divergence_limit)
     return _weighted(log_p, log_r.exp().clamp_max(ratio_cap) * kept, advantage), kept
 
 
@@ -139,8 +151,7 @@ def gspo(
     The paper's token form (section 4.3): where all tokens share one advantage, as ours do, its
     gradient is the sequence form's, and it stays right where they do not.
     """
-    length = mask.sum(dim=-1, keepdim=True).clamp_min(1)
-    log_s = divergence.log_ratio(log_q, log_p.detach()).sum(dim=-1, keepdim=True) / length
+    log_s = _reply_log_ratio(log_p, log_q) / _reply_tokens(mask)
     s = (log_s + log_p - log_p.detach()).exp()
     return _clipped_surrogate(s, advantage, clip_low, clip_high)
 
@@ -214,9 +225,8 @@ def tapered(
     that a stale dislike cannot push without end. T: the reply's tokens; T0: ``taper_tokens``, which
     keeps long replies from losing all weight. TOPR (arXiv 2503.14286) is T0 without limit.
     """
-    length = mask.sum(dim=-1, keepdim=True).clamp_min(1)
-    log_r = divergence.log_ratio(log_q, log_p.detach()).sum(dim=-1, keepdim=True)
-    weight = (log_r * (taper_tokens / length).clamp_max(1.0)).clamp_max(0.0).exp()
+    share = (taper_tokens / _reply_tokens(mask)).clamp_max(1.0)
+    weight = (_reply_log_ratio(log_p, log_q) * share).clamp_max(0.0).exp()
     return _weighted(log_p, torch.where(advantage > 0, 1.0, weight), advantage), mask
 
 
@@ -235,8 +245,8 @@ def vespo(
 
     As in the authors' code, log W is held within 20 nats.
     """
-    log_r = divergence.log_ratio(log_q, log_p.detach()).sum(dim=-1, keepdim=True)
-    log_w = log_r.clamp(-_LOG_RATIO_NATS, _LOG_RATIO_NATS)
+    limit = divergence.MAX_LOG_RATIO_NATS
+    log_w = _reply_log_ratio(log_p, log_q).clamp(-limit, limit)
     positive = advantage >= 0
     k = torch.where(positive, log_w.new_tensor(k_positive), k_negative)
     rate = torch.where(positive, log_w.new_tensor(lambda_positive), lambda_negative)
@@ -255,8 +265,7 @@ def ppo_clip_masked_negatives(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clip without those negative replies whose mean log(q / p) is above a limit, in nats."""
     loss, kept = ppo_clip(log_p, log_q, advantage, mask, clip_low=clip_low, clip_high=clip_high)
-    length = mask.sum(dim=-1, keepdim=True).clamp_min(1)
-    drift = -divergence.log_ratio(log_q, log_p.detach()).sum(dim=-1, keepdim=True) / length
+    drift = -_reply_log_ratio(log_p, log_q) / _reply_tokens(mask)
     stays = (advantage >= 0) | (drift <= drift_limit)
     return torch.where(stays, loss, log_p.new_zeros(())), kept & stays
 
@@ -276,6 +285,6 @@ def prime_rl(
     """
     log_r = divergence.log_ratio(log_q, log_p)
     rise = log_p.detach().exp() - log_q.exp()
-    kept = torch.where(advantage > 0, rise <= divergence_limit, rise >= -divergence_limit)
+    kept = _inside_total_variation(rise, advantage, divergence_limit)
     surrogate = torch.where(kept, -advantage * log_r.exp(), log_p.new_zeros(()))
     return surrogate + pull * log_r.square(), kept

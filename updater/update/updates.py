@@ -1,4 +1,4 @@
-"""One update: a batch to its decision. Each verb is a module:
+"""One update: a batch to its decision. Each verb is a module, here or in its own room:
 
     choose a batch     batches.py                   what this update learns from
     measure staleness  learning/staleness.py        how far those who acted are from this policy
@@ -23,8 +23,6 @@ from moorline.events import Decision, Divergence, Reason
 from moorline.failpoints import failpoint
 from moorline.settings import Settings
 from moorline.store import ArtifactStore
-from updater.batches import Batches
-from updater.candidates import write_candidate
 from updater.learning.advantages import assign_credit
 from updater.learning.baselines import Baselines
 from updater.learning.behaviour import behaviour_policies_unavailable
@@ -33,11 +31,13 @@ from updater.learning.policy import Policy
 from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import NonFiniteUpdate, NothingToLearn, Proposal, Trainer
 from updater.ledger import Ledger
-from updater.outcomes import Outcomes
 from updater.progress import Phase, Progress
-from updater.quarantine import OF_THE_MACHINE, Quarantine
 from updater.safety import Gate
 from updater.safety.trust_region import BoundedStep, Refused, TrustRegion, moved_from_live_nats
+from updater.update.batches import Batches
+from updater.update.candidates import write_candidate
+from updater.update.outcomes import Outcomes
+from updater.update.quarantine import OF_THE_MACHINE, Quarantine
 from updater.values import Batch, Candidate, Example
 
 logger = logging.getLogger("moorline.loop")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from moorline.settings import LearningSettings
 from updater.ledger import Ledger
-from updater.quarantine import Quarantine
+from updater.update.quarantine import Quarantine
 from updater.values import Batch, Example
 
 

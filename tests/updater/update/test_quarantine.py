@@ -23,8 +23,8 @@ from tests.updater.ledger.fixtures import FAST_DISK, NOW, Log, interaction, rati
 from updater.learning.staleness import StalenessReport
 from updater.learning.trainer import Proposal, Trainer
 from updater.ledger import BatchDecision, Ledger
-from updater.quarantine import Quarantine
 from updater.safety.trust_region import TrustRegion
+from updater.update.quarantine import Quarantine
 from updater.values import Batch, Example
 
 SUSPECT_AFTER = 3

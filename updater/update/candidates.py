@@ -6,8 +6,8 @@ from moorline.adapter_format import OPTIMIZER_STATE, PARITY_FILE
 from moorline.store import ArtifactStore
 from updater.learning.policy import AdapterState, Policy
 from updater.learning.trainer import Proposal, optimizer_bytes
-from updater.parity import parity_bytes
 from updater.safety.trust_region import BoundedStep, TrustRegion
+from updater.update.parity import parity_bytes
 from updater.values import Candidate
 
 

@@ -12,7 +12,7 @@ from moorline.store import AnchorRequests
 from tests.updater.harness import Updater
 from updater.progress import Phase
 from updater.safety import Gate
-from updater.update import Updates
+from updater.update.updates import Updates
 from updater.values import Batch
 
 ALIAS = "assistant"
