@@ -26,9 +26,10 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from moorline.stream import Reader, Topic, ensure_topics
+from tests.chaos.bad_days import BadDays, Terms
 from tests.chaos.load import People
 from tests.chaos.oracle import Verdict, judge
-from tests.chaos.schedule import Fault, schedule, updater_lives
+from tests.chaos.schedule import KINDS, Fault, schedule, updater_lives
 from tests.chaos.world import BATCH_EXAMPLES, Counts, World, wait_until
 from tests.kafka_fixtures import REQUIRE_KAFKA_VARIABLE, SKIPPED, find_broker_program
 from tests.tiny_model import make_tiny_model
@@ -44,28 +45,41 @@ examples:
   python -m tests.chaos --duration 60           a short run with a random seed (printed)
   python -m tests.chaos --seed 7                the schedule of seed 7 again
   python -m tests.chaos --embedded              without Apache Kafka: fewer kinds of faults
+  python -m tests.chaos --strikes "ledger lost" one kind of fault
   python -m tests.chaos --keep                  leave state and logs, to examine a failure
   python -m tests.chaos --output                add the run to benchmarks/results/chaos.json
 """
 
 
+Strike = Callable[[Fault], Awaitable[bool | None]]
+"""Does a fault; False: there was nothing to do it to."""
+
+
 class Chaos:
     """One run: the processes, the load on them, and the faults."""
 
-    def __init__(self, world: World, seed: int, duration_seconds: float, console: Console) -> None:
+    def __init__(
+        self,
+        world: World,
+        seed: int,
+        duration_seconds: float,
+        console: Console,
+        strikes: frozenset[str] = frozenset(),
+    ) -> None:
+        """``strikes``: kinds of faults; none: all that can be done here."""
         self._world = world
         self._seed = seed
         self._duration_seconds = duration_seconds
         self._console = console
-        self._server_term: int | None = None
-        self._terms = 0
+        self._kinds = strikes
+        self._terms = Terms()
         self._server_lock = asyncio.Lock()
         self._broker_lock = asyncio.Lock()
         self._disk_lock = asyncio.Lock()
+        self._ledger_lock = asyncio.Lock()
         self.bad_ends: list[str] = []
-        self.people = People(
-            lambda: world.server.url, lambda: self._server_term, world.stream, seed
-        )
+        self.bad_days = BadDays(world, self._terms, self._disk_lock, self.bad_ends.append)
+        self.people = People(lambda: world.server.url, lambda: self._terms.now, world.stream, seed)
 
     async def run(self) -> None:
         """Run load and faults for the given time, then let everything recover and catch up."""
@@ -106,14 +120,13 @@ class Chaos:
     # --- the server ---------------------------------------------------------------------
 
     async def _start_server(self, failpoints: str = "") -> None:
-        self._server_term = None
+        self._terms.end()
         await asyncio.to_thread(self._world.start_server, failpoints)
-        self._terms += 1
-        self._server_term = -self._terms if failpoints else self._terms
+        self._terms.begin(armed=bool(failpoints))
 
     async def _server_dies_at(self, failpoint: str) -> None:
         """Restart it with a failpoint armed, and wait until that has killed it."""
-        self._server_term = None
+        self._terms.end()
         await asyncio.to_thread(self._terminate_server)
         with suppress(AssertionError):  # a start swaps and publishes too: it may be killed already
             await self._start_server(f"{failpoint}=kill")
@@ -131,7 +144,7 @@ class Chaos:
 
     def _settle_server(self) -> None:
         """After the last fault: wait until its spool is drained, then stop it."""
-        self._server_term = None
+        self._terms.end()
         if not self._world.server_is_alive():
             self._world.start_server()
 
@@ -147,38 +160,42 @@ class Chaos:
 
     async def _run_updaters(self, calm: asyncio.Event) -> None:
         """Run one updater after the other, each to the end that the schedule gives it."""
-        world, counts = self._world, self._world.counts
         for life in updater_lives(self._seed):
             if calm.is_set():
                 return
-            world.start_updater(life.failpoint)
+            async with self.bad_days.updater:
+                await self._run_updater(life)
+
+    async def _run_updater(self, life: Fault) -> None:
+        world, counts = self._world, self._world.counts
+        world.start_updater(life.failpoint)
+        code = await self._updater_end(life.lasts_seconds)
+        if code is None and life.kind == "updater stopped and continued":
+            counts.add_fault(life.kind)
+            world.signal_updater(signal.SIGSTOP)
+            await asyncio.sleep(STOPPED_SECONDS)
+            world.signal_updater(signal.SIGCONT)
             code = await self._updater_end(life.lasts_seconds)
-            if code is None and life.kind == "updater stopped and continued":
-                counts.add_fault(life.kind)
-                world.signal_updater(signal.SIGSTOP)
-                await asyncio.sleep(STOPPED_SECONDS)
-                world.signal_updater(signal.SIGCONT)
-                code = await self._updater_end(life.lasts_seconds)
-            if code is None and life.kind == "updater terminated":
-                counts.add_fault(life.kind)
-                world.signal_updater(signal.SIGTERM)
-                code = await self._updater_end(TERMINATE_SECONDS)
-                if code != 0:
-                    self.bad_ends.append(f"the updater ended with {code} after SIGTERM")
-            if code is None:
-                counts.add_fault("updater killed")
-                counts.kills += 1
-                world.signal_updater(signal.SIGKILL)
-                await self._updater_end(TERMINATE_SECONDS)
-            elif code == -signal.SIGKILL:
-                counts.add_fault("updater killed at a failpoint")
-                counts.kills += 1
-                counts.kills_at_failpoints += 1
-            elif code == 1:
-                counts.add_fault("updater gave up and was started again")
-                await asyncio.sleep(1.0)
-            elif code != 0:
-                self.bad_ends.append(f"the updater ended with {code}")
+        if code is None and life.kind == "updater terminated":
+            counts.add_fault(life.kind)
+            world.signal_updater(signal.SIGTERM)
+            code = await self._updater_end(TERMINATE_SECONDS)
+            if code != 0:
+                self.bad_ends.append(f"the updater ended with {code} after SIGTERM")
+        if code is None:
+            counts.add_fault("updater killed")
+            counts.kills += 1
+            world.signal_updater(signal.SIGKILL)
+            await self._updater_end(TERMINATE_SECONDS)
+        elif code == -signal.SIGKILL:
+            counts.add_fault("updater killed at a failpoint")
+            counts.kills += 1
+            counts.kills_at_failpoints += 1
+        elif code == 1:
+            counts.add_fault("updater gave up and was started again")
+            await asyncio.sleep(1.0)
+        elif code != 0:
+            self.bad_ends.append(f"the updater ended with {code}")
 
     async def _updater_end(self, within_seconds: float) -> int | None:
         return await asyncio.to_thread(self._world.updater_exit, within_seconds)
@@ -217,23 +234,22 @@ class Chaos:
         """Do every fault at its time, or when the one before on the same target is over."""
         began = time.monotonic()
         strikes = []
-        for fault in schedule(self._seed, self._duration_seconds, self._world.has):
+        faults = schedule(self._seed, self._duration_seconds, self._world.has, self._kinds)
+        for fault in faults:
             await asyncio.sleep(max(0.0, began + fault.at_seconds - time.monotonic()))
             target, strike = self._how(fault)
             if not target.locked():
                 strikes.append(asyncio.create_task(self._strike(fault, target, strike)))
         await asyncio.gather(*strikes)
 
-    async def _strike(
-        self, fault: Fault, target: asyncio.Lock, strike: Callable[[Fault], Awaitable[None]]
-    ) -> None:
+    async def _strike(self, fault: Fault, target: asyncio.Lock, strike: Strike) -> None:
         async with target:
             if target is self._server_lock and not self._world.server_is_alive():
                 await self._start_server()
-            self._world.counts.add_fault(fault.kind)
-            await strike(fault)
+            if await strike(fault) is not False:
+                self._world.counts.add_fault(fault.kind)
 
-    def _how(self, fault: Fault) -> tuple[asyncio.Lock, Callable[[Fault], Awaitable[None]]]:
+    def _how(self, fault: Fault) -> tuple[asyncio.Lock, Strike]:
         return {
             "server killed": (self._server_lock, self._kill_server),
             "server stopped and continued": (self._server_lock, self._stop_server),
@@ -247,29 +263,36 @@ class Chaos:
             "connections slow": (self._broker_lock, self._slow),
             "disk full": (self._disk_lock, self._fill_disk),
             "a bit flipped in the newest artifact": (self._disk_lock, self._flip),
+            "clients that do not read, and a rollback": (
+                self._server_lock,
+                self.bad_days.roll_back,
+            ),
+            "ledger lost": (self._ledger_lock, self.bad_days.lose_ledger),
+            "an older ledger put back": (self._ledger_lock, self.bad_days.put_back_older_ledger),
+            "anchor budget spent": (self._ledger_lock, self.bad_days.spend_anchor_budget),
+            "supervisor stopped and continued": (self._server_lock, self.bad_days.pause_supervisor),
         }[fault.kind]
 
     async def _kill_server(self, _: Fault) -> None:
-        self._server_term = None
+        self._terms.end()
         await asyncio.to_thread(self._world.kill_server)
         await self._start_server()
 
     async def _stop_server(self, fault: Fault) -> None:
-        self._server_term = None
+        self._terms.end()
         self._world.server.pause()
         await asyncio.sleep(fault.lasts_seconds)
         self._world.server.resume()
-        self._terms += 1
-        self._server_term = self._terms
+        self._terms.begin()
 
     async def _restart_server(self, _: Fault) -> None:
-        self._server_term = None
+        self._terms.end()
         await asyncio.to_thread(self._terminate_server)
         await self._start_server()
 
     async def _failpoint_server(self, fault: Fault) -> None:
         await self._server_dies_at(fault.failpoint)
-        self._server_term = None
+        self._terms.end()
         if not self._world.server_is_alive():
             await self._start_server()
         else:
@@ -337,11 +360,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that all is closed
     world = World(root, model_dir, apache=apache)
     try:
-        chaos = Chaos(world, arguments.seed, arguments.duration, console)
+        strikes = frozenset(arguments.strikes)
+        chaos = Chaos(world, arguments.seed, arguments.duration, console, strikes)
         asyncio.run(chaos.run())
         tally = chaos.people.tally
         console.print("comparing with a run without faults ...")
-        verdict = judge(world.settings, root / "reference", tally.acknowledged, tally.versions)
+        verdict = judge(
+            world.settings,
+            root / "reference",
+            tally.acknowledged,
+            tally.versions,
+            chaos.bad_days.losses,
+        )
         row = _row(arguments, apache, world.counts, chaos, verdict)
     except KeyboardInterrupt:
         console.print("interrupted")
@@ -372,9 +402,11 @@ def _row(
         "commit": _commit(),
         "duration_seconds": arguments.duration,
         "broker": "Apache Kafka" if apache else "embedded",
+        "strikes": arguments.strikes or None,
         "kills": counts.kills,
         "kills_at_failpoints": counts.kills_at_failpoints,
         "faults": dict(sorted(counts.faults.items())),
+        "rollback_seconds": [round(seconds, 2) for seconds in counts.rollback_seconds],
         "events": verdict.events,
         "ratings_acknowledged": len(tally.acknowledged),
         "requests": tally.requests,
@@ -418,10 +450,10 @@ def _show(console: Console, row: dict[str, Any], verdict: Verdict, chaos: Chaos)
 
 
 def _record(path: Path, row: dict[str, Any]) -> None:
-    """Add a run; one of the same seed, broker and length is replaced."""
+    """Add a run; one of the same seed, broker, length and kinds of faults is replaced."""
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    same = ("seed", "broker", "duration_seconds")
-    runs = [run for run in runs if any(run[name] != row[name] for name in same)]
+    same = ("seed", "broker", "duration_seconds", "strikes")
+    runs = [run for run in runs if any(run.get(name) != row[name] for name in same)]
     lines = ",\n".join("    " + json.dumps(run) for run in [*runs, row])
     path.write_text('{\n  "runs": [\n' + lines + "\n  ]\n}\n")
 
@@ -435,6 +467,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=random.randrange(10_000), help="of the faults")
     parser.add_argument("--duration", type=float, default=600.0, help="seconds under load")
+    parser.add_argument(
+        "--strikes",
+        nargs="+",
+        default=[],
+        metavar="KIND",
+        choices=[kind.name for kind in KINDS],
+        help="only these kinds of faults, besides the updater's deaths; KIND: one of "
+        + ", ".join(f'"{kind.name}"' for kind in KINDS),
+    )
     parser.add_argument("--embedded", action="store_true", help="the embedded broker")
     parser.add_argument("--keep", action="store_true", help="keep state and logs")
     parser.add_argument(

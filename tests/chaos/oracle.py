@@ -6,24 +6,34 @@ records them: the offsets up to which the stream had been read, and the behaviou
 could not be run again. Everything else it computes anew: it reads the same log from its beginning
 with a new ledger, store and policy, without a fault, and must end with the same fates, the same
 offsets, the same decisions and the same bytes of weights.
+
+Where a ledger was lost, or an older copy put back, the reference run loses its own at the same
+decision, and what both learn from then on must be the same too. Likewise it moves its anchor where
+a person has moved the other's.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moorline.events import Feedback, Reason, Release
 from moorline.settings import Settings, StreamSettings
-from moorline.store import ArtifactStore
+from moorline.store import AnchorRequests, ArtifactStore
 from moorline.stream import Gap, Reader, Record, Topic
 from tests.chaos.world import damaged
 from tests.integration.streams import announced
-from updater.ledger import Ledger, LedgerReader
+from updater.ledger import Anchor, Ledger, LedgerReader
+
+if TYPE_CHECKING:
+    from updater.loop import Loop
 
 READ_SECONDS = 60.0
 Place = tuple[Topic, int]
@@ -42,7 +52,29 @@ class Decision:
     """Versions of behaviour policies whose adapters were gone or damaged."""
 
 
-NOTHING_DECIDED = Decision(0.0, "", {}, frozenset())
+NOTHING_DECIDED = Decision(math.inf, "", {}, frozenset())
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A ledger that was lost."""
+
+    at: float
+    """Unix time."""
+    ledger: Path
+    """The ledger as it was."""
+    copy: Path | None
+    """The older copy that took its place; None: an empty one did."""
+
+
+@dataclass(frozen=True)
+class Era:
+    """The life of one ledger: until it was lost, or until the end."""
+
+    made: Sequence[Decision]
+    in_copy: int | None = None
+    """It began with an older copy of the ledger before, with so many of that era's decisions;
+    None: it began empty."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +99,25 @@ class Verdict:
     rejections: int
     events: int
     violations: tuple[str, ...]
+
+
+def ledger_files(ledger: Path) -> list[Path]:
+    """All files of a ledger that nobody has open for writing."""
+    return sorted(ledger.parent.glob(f"{ledger.name}*"))
+
+
+def copy_ledger(ledger: Path, directory: Path) -> Path:
+    """Copy it there; what was there is replaced. Returns the copy."""
+    directory.mkdir(parents=True, exist_ok=True)
+    drop_ledger(directory / ledger.name)
+    for path in ledger_files(ledger):
+        shutil.copy2(path, directory)
+    return directory / ledger.name
+
+
+def drop_ledger(ledger: Path) -> None:
+    for path in ledger_files(ledger):
+        path.unlink()
 
 
 def read_log(stream: StreamSettings) -> list[Record]:
@@ -129,9 +180,15 @@ def outcome(ledger: LedgerReader) -> Outcome:
 class Script:
     """A reader that returns the log in given portions, one a poll."""
 
-    def __init__(self, log: Sequence[Record], cuts: Sequence[Mapping[Place, int]]) -> None:
+    def __init__(
+        self,
+        log: Sequence[Record],
+        cuts: Sequence[Mapping[Place, int]],
+        read: Mapping[Place, int] | None = None,
+    ) -> None:
+        """``read``: where it begins."""
         self._portions: list[list[Record]] = []
-        read: dict[Place, int] = {}
+        read = dict(read or {})
         for cut in [*cuts, None]:
             self._portions.append(
                 [
@@ -174,28 +231,69 @@ class Discarded:
         del record, reason, stage, error
 
 
-def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Decision]) -> Outcome:
-    """An updater without faults, in this process, in a state directory of its own.
+class Reference:
+    """An updater without faults, in this process, in a state directory of its own."""
 
-    Args:
-        made: where its batches are cut, and which behaviour policies it must do without.
-    """
-    import torch
+    def __init__(
+        self, settings: Settings, log: Sequence[Record], anchors: Sequence[Anchor] = ()
+    ) -> None:
+        import torch
 
-    from updater.assembly import assemble, open_ledger
-    from updater.loop import Loop
+        torch.set_num_threads(settings.learning.threads or torch.get_num_threads())
+        self._settings = settings
+        self._log = log
+        self._anchors = sorted(anchors, key=lambda anchor: anchor.applied_at)
+        settings.state_dir.mkdir(parents=True)
+        self._store = ArtifactStore(settings.store_dir)
+        self._copy = settings.state_dir / "copy"
 
-    torch.set_num_threads(settings.learning.threads or torch.get_num_threads())
-    script = Script(log, [one.offsets for one in made])
-    settings.state_dir.mkdir(parents=True)
-    store = ArtifactStore(settings.store_dir)
-    ledger = open_ledger(settings)
+    def live(self, eras: Sequence[Era]) -> list[Outcome]:
+        """One ledger after the other; what each of them held in the end."""
+        found = []
+        before: Era | None = None
+        for era, after in zip_longest(eras, eras[1:]):
+            read: Mapping[Place, int] = {}
+            if before is not None:
+                drop_ledger(self._settings.ledger_path)
+                if era.in_copy is not None:
+                    copy_ledger(
+                        self._copy / self._settings.ledger_path.name, self._settings.state_dir
+                    )
+                    read = before.made[era.in_copy - 1].offsets if era.in_copy else {}
+            found.append(self._one(era, after, read))
+            before = era
+        return found
 
-    def started() -> Loop:
+    def _one(self, era: Era, after: Era | None, read: Mapping[Place, int]) -> Outcome:
+        from updater.assembly import open_ledger
+
+        script = Script(self._log, [one.offsets for one in era.made], read)
+        ledger = open_ledger(self._settings)
+        try:
+            loop = self._started(ledger, script)
+            for number, decision in enumerate([*era.made, *([] if after else [NOTHING_DECIDED])]):
+                if after is not None and after.in_copy == number:
+                    copy_ledger(self._settings.ledger_path, self._copy)
+                self._move_anchor(decision.at)
+                with ExitStack() as faults:
+                    if decision.behaviour_policies_unavailable:
+                        # An updater that has them in memory would not notice.
+                        loop = self._started(ledger, script)
+                    for version in decision.behaviour_policies_unavailable:
+                        faults.enter_context(damaged(self._store, ledger.release(version)))
+                    loop.cycle()
+        finally:
+            ledger.close()
+        with Ledger.open_readonly(self._settings.ledger_path) as reader:
+            return outcome(reader)
+
+    def _started(self, ledger: Ledger, script: Script) -> Loop:
+        from updater.assembly import assemble
+
         loop = assemble(
-            settings,
+            self._settings,
             ledger=ledger,
-            store=store,
+            store=self._store,
             reader=script,
             dead_letters=Discarded(),
             publish=lambda _: None,
@@ -203,19 +301,27 @@ def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Deci
         loop.resume()
         return loop
 
-    try:
-        loop = started()
-        for decision in (*made, NOTHING_DECIDED):
-            with ExitStack() as faults:
-                if decision.behaviour_policies_unavailable:
-                    loop = started()  # an updater that has them in memory would not notice
-                for version in decision.behaviour_policies_unavailable:
-                    faults.enter_context(damaged(store, ledger.release(version)))
-                loop.cycle()
-    finally:
-        ledger.close()
-    with Ledger.open_readonly(settings.ledger_path) as reader:
-        return outcome(reader)
+    def _move_anchor(self, until: float) -> None:
+        """What a person had asked for, and what was carried out, by that time."""
+        requests = AnchorRequests(self._store)
+        while self._anchors and self._anchors[0].applied_at < until:
+            anchor = self._anchors.pop(0)
+            requests.write(
+                self._settings.alias,
+                anchor.version,
+                reason=anchor.reason,
+                requested_by=anchor.requested_by,
+            )
+
+
+def run_reference(settings: Settings, log: Sequence[Record], made: Sequence[Decision]) -> Outcome:
+    """The same for one ledger that was never lost.
+
+    Args:
+        made: where its batches are cut, and which behaviour policies it must do without.
+    """
+    (found,) = Reference(settings, log).live([Era(made)])
+    return found
 
 
 def judge(
@@ -223,6 +329,7 @@ def judge(
     reference_dir: Path,
     acknowledged: set[str],
     versions_seen: set[int],
+    losses: Sequence[Loss] = (),
 ) -> Verdict:
     """Compare the outcome with that of a run without faults, and check what must hold.
 
@@ -230,12 +337,13 @@ def judge(
         settings: of the updater that ran under faults; it must have ended.
         acknowledged: ids of ratings that the server or the broker acknowledged.
         versions_seen: policy versions that replies named.
+        losses: the ledgers that were lost meanwhile, oldest first.
     """
     violations: list[str] = []
     log = read_log(settings.stream)
+    eras, held, anchors = _history(settings, losses)
+    found = held[-1]
     with Ledger.open_readonly(settings.ledger_path) as ledger:
-        found = outcome(ledger)
-        made = decisions(ledger)
         releases = ledger.releases(10**9)
         violations += [f"ledger: {line}" for line in ledger.audit()]
         violations += [f"never announced: v{one.version}" for one in ledger.unpublished()]
@@ -250,16 +358,46 @@ def judge(
     # It keeps every artifact; what was unavailable to the other, the decisions say.
     learning = settings.learning.model_copy(update={"keep_releases": 10**9})
     reference = settings.model_copy(update={"state_dir": reference_dir, "learning": learning})
-    expected = run_reference(reference, log, made)
+    expected = Reference(reference, log, anchors).live(eras)
+    for number, (ours, theirs) in enumerate(zip(held, expected, strict=True)):
+        different = _differences(ours, theirs, accounts=number == len(held) - 1)
+        violations += [f"ledger {number + 1} of {len(held)}: {line}" for line in different]
+    weights = [(one.decisions, one.weights) for one in held]
+    made = [one.name for era in eras for one in era.made]
     return Verdict(
-        accounting_equal=found.accounting == expected.accounting,
-        offsets_equal=found.offsets == expected.offsets,
-        weights_equal=(found.decisions, found.weights) == (expected.decisions, expected.weights),
+        accounting_equal=found.accounting == expected[-1].accounting,
+        offsets_equal=found.offsets == expected[-1].offsets,
+        weights_equal=weights == [(one.decisions, one.weights) for one in expected],
         releases=len(releases),
-        rejections=sum(one.name.startswith("rejected") for one in made),
+        rejections=sum(name.startswith("rejected") for name in made),
         events=len(log),
-        violations=(*violations, *_differences(found, expected)),
+        violations=tuple(violations),
     )
+
+
+def _history(
+    settings: Settings, losses: Sequence[Loss]
+) -> tuple[list[Era], list[Outcome], list[Anchor]]:
+    """Each ledger's life, what it held in the end, and all anchors that were chosen meanwhile."""
+    eras: list[Era] = []
+    held: list[Outcome] = []
+    anchors: dict[float, Anchor] = {}
+    began, copy = 0.0, None
+
+    def made_in(path: Path) -> list[Decision]:
+        with Ledger.open_readonly(path) as ledger:
+            return [one for one in decisions(ledger) if one.at > began]
+
+    for path, loss in [*((one.ledger, one) for one in losses), (settings.ledger_path, None)]:
+        eras.append(Era(made_in(path), copy))
+        with Ledger.open_readonly(path) as ledger:
+            held.append(outcome(ledger))
+            for anchor in ledger.anchors():
+                anchors.setdefault(anchor.requested_at, anchor)
+        if loss is not None:
+            copy = None if loss.copy is None else len(made_in(loss.copy))
+            began = loss.at
+    return eras, held, list(anchors.values())
 
 
 def _lost(log: Sequence[Record], acknowledged: set[str]) -> list[str]:
@@ -306,11 +444,12 @@ def _announcements(settings: Settings, releases: Sequence[Release]) -> list[str]
     return violations
 
 
-def _differences(found: Outcome, expected: Outcome) -> list[str]:
+def _differences(found: Outcome, expected: Outcome, *, accounts: bool = True) -> list[str]:
+    """``accounts``: fates and offsets too, which follow from a log that was read to its end."""
     violations = []
-    if found.accounting != expected.accounting:
+    if accounts and found.accounting != expected.accounting:
         violations.append(f"accounting {found.accounting}, without faults {expected.accounting}")
-    if found.offsets != expected.offsets:
+    if accounts and found.offsets != expected.offsets:
         violations.append(f"offsets {found.offsets}, without faults {expected.offsets}")
     for number, (ours, theirs) in enumerate(zip(found.decisions, expected.decisions, strict=False)):
         if ours != theirs:

@@ -89,17 +89,24 @@ KINDS = (
     Kind("connections slow", 60.0, (5.0, 15.0), frozenset({"proxy"})),
     Kind("disk full", 80.0, (2.0, 6.0), frozenset({"mount"})),
     Kind("a bit flipped in the newest artifact", 60.0, (1.0, 4.0)),
+    Kind("clients that do not read, and a rollback", 150.0),
+    Kind("ledger lost", 200.0),
+    Kind("an older ledger put back", 200.0),
+    Kind("anchor budget spent", 150.0),
+    Kind("supervisor stopped and continued", 150.0, (9.0, 14.0)),
 )
 
 
-def schedule(seed: int, duration_seconds: float, has: frozenset[str]) -> list[Fault]:
-    """All faults but those of the updater, in order of time."""
+def schedule(
+    seed: int, duration_seconds: float, has: frozenset[str], only: frozenset[str] = frozenset()
+) -> list[Fault]:
+    """All faults but those of the updater, in order of time; with ``only``, of these kinds."""
     generator = random.Random(f"schedule {seed}")
     found = []
     for kind in KINDS:
         # Each kind has its own generator: a kind that cannot be done here changes no other.
         own = random.Random(generator.getrandbits(64))
-        if not kind.needs <= has:
+        if not kind.needs <= has or (only and kind.name not in only):
             continue
         at = FIRST_FAULT_SECONDS + own.uniform(0.0, kind.every_seconds)
         while at < duration_seconds:

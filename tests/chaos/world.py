@@ -24,6 +24,7 @@ from pathlib import Path
 from daemon.broker import EmbeddedBroker, free_port
 from moorline.events import Release
 from moorline.failpoints import FAILPOINTS_VARIABLE
+from moorline.http import base_url
 from moorline.settings import Settings, StreamSettings, load_settings
 from moorline.store import ArtifactStore
 from tests.kafka_fixtures import ApacheKafka, find_broker_program
@@ -78,6 +79,8 @@ class Counts:
 
     kills: int = 0
     kills_at_failpoints: int = 0
+    rollback_seconds: list[float] = field(default_factory=list)
+    """How long each rollback took that clients who do not read were in the way of."""
     faults: dict[str, int] = field(default_factory=dict)
 
     def add_fault(self, kind: str) -> None:
@@ -117,12 +120,13 @@ class World:
                 **UPDATER_SETTINGS,
             }.items()
         }
+        self._server_port = free_port("127.0.0.1")
         self.server = ServerProcess(
             root / "server",
             model_dir,
             {
                 **self.variables,
-                "MOORLINE_SERVING__PORT": str(free_port("127.0.0.1")),
+                "MOORLINE_SERVING__PORT": str(self._server_port),
                 "MOORLINE_SERVING__DRAIN_SECONDS": "10",
             },
         )
@@ -169,9 +173,14 @@ class World:
 
     # --- the server ---------------------------------------------------------------------
 
-    def start_server(self, failpoints: str = "") -> None:
-        self.server.launch(failpoints)
+    def start_server(self, failpoints: str = "", **changes: str) -> None:
+        self.server.launch(failpoints, **changes)
         self.server.wait_listening()
+
+    @property
+    def server_url(self) -> str:
+        """Where it listens, whoever starts it."""
+        return base_url("127.0.0.1", self._server_port)
 
     def server_is_alive(self) -> bool:
         return self.server.process is not None and self.server.process.poll() is None
@@ -185,8 +194,9 @@ class World:
 
     # --- the updater --------------------------------------------------------------------
 
-    def start_updater(self, failpoints: str = "") -> None:
-        variables = {**self.variables, FAILPOINTS_VARIABLE: failpoints}
+    def start_updater(self, failpoints: str = "", **changes: str) -> None:
+        """``changes``: variables of the environment, for this life only."""
+        variables = {**self.variables, FAILPOINTS_VARIABLE: failpoints, **changes}
         self._updater = self._fork.Process(
             target=run_updater, args=(variables, self.updater_log), daemon=True
         )

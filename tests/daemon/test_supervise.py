@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import time
@@ -19,24 +17,7 @@ import pytest
 
 from daemon.children import OutputFile
 from daemon.supervise import describe_exit
-
-PATIENCE_SECONDS = 40.0  # only ever reached by a failure
-
-DRIVER = """
-import json, os, sys
-from pathlib import Path
-from daemon.supervise import Child, RestartPolicy, Supervisor
-
-config = json.loads(sys.argv[1])
-children = [Child(argv=tuple(c.pop("argv")), environment=dict(os.environ), **c)
-            for c in config["children"]]
-def say(notice):
-    print(json.dumps([notice.kind, notice.name, notice.text]), flush=True)
-supervisor = Supervisor(children, Path(config["log_dir"]), notify=say,
-                        restart=RestartPolicy(**config.get("restart", {})),
-                        on_ready=lambda: print(json.dumps(["all_ready", "", ""]), flush=True))
-sys.exit(supervisor.run())
-"""
+from tests.daemon.supervisor_process import PATIENCE_SECONDS, Tree
 
 # A child with a worker of its own (a grandchild), which notes its pids and the order of its end.
 WORKER = """
@@ -58,42 +39,6 @@ print("hello from", name, flush=True)
 while True:
     time.sleep(0.05)
 """
-
-
-class Tree:
-    """A supervisor in a process of its own, and what it says."""
-
-    def __init__(self, tmp_path: Path, config: dict[str, Any], **environment: str) -> None:
-        self.notes = tmp_path
-        config.setdefault("log_dir", str(tmp_path / "logs"))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, json.dumps(config)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | environment,
-        )
-        self.said: list[tuple[str, str, str]] = []
-
-    def wait_for(self, kind: str, name: str = "") -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            heard = tuple(json.loads(line))
-            self.said.append(heard)
-            if heard[:2] == (kind, name):
-                return str(heard[2])
-        raise AssertionError(f"never heard {kind} of {name!r}; heard {self.said}")
-
-    def end(self) -> int:
-        assert self.process.stdout is not None
-        self.said += [tuple(json.loads(line)) for line in self.process.stdout]
-        return self.process.wait(PATIENCE_SECONDS)
-
-    def noted(self) -> list[str]:
-        path = self.notes / "notes"
-        return path.read_text().splitlines() if path.exists() else []
-
-    def pids(self) -> list[int]:
-        return [int(line.split()[1]) for line in self.noted() if line.startswith("pid ")]
 
 
 @pytest.fixture

@@ -15,12 +15,21 @@ from moorline.events import Feedback, Interaction, LogprobConvention, PolicySpan
 from moorline.settings import Settings, load_settings
 from moorline.stream import Record, Topic
 from tests.chaos import oracle
-from tests.chaos.oracle import Decision, Outcome, Script, decisions, outcome, run_reference
-from tests.chaos.schedule import KINDS, schedule, updater_lives
+from tests.chaos.oracle import (
+    Decision,
+    Era,
+    Outcome,
+    Reference,
+    Script,
+    decisions,
+    outcome,
+    run_reference,
+)
+from tests.chaos.schedule import KINDS, Kind, schedule, updater_lives
 from tests.chaos.world import UPDATER_SETTINGS
 from tests.updater.learning.fixtures import ALIAS, recorded, some_sequences
 from updater.learning.policy import Policy
-from updater.ledger import Ledger
+from updater.ledger import Anchor, Ledger
 
 EVERYTHING = frozenset(need for kind in KINDS for need in kind.needs)
 
@@ -36,6 +45,13 @@ def test_what_a_machine_lacks_changes_none_of_the_other_faults(seed: int) -> Non
     needy = {kind.name for kind in KINDS if kind.needs}
     all_of_it = [fault for fault in schedule(seed, 600, EVERYTHING) if fault.kind not in needy]
     assert schedule(seed, 600, frozenset()) == all_of_it
+
+
+@given(st.integers(0, 10**6), st.sampled_from(KINDS))
+def test_one_kind_alone_strikes_when_it_does_among_the_others(seed: int, kind: Kind) -> None:
+    everything = schedule(seed, 600, EVERYTHING)
+    alone = schedule(seed, 600, EVERYTHING, frozenset({kind.name}))
+    assert alone == [fault for fault in everything if fault.kind == kind.name]
 
 
 def test_ten_minutes_hold_every_kind_of_fault() -> None:
@@ -232,6 +248,36 @@ def test_a_behaviour_policy_that_was_damaged_is_damaged_again(
         frozenset({1}),
     ]
     assert run_reference(settings_in("again"), log, made) == damaged
+
+
+@pytest.mark.parametrize("in_copy", [None, 1])
+def test_a_ledger_that_was_lost_is_lost_again(
+    settings_in: Callable[[str], Settings], policy: Policy, in_copy: int | None
+) -> None:
+    log = a_log(written_by(policy, 30))
+    eras = [Era([decided_at(4), decided_at(8)]), Era([decided_at(12)], in_copy)]
+    lost, last = Reference(settings_in("first"), log).live(eras)
+    assert (len(lost.weights), len(last.weights)) == (2, 3)
+    assert last.weights[:2] == lost.weights
+    assert "may_have_taught" in str(last.accounting)
+    assert Reference(settings_in("again"), log).live(eras) == [lost, last]
+    never_lost = run_reference(
+        settings_in("whole"), log, [decided_at(4), decided_at(8), decided_at(12)]
+    )
+    assert never_lost.accounting != last.accounting
+
+
+def test_an_anchor_that_was_moved_is_moved_again(
+    settings_in: Callable[[str], Settings], policy: Policy
+) -> None:
+    log = a_log(written_by(policy, 20))
+    settings = settings_in("moved")
+    second = replace(decided_at(9), at=2.0)
+    moved = Anchor(1, "chaos", "chaos", requested_at=1.0, applied_at=1.5)
+    Reference(settings, log, [moved]).live([Era([decided_at(4), second])])
+    with Ledger.open_readonly(settings.ledger_path) as ledger:
+        assert [(one.version, one.reason) for one in ledger.anchors()] == [(1, "chaos")]
+        assert [one.anchor for one in ledger.releases(10)] == [0, 1]
 
 
 def test_every_difference_is_a_violation() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from serving.strategies import WeightReload
-from tests.daemon.test_supervise import WAITING, Tree, free_port, plant, script, wait_until
+from tests.daemon.supervisor_process import Tree
+from tests.daemon.test_supervise import WAITING, free_port, plant, script, wait_until
 
 __all__ = ["plant"]
 

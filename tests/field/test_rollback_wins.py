@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,13 +13,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.serving.policies import MESSAGES, Lineage, one_reply, read_stream
+from tests.serving.deaf_clients import LONG_TOKENS, client_that_does_not_read
+from tests.serving.policies import Lineage, one_reply, read_stream
 from tests.serving.server_process import ServerProcess, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STALL_SECONDS = 20.0
-LONG_TOKENS = 1900
 SLOTS = 2
 
 
@@ -50,33 +48,6 @@ def lines(
     server: ServerProcess, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Lineage:
     return Lineage(server, tiny_model_dir, tmp_path_factory.mktemp("lineage"))
-
-
-@contextlib.contextmanager
-def client_that_does_not_read(server: ServerProcess) -> Iterator[None]:
-    """Asks for a stream that is larger than all buffers on its way."""
-    address = urlsplit(server.url)
-    body = json.dumps(
-        {
-            "model": "assistant",
-            "messages": MESSAGES,
-            "max_tokens": LONG_TOKENS,
-            "ignore_eos": True,
-            "stream": True,
-            "n": 2,
-            "logprobs": True,
-            "top_logprobs": 20,
-        }
-    ).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect((address.hostname, address.port))
-        client.sendall(head.encode() + body)
-        yield
 
 
 def roll_back(server: ServerProcess, version: int) -> None:
@@ -134,7 +105,7 @@ def test_a_rollback_is_served_under_clients_that_do_not_read_and_they_are_ended(
     with contextlib.ExitStack() as clients:
         for count, release in enumerate(prepared[:SLOTS], 1):
             server.wait_version(lineage.announce(release))
-            clients.enter_context(client_that_does_not_read(server))
+            clients.enter_context(client_that_does_not_read(server.url))
             wait_for(lambda: server.status()["requests_in_flight"] == count)  # noqa: B023
         for release in prepared[SLOTS:]:
             lineage.announce(release)

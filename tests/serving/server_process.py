@@ -39,7 +39,7 @@ class ServerProcess:
             for name, value in os.environ.items()
             if "MOORLINE_" not in name and name not in VLLM_LOG_VARIABLES
         }
-        self._environment = clean | {
+        self.environment = clean | {
             "MOORLINE_STATE_DIR": str(state_dir),
             "MOORLINE_MODEL__PATH": str(model_dir),
             "MOORLINE_SERVING__PORT": "0",
@@ -50,13 +50,17 @@ class ServerProcess:
         self.url = ""
         self.process: subprocess.Popen[bytes] | None = None
 
-    def launch(self, failpoints: str = "") -> None:
-        """Start without waiting, for the first time or again in the same state directory."""
+    def launch(self, failpoints: str = "", **changes: str) -> None:
+        """Start without waiting, for the first time or again in the same state directory.
+
+        Args:
+            changes: variables of the environment, for this process only.
+        """
         self.url = ""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "serving"],
-                env=self._environment | {FAILPOINTS_VARIABLE: failpoints},
+                env=self.environment | {FAILPOINTS_VARIABLE: failpoints, **changes},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
