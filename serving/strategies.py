@@ -46,11 +46,30 @@ Check = Callable[[LoRARequest | None], Awaitable[None]]
 
 
 class EngineInvalid(MoorlineError):
-    """A load broke off half-way: the weights are no policy at all, the process must restart."""
+    """A load broke off half-way, or the engine hangs: the process must restart."""
 
 
 class PolicyInvalid(MoorlineError):
     """The engine refused these files before anything changed."""
+
+
+async def in_time(asked: Awaitable[Any], timeout_seconds: float) -> None:
+    """Wait for the engine, not for ever: it may hang. Time in which we were suspended is not ours.
+
+    Raises:
+        TimeoutError: no answer in time; what was asked is cancelled.
+    """
+    call = asyncio.ensure_future(asked)
+    deadline = running_seconds() + timeout_seconds
+    try:
+        while not call.done():
+            left = deadline - running_seconds()
+            if left <= 0:
+                raise TimeoutError(f"no answer in {timeout_seconds:g} s")
+            await asyncio.wait({call}, timeout=min(left, _LOOK_SECONDS))
+        call.result()
+    finally:
+        call.cancel()
 
 
 class SwapStrategy(Protocol):
@@ -90,7 +109,15 @@ class AdapterFlip(SwapStrategy):
 
     mode = "adapter"
 
-    def __init__(self, engine: Any, models: PolicyModels, live: LivePolicy, max_loras: int) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        models: PolicyModels,
+        live: LivePolicy,
+        max_loras: int,
+        timeout_seconds: float,
+    ) -> None:
+        self._timeout_seconds = timeout_seconds
         self._engine = engine
         self._models = models
         self._live = live
@@ -133,7 +160,9 @@ class AdapterFlip(SwapStrategy):
         adapter = adapter_request(name, self._next_id, directory)
         self._next_id += 1
         try:
-            await self._engine.add_lora(adapter)
+            await in_time(self._engine.add_lora(adapter), self._timeout_seconds)
+        except TimeoutError as error:
+            raise EngineInvalid(f"the engine does not load an adapter: {error}") from error
         except Exception as error:
             raise PolicyInvalid(f"vLLM refused the adapter ({type(error).__name__})") from error
         self._loaded[target.version] = adapter
@@ -192,6 +221,8 @@ class WeightReload(SwapStrategy):
         adapter_dir = None if target.directory is None else str(target.directory)
         try:
             await self._call_workers("moorline_prepare", str(self._base_dir), adapter_dir)
+        except TimeoutError as error:
+            raise EngineInvalid(f"the engine does not merge an adapter: {error}") from error
         except Exception as error:
             raise PolicyInvalid(f"the adapter cannot be merged: {error}") from error
         self._admission.hold()
@@ -218,15 +249,4 @@ class WeightReload(SwapStrategy):
         await self._in_time(self._engine.collective_rpc(method, args=arguments))
 
     async def _in_time(self, asked: Awaitable[Any]) -> None:
-        """Wait for the engine, not for ever: it may hang, and all requests are held back."""
-        call = asyncio.ensure_future(asked)
-        deadline = running_seconds() + self._timeout_seconds
-        try:
-            while not call.done():
-                left = deadline - running_seconds()
-                if left <= 0:
-                    raise TimeoutError(f"no answer in {self._timeout_seconds:g} s")
-                await asyncio.wait({call}, timeout=min(left, _LOOK_SECONDS))
-            call.result()
-        finally:
-            call.cancel()
+        await in_time(asked, self._timeout_seconds)

@@ -78,10 +78,10 @@ async def assemble(
     if app.state.openai_serving_responses is not None:
         give_own_ids(app.state.openai_serving_responses)
     strategy: SwapStrategy
+    timeout = settings.serving.swap_timeout_seconds
     if mode == "adapter":
-        strategy = AdapterFlip(engine, models, live, settings.serving.max_loras)
+        strategy = AdapterFlip(engine, models, live, settings.serving.max_loras, timeout)
     else:
-        timeout = settings.serving.swap_timeout_seconds
         strategy = WeightReload(engine, live, model_dir, admission, timeout)
     await engine.update_weight_version(live.name)
     swaps = SwapController(

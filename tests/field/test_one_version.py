@@ -38,7 +38,7 @@ class Server:
         engine = SimpleNamespace(model_config=model_config, renderer=None, input_processor=None)
         self.models = PolicyModels(self.live, engine_client=engine, base_model_paths=[])
         self.strategy: SwapStrategy = (
-            AdapterFlip(self, self.models, self.live, max_loras=2)
+            AdapterFlip(self, self.models, self.live, max_loras=2, timeout_seconds=60.0)
             if mode == "adapter"
             else WeightReload(self, self.live, folder, self.admission, 60.0)
         )

@@ -46,7 +46,7 @@ class World:
         self.engine = Engine()
         models = PolicyModels.__new__(PolicyModels)  # its own start needs an engine
         models._live, models.lora_requests = self.live, {}
-        self.flip = AdapterFlip(self.engine, models, self.live, max_loras=2)
+        self.flip = AdapterFlip(self.engine, models, self.live, max_loras=2, timeout_seconds=60.0)
 
     def policy(self, version: int) -> ServedPolicy:
         return ServedPolicy(version, None, Path("adapters") / str(version) if version else None)
@@ -135,7 +135,9 @@ class HungEngine:
         await self._step("resume")
 
 
-@pytest.mark.parametrize("step", ["pause", "moorline_load_prepared", "name", "resume"])
+@pytest.mark.parametrize(
+    "step", ["moorline_prepare", "pause", "moorline_load_prepared", "name", "resume"]
+)
 async def test_an_engine_that_hangs_in_an_exchange_is_broken_and_holds_nobody_back(
     step: str, tmp_path: Path
 ) -> None:
@@ -146,3 +148,16 @@ async def test_an_engine_that_hangs_in_an_exchange_is_broken_and_holds_nobody_ba
     with pytest.raises(EngineInvalid, match=r"no answer in 0\.2 s"):
         await reload.swap(ServedPolicy(1, None, tmp_path), passes)
     assert not admission.held_back
+
+
+async def test_an_engine_that_hangs_on_an_adapter_is_broken_and_the_release_is_not() -> None:
+    world = World()
+
+    async def hangs(_: LoRARequest) -> None:
+        await asyncio.Event().wait()
+
+    world.engine.add_lora = hangs  # type: ignore[method-assign]
+    world.flip._timeout_seconds = 0.2
+    with pytest.raises(EngineInvalid, match=r"no answer in 0\.2 s"):
+        await world.serve(1)
+    assert world.live.version == 0
