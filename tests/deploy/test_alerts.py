@@ -43,3 +43,10 @@ def test_the_rules_fire_when_they_should() -> None:
         [promtool, "test", "rules", "alerts_test.yml"], cwd=FOLDER, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_tried_on_pods_that_were_deleted() -> None:
+    groups = yaml.safe_load((FOLDER / "alerts_test.yml").read_text())["tests"]
+    (deleted,) = [one for one in groups if one["name"] == "pods that were deleted alert nobody"]
+    tried = {case["alertname"] for case in deleted["alert_rule_test"]}
+    assert {rule["alert"] for rule in RULES} <= tried
