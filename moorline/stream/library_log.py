@@ -15,12 +15,16 @@ import time
 REPEATED_SECONDS = 600.0
 """Before the same thing is said again, by the library or by ourselves."""
 SAID_BY_OURSELVES = {
-    "kafka.net.manager": "",
-    "kafka.net.transport": "",
-    "kafka.net.connection": "%s: Connection lost",
-    "kafka.cluster": "",
-    "kafka.consumer.fetcher": "Fetch to node %s failed",
-    "kafka.producer.sender": "%s: Got error produce response",  # and sends it again
+    "kafka.net.manager": ("",),
+    "kafka.net.transport": ("",),
+    "kafka.net.connection": ("%s: Connection lost", "%s: Request timed out"),
+    "kafka.cluster": ("",),
+    "kafka.consumer.fetcher": ("Fetch to node %s failed", "Attempt to fetch offsets"),
+    # and sends it again
+    "kafka.producer.sender": (
+        "%s: Error sending produce request",
+        "%s: Got error produce response",
+    ),
 }
 """Logger -> how its lines on a broker that is away begin; ``""``: all of them."""
 
@@ -34,8 +38,7 @@ class _LibraryLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         ours = logging.getLogger("moorline.kafka")
-        beginning = SAID_BY_OURSELVES.get(record.name)
-        if beginning is not None and str(record.msg).startswith(beginning):
+        if str(record.msg).startswith(SAID_BY_OURSELVES.get(record.name, ())):
             record = copy.copy(record)
             record.levelno, record.levelname = logging.DEBUG, "DEBUG"
         if not ours.isEnabledFor(record.levelno):
