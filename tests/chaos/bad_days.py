@@ -170,7 +170,7 @@ class BadDays:
         return int(self._ask(lambda ledger: ledger.live_version(), 0))
 
     def _ask(self, question: Callable[[Any], Any], otherwise: Any) -> Any:
-        """Of the ledger; ``otherwise`` while there is none yet."""
+        """Ask the ledger; ``otherwise`` is the answer while there is none yet."""
         if not self._world.settings.ledger_path.exists():
             return otherwise
         with Ledger.open_readonly(self._world.settings.ledger_path) as ledger:
