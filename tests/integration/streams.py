@@ -42,8 +42,13 @@ def positions_after(records: list[Record]) -> dict[tuple[Topic, int], tuple[str,
 
 
 def read_numbers(settings: StreamSettings, topic: Topic, count: int) -> list[int]:
-    """Every number on a topic, sorted; inside a partition they must be in order already."""
-    reader = Reader(settings, [topic])
+    """Every number on a topic, sorted; inside a partition they must be in order already.
+
+    It is read with the patience that is default, whatever the one who wrote them has: a broker that
+    was stopped a moment ago takes its time.
+    """
+    patience = StreamSettings().connect_timeout_seconds
+    reader = Reader(settings.model_copy(update={"connect_timeout_seconds": patience}), [topic])
     try:
         records = take(reader, count) + reader.poll(100, 0.5)
     finally:
