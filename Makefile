@@ -16,7 +16,7 @@ setup:  ## install everything into .venv (repeatable; minutes the first time)
 demo: setup  ## watch a real model learn from feedback (about 12 minutes); report in demo/
 	@$(BIN)/moorline demo $(ARGS)
 
-test: setup lint  ## all checks and tests, slow ones too (about 15 minutes on 2 cores)
+test: setup lint  ## all checks and tests, slow ones too (35 to 50 minutes on 2 cores)
 	@deploy/promtool.sh $(VENV)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report= $(ARGS) $(OR_NONE)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --cov --cov-append --cov-report=term:skip-covered $(ARGS) $(OR_NONE)
